@@ -1,0 +1,212 @@
+"""Checkpoints of one stage: asynchronous saves, exact restores on any mesh, a FINISHED file when the stage is done.
+
+A checkpoint holds the stage's state (a pytree of arrays) and a small JSON dict beside it. The data position is the
+step, and randomness is folded from seed and step, so neither is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from lfjax.config import InputError
+
+FINISHED = "FINISHED"
+
+
+class Checkpoints:
+    """The checkpoints of one stage, `folder`/<step>/, of which the newest `keep` are kept.
+
+    What a kill left half-written is removed when the folder is opened. With several processes every process makes the
+    same calls; the folder is one that all of them see.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it touches
+        self.folder = pathlib.Path(folder).absolute()
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        with self._disk_errors():
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+        """Starts saving; returns once `state` may be donated or changed. Waits for the save before it, if still busy.
+
+        Args:
+          step: steps done; a checkpoint of that step that exists already is left as it is.
+          state: pytree of jax arrays.
+          extra: JSON-able dict: the pending metrics window, for example.
+        Raises:
+          InputError: this save, or the one before it, could not be written (no space, no permission).
+        """
+        if step in self._manager.all_steps():
+            return
+        beside = {"extra": dict(extra), "checksums": _checksums(state)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), beside=ocp.args.JsonSave(beside))
+        with self._disk_errors():
+            self._manager.save(step, args=items, force=True)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, None if there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint back.
+
+        Without `step` a newest checkpoint that cannot be read is reported in one line on stderr, the one before it is
+        taken, and the unreadable one is deleted: the run will save that step again.
+
+        Args:
+          abstract_state: the state's structure with shapes, dtypes and *shardings*: arrays or jax.ShapeDtypeStruct.
+            The shardings may belong to another mesh than the one that saved.
+          step: a certain step, or None for the newest.
+        Returns:
+          (state on the shardings of `abstract_state`, extra).
+        Raises:
+          InputError: no checkpoint could be read; names the folder, the cause and the fix.
+        """
+        target = jax.tree.map(_abstract, abstract_state)
+        steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
+        failures: dict[int, str] = {}
+        for candidate in steps:
+            restored = self._read(candidate, target)
+            if isinstance(restored, str):
+                failures[candidate] = restored
+                continue
+            for broken, cause in failures.items():
+                place = self.folder / str(broken)
+                if jax.process_index() == 0:
+                    print(f"{place}: cannot be read ({cause}); going on from step {candidate}", file=sys.stderr)
+                self._manager.delete(broken)
+            return restored
+        cause = next(iter(failures.values()), "there is none")
+        asked = "no checkpoint" if step is None else f"checkpoint {step}"
+        raise InputError(
+            f"{self.folder}: {asked} can be read: {cause}; delete this folder to train the stage again, "
+            "or use another --workdir"
+        )
+
+    def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]] | str:
+        """The state and extra of `step`, or why they cannot be read."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), beside=ocp.args.JsonRestore())
+        with _quiet_failures():
+            try:
+                restored = self._manager.restore(step, args=items)
+                state, beside = restored["state"], restored["beside"]
+                if _checksums(state) == beside["checksums"]:
+                    return state, beside["extra"]
+                cause = "the arrays are not those that were saved: bytes were changed on disk"
+            except Exception as error:  # Orbax, TensorStore and json each raise their own kinds for a broken file
+                cause = _one_line(error)
+            time.sleep(0.2)  # for the reads under way
+            gc.collect()
+        return cause
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk. Raises InputError if it could not be written."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Waits for the saves, then marks the stage as done: FINISHED holds `summary` (step, config hash, figures)."""
+        self.wait()
+        if jax.process_index() == 0:
+            temporary = self.folder / (FINISHED + ".tmp")
+            with self._disk_errors():
+                temporary.write_text(json.dumps(dict(summary), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                os.replace(temporary, self.folder / FINISHED)
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` wrote, None while the stage is not done."""
+        path = self.folder / FINISHED
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"{path}: not JSON ({error}); delete the file to go on from the last checkpoint"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the saves and frees Orbax's threads."""
+        self.wait()
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
+                raise
+            raise InputError(
+                f"{self.folder}: cannot write a checkpoint: {_one_line(error)}; free some space or choose another "
+                "--workdir, then start the same command again"
+            ) from error
+
+
+_DISK_SIGNS = (
+    "No space left",
+    "File too large",
+    "Disk quota",
+    "Permission denied",
+    "Read-only file system",
+    "RESOURCE_EXHAUSTED",
+)
+
+
+@contextlib.contextmanager
+def _quiet_failures() -> Iterator[None]:
+    """A failed restore leaves reads under way, coroutines and an event loop; their own complaints would be noise."""
+    previous = sys.unraisablehook
+    sys.unraisablehook = lambda _unraisable: None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            sys.unraisablehook = previous
+
+
+def _checksums(state: Any) -> list[int]:
+    """The sum modulo 2^32 of every leaf's words: one changed bit changes it, the mesh does not.
+
+    The files themselves do not tell: one changed byte in four comes back as other numbers, without an error.
+    """
+    return [int(total) for total in jax.device_get(_word_sums(jax.tree.leaves(state)))]
+
+
+@jax.jit
+def _word_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def words(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == jnp.bool_:
+            return leaf
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        return jax.lax.bitcast_convert_type(leaf, unsigned)
+
+    return [jnp.sum(words(leaf), dtype=jnp.uint32) for leaf in leaves]
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,220 @@
+"""The `lfjax` command. Exit codes: 0 done, 1 training failed, 2 bad input (one line), 130 interrupted (state saved)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from lfjax.config import InputError
+
+CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parser = _Parser(prog="lfjax", description="Language feedback to better language models, in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
+    _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
+    report = commands.add_parser("report", help="write WORKDIR/report.html")
+    report.add_argument("workdir")
+    report.set_defaults(run=_report)
+    commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
+    try:
+        arguments, rest = parser.parse_known_args(argv)
+        if rest and arguments.command != "train":
+            raise InputError(f"lfjax {arguments.command}: unknown argument {rest[0]}; see lfjax {arguments.command} -h")
+        return arguments.run(arguments, rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(
+            f"error: {error.filename or ''}: {error.strerror}; mend that and start the same command again",
+            file=sys.stderr,
+        )
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(f"{self.prog}: {message}; see {self.prog} -h")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
+    parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
+    parser.set_defaults(run=_train)
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, or a run directory (its last model)")
+    parser.add_argument("--prompt", action="append", help="text to continue; repeatable; default: start from nothing")
+    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_sample)
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from lfjax import config as configs
+
+    for item in overrides:
+        if not item.startswith("--config."):
+            raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
+    config = configs.load(arguments.config, overrides)
+    configs.validate(config)
+    _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
+
+    from lfjax import report
+    from lfjax.loops.chain import STAGE_FUNCTIONS
+    from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
+
+    run = Run(config, arguments.workdir, search=(Path(arguments.config).resolve().parent,))
+    try:
+        summary = run_stages(run, STAGE_FUNCTIONS)
+    except Interrupted as stop:
+        print(f"{stop}; start the same command to go on", file=sys.stderr)
+        return 130
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    import jax
+
+    if jax.process_index() == 0:
+        path = report.build(arguments.workdir)
+        for name in sorted(summary):
+            print(
+                f"{name:40s} {summary[name]:.6g}" if isinstance(summary[name], float) else f"{name:40s} {summary[name]}"
+            )
+        print(f"report: {path}")
+    return 0
+
+
+def _set_up_jax(precision: str, compile_cache: bool) -> None:
+    """Precision, the compile cache, and where this process is one of several, the others."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", precision)
+    if compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    coordinator = os.environ.get("LFJAX_COORDINATOR")
+    if coordinator:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes=int(os.environ["LFJAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["LFJAX_PROCESS_ID"]),
+        )
+
+
+def _sample(arguments: argparse.Namespace, _) -> int:
+    for name, low in (("n", 1), ("max_new_tokens", 1), ("temperature", 0.0), ("top_k", 0)):
+        if getattr(arguments, name) < low:
+            raise InputError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; allowed: at least {low}")
+    if not 0.0 < arguments.top_p <= 1.0:
+        raise InputError(f"--top-p: {arguments.top_p}; allowed: above 0, at most 1")
+    _set_up_jax("highest", True)
+
+    from lfjax.interop import hf
+    from lfjax.sampling.text import sample_texts
+
+    loaded = hf.load(_model_folder(Path(arguments.model)))
+    if loaded.tokenizer is None:
+        raise InputError(f"{arguments.model}: no tokenizer.model in the folder; sampling needs one")
+    if loaded.model.config.num_labels:
+        raise InputError(f"{arguments.model}: a model of scores, not a language model; name another")
+    prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    for prompt, response in zip(prompts, sample_texts(loaded, prompts, **options), strict=True):
+        print(prompt + response)
+    return 0
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder itself, or the last language model of a run directory."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; name a model folder or a run directory")
+    if (path / "models").is_dir():
+        for stage in ("ppo", "sft", "pretrain"):
+            if (path / "models" / stage).is_dir():
+                return path / "models" / stage
+        raise InputError(f"{path}/models: no language model in it yet; finish the pretrain stage first")
+    return path
+
+
+def _report(arguments: argparse.Namespace, _) -> int:
+    from lfjax import report
+
+    print(report.build(arguments.workdir))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, _) -> int:
+    """Prints what this machine has; returns 1 if something needed is missing or too old."""
+    problems = []
+    print(f"python {sys.version.split()[0]} ({sys.executable})")
+    for requirement in importlib.metadata.requires("lfjax") or []:
+        if ";" in requirement:
+            continue
+        name, minimum = _requirement(requirement)
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} is not installed; install lfjax with its dependencies")
+            continue
+        print(f"{name} {version}" + (f" (needs {minimum})" if minimum else ""))
+        if minimum and _numbers(version) < _numbers(minimum):
+            problems.append(f"{name} {version} is older than {minimum}")
+    try:
+        import jax
+
+        for device in jax.devices():
+            stats = device.memory_stats() or {}
+            limit = stats.get("bytes_limit")
+            print(f"device {device}: {device.device_kind}" + (f", {limit / 2**30:.1f} GiB" if limit else ""))
+        print(f"backend {jax.default_backend()}, {jax.process_count()} process(es)")
+    except RuntimeError as error:
+        problems.append(f"jax finds no device: {error}")
+    free = shutil.disk_usage(_existing(CACHE)).free
+    print(f"cache {CACHE}, {free / 2**30:.1f} GiB free on its disk")
+    if free < 2**30:
+        problems.append(f"less than 1 GiB is free on the disk of {CACHE}")
+    print(f"memory {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB, {os.cpu_count()} cores")
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("all is well" if not problems else f"{len(problems)} problem(s)")
+    return 1 if problems else 0
+
+
+def _requirement(text: str) -> tuple[str, str]:
+    name, _, minimum = text.replace("==", ">=").partition(">=")
+    return name.split("[")[0].strip(), minimum.strip()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

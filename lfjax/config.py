@@ -1,0 +1,455 @@
+"""Run configs: ml_collections sections with documented defaults; load, override, lock, validate, dump.
+
+A config file holds one `get_config()` that starts from `base_config()` and sets what differs. Every leaf can be
+overridden on the command line as `--config.section.key=value`; the dict is locked, so a misspelt key is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
+
+STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the file, line and field, or the config key, and the fix. Exit code 2."""
+
+
+def _section(**fields) -> ConfigDict:
+    return ConfigDict(fields)
+
+
+def _optim_overrides(**set_here) -> ConfigDict:
+    """A stage's own values; what is None is taken from `config.optim`."""
+    types = {"name": str, "learning_rate": float, "schedule": str, "warmup_steps": int, "end_factor": float,
+             "b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float}  # fmt: skip
+    section = ConfigDict({name: placeholder(kind) for name, kind in types.items()})
+    section.update(set_here)
+    return section
+
+
+def _training(**differs) -> dict[str, Any]:
+    """What every training stage has."""
+    return {
+        "steps": 0,  # optimiser steps; 0: as many as `epochs` say
+        "epochs": 1.0,
+        "batch_size": 16,  # rows of the global batch, over all devices and processes
+        "log_every": 10,  # steps a row of metrics.jsonl
+        "eval_every": 0,  # steps; 0: only at the end
+        "save_every": 100,  # steps between checkpoints
+        "keep": 2,  # checkpoints kept
+        "optim": _optim_overrides(),
+        **differs,
+    }
+
+
+def base_config() -> ConfigDict:
+    """Every section with its defaults. Fields are scalars or tuples; optional ones are typed placeholders."""
+    config = ConfigDict()
+    config.seed = 0
+    config.stages = STAGES  # what runs, in this order
+    config.data = _section(
+        source="vader",  # "vader": rated sentences fetched with pip; "jsonl": feedback records; "text": plain lines
+        path=placeholder(str),  # jsonl, text: the file (or its training split)
+        validation_path=placeholder(str),  # given splits; else split by hash of the text
+        test_path=placeholder(str),
+        validation_fraction=0.05,
+        test_fraction=0.05,
+        max_records=0,  # 0: all
+        seed=0,
+    )
+    config.tokenizer = _section(
+        path=placeholder(str),  # use this sentencepiece model; else train one on the training texts
+        model_type="unigram",  # or "bpe"
+        vocab_size=2000,
+    )
+    config.model = _section(
+        init_from=placeholder(str),  # a model folder (Hugging Face layout) to start from; its shape wins
+        form="llama",  # "llama": RoPE, RMSNorm, SwiGLU; "gpt2": learned positions, LayerNorm, GELU, biases
+        width=128,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        mlp_width=352,
+        context=128,  # longest sequence, in tokens
+        tied=True,
+        dtype="float32",  # compute; parameters, softmax and losses are float32
+        remat="none",  # "none" | "dots" | "full"
+        unroll=0,  # layers unrolled in the scan; 0: all
+        vocab_multiple=1,  # embedding rows are padded to a multiple of this and of mesh.tensor
+    )
+    config.mesh = _section(data=-1, fsdp=1, tensor=1, rules=())  # rules: () is lfjax.sharding.DEFAULT_RULES
+    config.optim = _section(
+        name="adamw",  # "adamw" | "adafactor" | "lion" | "muon"
+        learning_rate=1e-3,
+        schedule="cosine",  # "constant" | "linear" | "cosine"
+        warmup_steps=0,
+        end_factor=0.0,  # last learning rate / peak
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,  # 0: no clipping
+        groups=((r"norm\d?/|bias$|positions$", 1.0, 0.0),),  # (regex, learning-rate x, weight-decay x)
+    )
+    lm = {"num_microbatches": 1, "chunk_size": 64, "z_loss": 0.0}
+    config.pretrain = _section(**_training(seq_len=64, dropout=0.0, step=_section(**lm)))
+    config.sft = _section(**_training(seq_len=64, dropout=0.0, init_from="pretrain", step=_section(**lm)))
+    config.reward = _section(
+        **_training(
+            init_from="pretrain",  # stage or model folder
+            seq_len=128,
+            buckets=(32, 64, 128),  # sequence lengths, each compiled once
+            max_candidates=1,  # answers a record
+            dropout=0.0,
+            min_gap=1.0,  # rating points between the answers of a pair that counts in reward/pair_accuracy
+            head_init="normal",  # "normal": std 1/sqrt(D+1); "zero"
+            step=_section(
+                regression=1.0,  # weights of the losses; 0 leaves one out
+                bradley_terry=1.0,
+                hinge=0.0,
+                listwise_hinge=0.0,
+                plackett_luce=0.0,
+                softmax=0.0,
+                centering=0.0,
+                across_records=True,  # also pair answers of different records by their ratings
+                min_gap=1.0,  # rating points
+                margin_scale=0.0,  # margin = this x rating gap
+                num_microbatches=1,
+            ),
+        )
+    )
+    config.ppo = _section(
+        **_training(
+            init_from="pretrain",  # the policy's start and the frozen reference: stage or model folder
+            reward="reward",  # stage, model folder, or "module:function" f(prompts, responses, records) -> scores
+            value_init="reward",  # "reward" | "policy" | a model folder
+            batch_size=128,  # episodes an update
+            steps=40,  # updates
+            prompt_len=8,  # prompts are padded to this
+            prompt_min=4,  # words of a record without prompt that start a continuation
+            prompt_max=6,
+            norm_samples=512,  # reference samples that fix the score's mean and deviation; 0: scores as they are
+            kl_coef=0.1,
+            reference_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU
+            value_optim=_optim_overrides(),
+            samples_every=10,  # updates between rows in samples.jsonl
+            rollout_step=_section(max_new_tokens=28, temperature=1.0, top_k=0, top_p=1.0),
+            experience_step=_section(
+                gamma=1.0,
+                lam=0.95,
+                kl_kind="k1",  # "k1" | "k2" | "k3" | "abs"
+                whiten_rewards=False,
+                whiten_advantages=True,
+                min_length=0,  # a response of fewer tokens, or without EOS, scores min(score, 0) - penalty
+                require_eos=True,
+                penalty=1.0,
+                chunk_size=64,
+            ),
+            update_step=_section(
+                epochs=4,
+                minibatches=1,
+                clip_low=0.2,
+                clip_high=0.2,
+                value_clip=0.2,
+                value_coef=0.5,
+                entropy_coef=0.0,
+                kl_target=0.0,  # nats a sequence; above 0 the KL coefficient adapts to it
+                kl_horizon=10000.0,
+                num_microbatches=1,
+                chunk_size=64,
+            ),
+        )
+    )
+    config.evaluate = _section(prompts=512, batch_size=128, samples=24)
+    config.steps = _section(  # swap any of these for a fork: "my_module:my_step"
+        sft="lfjax.steps.sft:sft_step",
+        reward="lfjax.steps.reward:reward_step",
+        ppo_rollout="lfjax.steps.ppo_rollout:ppo_rollout",
+        ppo_experience="lfjax.steps.ppo_experience:ppo_experience",
+        ppo_update="lfjax.steps.ppo_update:ppo_update",
+        evaluate="lfjax.steps.evaluate:evaluate_step",
+    )
+    config.run = _section(
+        matmul_precision="highest",  # on CPU free; "default" is faster on accelerators
+        max_skipped=10,  # non-finite updates in a row before the run stops
+        tensorboard=True,
+        compile_cache=True,  # keep compiled programs in ~/.cache/lfjax/xla
+    )
+    return config
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> ConfigDict:  # type: ignore[assignment]
+    """Reads `get_config()` of a config file, applies `--config.key=value` overrides and locks the result.
+
+    Raises:
+      InputError: no such file, the file fails, an unknown key (with the nearest right one), a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--config={path}: no such file; give a Python file with a get_config() function")
+    try:
+        namespace = runpy.run_path(str(path))
+    except Exception as error:  # whatever a config file does wrong is the user's to mend
+        raise InputError(f"{path}: the config file fails with {type(error).__name__}: {error}") from error
+    if "get_config" not in namespace:
+        raise InputError(f"{path}: no get_config() function; a config file defines one that returns a ConfigDict")
+    try:
+        config = namespace["get_config"]()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: get_config() fails: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
+    for item in overrides:
+        apply_override(config, item)
+    config.lock()
+    return config
+
+
+def apply_override(config: ConfigDict, item: str) -> None:
+    """Applies one "--config.a.b=value"."""
+    match = re.fullmatch(r"--config\.([\w.]+)=(.*)", item, re.DOTALL)
+    if not match:
+        raise InputError(f"{item}: not an override; write --config.section.key=value")
+    dotted, text = match.groups()
+    section: Any = config
+    parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(section, ConfigDict) or part not in section:
+            known = list(section) if isinstance(section, ConfigDict) else []
+            raise InputError(_unknown_key(".".join(["config", *parts[: depth + 1]]), part, known))
+        if depth < len(parts) - 1:
+            section = section[part]
+    if isinstance(section[parts[-1]], ConfigDict):
+        inside = ", ".join(section[parts[-1]])
+        raise InputError(f"config.{dotted}: a section; set one of its keys: {inside}")
+    section[parts[-1]] = _parse(text, section.get_type(parts[-1]), f"config.{dotted}")
+
+
+def _unknown_key(dotted: str, part: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
+    hint = (
+        f"did you mean {dotted.rsplit('.', 1)[0]}.{near[0]}?" if near else f"known keys: {', '.join(known) or 'none'}"
+    )
+    return f"{dotted}: no such key; {hint}"
+
+
+def _parse(text: str, kind: type, key: str):
+    """A value of the leaf's own type; "none" empties an optional leaf."""
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if kind is tuple and isinstance(value, (int, float, str)):
+        value = tuple(_scalar(part) for part in text.split(",") if part)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"{key}: {text!r} is not {kind.__name__}; give a value such as {_example(kind)}")
+    return value
+
+
+def _scalar(text: str):
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
+
+
+def _example(kind: type) -> str:
+    return {int: "16", float: "1e-4", bool: "True", tuple: "(1, 2)"}.get(kind, "text")
+
+
+def optim_section(config: ConfigDict, stage: str, name: str = "optim") -> dict[str, Any]:
+    """A stage's optimiser settings: `config.optim` with the stage's own values on top."""
+    own = {key: value for key, value in config[stage][name].items() if value is not None}
+    return {**config.optim.to_dict(), **own}
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """The resolved config as JSON-able values."""
+
+    def plain(value):
+        if isinstance(value, (ConfigDict, dict)):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, FieldReference):
+            return plain(value.get())
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
+    """{"config.optim.b1": 0.9, ...}."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        flat |= flatten(value, name) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One "key: old -> new" for each leaf that differs."""
+    a, b = flatten(old), flatten(new)
+    missing = "(absent)"
+    return [
+        f"{key}: {json.dumps(a.get(key, missing))} -> {json.dumps(b.get(key, missing))}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, missing) != b.get(key, missing)
+    ]
+
+
+def _at_least(config: ConfigDict, low: float, *keys: str) -> None:
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        if value < low:
+            raise InputError(f"config.{key}: {value}; allowed: at least {low:g}")
+
+
+def _one_of(config: ConfigDict, key: str, allowed: tuple[str, ...]) -> None:
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+        raise InputError(f"config.{key}: {value!r}; {hint}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Everything that can be said about a config without reading data or starting a device.
+
+    Raises:
+      InputError: naming the key, what was found, and what is allowed.
+    """
+    for stage in config.stages:
+        if stage not in STAGES:
+            near = difflib.get_close_matches(str(stage), STAGES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(STAGES)}"
+            raise InputError(f"config.stages: unknown stage {stage!r}; {hint}")
+    if not config.stages or len(set(config.stages)) != len(config.stages):
+        raise InputError(f"config.stages: {config.stages}; name one or more stages, each once")
+    _one_of(config, "data.source", ("vader", "jsonl", "text"))
+    if config.data.source != "vader" and not config.data.path:
+        raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
+    _one_of(config, "tokenizer.model_type", ("unigram", "bpe"))
+    _one_of(config, "model.form", ("llama", "gpt2"))
+    _one_of(config, "model.dtype", ("float32", "bfloat16"))
+    _one_of(config, "model.remat", ("none", "dots", "full"))
+    _one_of(config, "reward.head_init", ("normal", "zero"))
+    _one_of(config, "run.matmul_precision", ("default", "high", "highest"))
+    _one_of(config, "ppo.experience_step.kl_kind", ("k1", "k2", "k3", "abs"))
+    _one_of(config, "ppo.reference_dtype", ("auto", "float32", "bfloat16"))
+    _at_least(config, 1, "model.width", "model.layers", "model.heads", "model.kv_heads", "model.mlp_width")
+    _at_least(config, 2, "model.context", "tokenizer.vocab_size")
+    _at_least(config, 0, "model.unroll", "data.max_records", "ppo.norm_samples", "ppo.kl_coef")
+    _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "ppo.prompt_min", "run.max_skipped")
+    _check_model(config)
+    for fraction in ("validation_fraction", "test_fraction"):
+        if not 0.0 < config.data[fraction] < 0.5:
+            raise InputError(f"config.data.{fraction}: {config.data[fraction]}; allowed: between 0 and 0.5")
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        if stage in config.stages:
+            _check_training(config, stage)
+    if "ppo" in config.stages:
+        _check_ppo(config)
+
+
+def _check_model(config: ConfigDict) -> None:
+    model = config.model
+    if model.width % model.heads:
+        raise InputError(f"config.model.heads: {model.heads} does not divide model.width {model.width}")
+    if model.heads % model.kv_heads:
+        raise InputError(f"config.model.kv_heads: {model.kv_heads} does not divide model.heads {model.heads}")
+    if model.form == "llama" and (model.width // model.heads) % 2:
+        raise InputError(f"config.model.heads: a head is {model.width // model.heads} wide; RoPE needs an even width")
+    if model.form == "gpt2" and model.kv_heads != model.heads:
+        raise InputError(f"config.model.kv_heads: {model.kv_heads}; the gpt2 form has as many as heads ({model.heads})")
+
+
+def _check_training(config: ConfigDict, stage: str) -> None:
+    section = config[stage]
+    _at_least(config, 0, f"{stage}.steps", f"{stage}.eval_every")
+    _at_least(config, 1, *(f"{stage}.{key}" for key in ("batch_size", "log_every", "save_every", "keep")))
+    if section.steps == 0 and section.epochs <= 0:
+        raise InputError(f"config.{stage}.epochs: {section.epochs}; give steps or epochs above 0")
+    for name in ("optim", "value_optim") if stage == "ppo" else ("optim",):
+        optim = optim_section(config, stage, name)
+        key = f"config.{stage}.{name}"
+        if optim["name"] not in ("adamw", "adafactor", "lion", "muon"):
+            raise InputError(f"{key}.name: {optim['name']!r}; allowed: adamw, adafactor, lion, muon")
+        if optim["schedule"] not in ("constant", "linear", "cosine"):
+            raise InputError(f"{key}.schedule: {optim['schedule']!r}; allowed: constant, linear, cosine")
+        if optim["learning_rate"] <= 0:
+            raise InputError(f"{key}.learning_rate: {optim['learning_rate']}; allowed: above 0")
+        for row in optim["groups"]:
+            _check_group(row)
+    step = section.update_step if stage == "ppo" else section.step
+    parts = step.num_microbatches * step.get("minibatches", 1)
+    if parts < 1 or section.batch_size % parts:
+        what = "update_step.minibatches x update_step.num_microbatches" if stage == "ppo" else "step.num_microbatches"
+        raise InputError(f"config.{stage}.batch_size: {section.batch_size} rows do not divide into {what} = {parts}")
+    if "dropout" in section and not 0.0 <= section.dropout < 1.0:
+        raise InputError(f"config.{stage}.dropout: {section.dropout}; allowed: 0 up to, not including, 1")
+    if "seq_len" in section and not 2 <= section.seq_len <= config.model.context:
+        raise InputError(
+            f"config.{stage}.seq_len: {section.seq_len}; allowed: 2 to model.context = {config.model.context}"
+        )
+    if stage == "reward" and max(section.buckets) > config.model.context:
+        raise InputError(
+            f"config.reward.buckets: {max(section.buckets)} is longer than model.context = {config.model.context}"
+        )
+
+
+def _check_group(row) -> None:
+    try:
+        pattern, rate, decay = row
+        re.compile(pattern)
+        rate + decay
+    except (TypeError, ValueError, re.error) as error:
+        raise InputError(
+            f"config.optim.groups: {row!r}; a row is (regex, learning-rate multiplier, weight-decay multiplier)"
+        ) from error
+
+
+def _check_ppo(config: ConfigDict) -> None:
+    ppo = config.ppo
+    if ppo.rollout_step.top_k or ppo.rollout_step.top_p != 1.0:
+        raise InputError(
+            "config.ppo.rollout_step.top_k/top_p: PPO samples from the whole distribution, or its ratios are wrong;"
+            " set top_k=0 and top_p=1.0"
+        )
+    _at_least(config, 1e-6, "ppo.rollout_step.temperature")
+    _at_least(config, 1, "ppo.rollout_step.max_new_tokens", "ppo.update_step.epochs", "ppo.prompt_len")
+    for key in ("clip_low", "clip_high"):
+        if not 0.0 < ppo.update_step[key] < 1.0:
+            raise InputError(f"config.ppo.update_step.{key}: {ppo.update_step[key]}; allowed: between 0 and 1")
+    for key in ("gamma", "lam"):
+        if not 0.0 <= ppo.experience_step[key] <= 1.0:
+            raise InputError(f"config.ppo.experience_step.{key}: {ppo.experience_step[key]}; allowed: 0 to 1")
+    longest = ppo.prompt_len + ppo.rollout_step.max_new_tokens
+    if longest > config.model.context:
+        raise InputError(
+            f"config.ppo.prompt_len: with rollout_step.max_new_tokens {longest} tokens; allowed: at most model.context"
+            f" = {config.model.context}"
+        )
+    if ppo.prompt_max < ppo.prompt_min or ppo.prompt_max + 1 > ppo.prompt_len:
+        raise InputError(
+            f"config.ppo.prompt_max: {ppo.prompt_max}; allowed: from prompt_min {ppo.prompt_min} to prompt_len - 1"
+            f" = {ppo.prompt_len - 1}"
+        )

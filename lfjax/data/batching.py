@@ -1,0 +1,330 @@
+"""Batches as a pure function of (seed, step): packed rows, reward buckets, prompts. NumPy only.
+
+Every class has `steps_per_epoch` (the same in every epoch) and `batch_at(step, *, process=0, processes=1)`, which
+gives a process its contiguous share of the global batch's rows. Epoch e = step // steps_per_epoch is shuffled by
+`np.random.default_rng((seed, e))`; only the current epoch's order is kept.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lfjax.config import InputError
+from lfjax.data.examples import Document, RewardExample
+from lfjax.types import PromptBatch, RewardBatch, SftBatch
+
+PACKING_WINDOW = 4096  # documents packed together; a few thousand fill rows to more than 99 %
+
+
+def _share(batch_size: int, process: int, processes: int) -> slice:
+    """The rows of the global batch that a process holds."""
+    if batch_size % processes:
+        raise InputError(f"batch_size: found {batch_size}; allowed: a multiple of the {processes} processes")
+    rows = batch_size // processes
+    return slice(process * rows, (process + 1) * rows)
+
+
+class _Epochs:
+    """Remembers the last epoch's order, so that consecutive steps do not compute it again."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[np.ndarray] = []
+
+    def order(self, epoch: int, make) -> list[np.ndarray]:
+        if epoch != self._epoch:
+            self._order = make(np.random.default_rng((self._seed, epoch)))
+            self._epoch = epoch
+        return self._order
+
+
+class PackedRows:
+    """Documents packed into rows of `seq_len` targets, none cut that fits, no target across two documents.
+
+    A document longer than seq_len + 1 tokens is split into pieces that share one token, so each of its targets counts
+    once. Packing is best-fit inside windows of the epoch's shuffled documents; the rows are then shuffled too. The
+    number of batches is the first epoch's; later epochs leave out the rows beyond it or take their first ones twice, a
+    row or two in thousands.
+
+    Args:
+      documents: token lists, or (tokens, flags): a flag says whether the token counts as a target.
+      seq_len: T; rows hold T + 1 tokens.
+      packed: False puts one document (or piece) in each row: the padded form, with the same targets.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[list[int]] | Sequence[Document],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        pad_id: int,
+        packed: bool = True,
+    ):
+        self.seq_len, self.batch_size, self.pad_id, self._packed = seq_len, batch_size, pad_id, packed
+        self._tokens, self._flags, self._starts, self._lengths = _flatten(documents, seq_len)
+        self._epochs = _Epochs(seed)
+        self.targets = int(np.count_nonzero(self._flags)) - self._unreachable()
+        rows = len(self._epochs.order(0, self._pack))
+        self.steps_per_epoch = max(1, rows // batch_size)
+        self.fill = int(self._lengths.sum()) / (rows * (seq_len + 1))  # share of the rows' places that hold a token
+
+    def _unreachable(self) -> int:
+        """Flags on the first token of a piece, which has no context and is no target."""
+        return int(np.count_nonzero(self._flags[self._starts]))
+
+    def _pack(self, rng: np.random.Generator) -> list[np.ndarray]:
+        shuffled = rng.permutation(len(self._lengths))
+        lengths = self._lengths[shuffled].tolist()
+        rows = best_fit(lengths, self.seq_len + 1) if self._packed else [[i] for i in range(len(lengths))]
+        order = rng.permutation(len(rows))
+        return [shuffled[rows[i]] for i in order]
+
+    def batch_at(self, step: int, *, process: int = 0, processes: int = 1) -> SftBatch:
+        """The step's rows of this process: tokens [B T+1], loss_mask [B T], segment_ids [B T]."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        rows = self._epochs.order(epoch, self._pack)
+        places = np.arange(self.batch_size)[_share(self.batch_size, process, processes)] + index * self.batch_size
+        return self._build([rows[place % len(rows)] for place in places])
+
+    def _build(self, rows: Sequence[np.ndarray]) -> SftBatch:
+        shape = (len(rows), self.seq_len + 1)
+        tokens = np.full(shape, self.pad_id, np.int32)
+        segments = np.zeros(shape, np.int32)
+        flags = np.zeros(shape, bool)
+        for i, row in enumerate(rows):
+            place = 0
+            for number, piece in enumerate(row, 1):
+                start, length = self._starts[piece], self._lengths[piece]
+                here, there = slice(place, place + length), slice(start, start + length)
+                tokens[i, here], flags[i, here], segments[i, here] = self._tokens[there], self._flags[there], number
+                place += length
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        return SftBatch(tokens, flags[:, 1:] & same, segments[:, :-1])
+
+    def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[SftBatch]:
+        """Every row of the first epoch once; the last batch is filled up with rows of padding, which count nowhere."""
+        rows = list(self._epochs.order(0, self._pack))
+        rows += [np.zeros(0, np.int64)] * (-len(rows) % self.batch_size)
+        share = _share(self.batch_size, process, processes)
+        for start in range(0, len(rows), self.batch_size):
+            yield self._build(rows[start : start + self.batch_size][share])
+
+
+def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens in one array, their flags, and the start and length of each piece."""
+    if not documents:
+        raise InputError("no document to train on: the records hold no text of the kind that this stage learns from")
+    tokens: list[int] = []
+    flags: list[bool] = []
+    starts, lengths = [], []
+    for document in documents:
+        ids, counts = document if isinstance(document, tuple) else (document, [True] * len(document))
+        if len(ids) < 2:
+            continue  # no target
+        for first in range(0, len(ids) - 1, seq_len):
+            starts.append(len(tokens) + first)
+            lengths.append(min(seq_len + 1, len(ids) - first))
+        tokens.extend(ids)
+        flags.extend(counts)
+    if not starts:
+        raise InputError("no document to train on: each has fewer than 2 tokens")
+    return np.array(tokens, np.int32), np.array(flags, bool), np.array(starts), np.array(lengths)
+
+
+def best_fit(lengths: Sequence[int], capacity: int, window: int = PACKING_WINDOW) -> list[list[int]]:
+    """Items packed into rows: indices of the items by row. No item may be longer than `capacity`.
+
+    Each window of consecutive items is packed by itself, longest first, each into the row where it leaves the least
+    room (best-fit decreasing): deterministic, and linear in the number of windows.
+    """
+    rows: list[list[int]] = []
+    for start in range(0, len(lengths), window):
+        room: list[tuple[int, int]] = []  # (free places, row) of this window's rows, sorted
+        items = range(start, min(start + window, len(lengths)))
+        for item in sorted(items, key=lambda i: -lengths[i]):
+            fit = bisect.bisect_left(room, (lengths[item], -1))
+            if fit < len(room):
+                free, row = room.pop(fit)
+            else:
+                free, row = capacity, len(rows)
+                rows.append([])
+            rows[row].append(item)
+            bisect.insort(room, (free - lengths[item], row))
+    return rows
+
+
+class Bucket(NamedTuple):
+    """The shape of a reward batch's sequences."""
+
+    candidates: int  # C
+    length: int  # T
+
+
+class RewardBatches:
+    """Reward examples in batches of a few fixed shapes [B C T], right-padded.
+
+    A bucket's candidate count is the smallest of 1, 2 and `max_candidates` that holds the example, its length the
+    smallest of `buckets` that holds its longest candidate. Each epoch is shuffled, then cut into full batches inside
+    each bucket; what is left over moves to the next length, then to the next candidate count, always in the same
+    number. At the end fewer than a batch are left: `left_out` examples sit out an epoch, other ones each time. With
+    fewer examples than one batch, they repeat to fill it.
+
+    Args:
+      examples: of `examples.reward_examples`.
+      buckets: lengths in tokens.
+      max_candidates: examples with more keep their first ones (a ranking's best); `cut_candidates` counts the rest.
+    Raises:
+      InputError: no example, or a candidate longer than the largest bucket.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[RewardExample],
+        *,
+        batch_size: int,
+        buckets: Sequence[int],
+        seed: int,
+        pad_id: int,
+        max_candidates: int = 4,
+    ):
+        if not examples:
+            raise InputError(
+                "no record has feedback that a reward model can learn from: rating, ranking, preference, edit or label"
+            )
+        self.examples, self.batch_size, self.pad_id, self.max_candidates = examples, batch_size, pad_id, max_candidates
+        self.cut_candidates = sum(max(0, len(example.candidates) - max_candidates) for example in examples)
+        lengths = sorted(buckets)
+        counts = sorted({min(count, max_candidates) for count in (1, 2, max_candidates)})
+        places = [self._bucket(example, counts, lengths) for example in examples]
+        used = {count for count, _ in places}
+        self._buckets = [Bucket(count, length) for count in counts if count in used for length in lengths]
+        self._members = {bucket: np.flatnonzero([place == bucket for place in places]) for bucket in self._buckets}
+        self._epochs = _Epochs(seed)
+        self._batches = self._epochs.order(0, self._arrange)
+        self.steps_per_epoch = len(self._batches)
+        self.left_out = max(0, len(examples) - self.steps_per_epoch * batch_size)
+        shapes = {self._shape(batch) for batch in self._batches}
+        self.bucket_shapes = [(batch_size, *bucket) for bucket in self._buckets if bucket in shapes]
+
+    def _bucket(self, example: RewardExample, counts: list[int], lengths: list[int]) -> Bucket:
+        longest = max(len(candidate) for candidate in example.candidates[: self.max_candidates])
+        if longest > lengths[-1]:
+            raise InputError(
+                f"record {example.record}: a sequence of {longest} tokens; the largest bucket holds {lengths[-1]}"
+            )
+        count = min(len(example.candidates), self.max_candidates)
+        return Bucket(counts[bisect.bisect_left(counts, count)], lengths[bisect.bisect_left(lengths, longest)])
+
+    def _arrange(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Rows [B + 1] of the epoch: the bucket's number, then the indices of its examples."""
+        batches = []
+        carried = np.zeros(0, np.int64)
+        for number, bucket in enumerate(self._buckets):
+            members = np.concatenate([carried, self._members[bucket]])
+            members = members[rng.permutation(len(members))]
+            full = len(members) // self.batch_size * self.batch_size
+            batches += [np.r_[number, batch] for batch in members[:full].reshape(-1, self.batch_size)]
+            carried = members[full:]
+        if not batches:
+            batches = [np.r_[len(self._buckets) - 1, np.resize(carried, self.batch_size)]]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _shape(self, batch: np.ndarray) -> Bucket:
+        return self._buckets[batch[0]]
+
+    def batch_at(self, step: int, *, process: int = 0, processes: int = 1) -> RewardBatch:
+        """The step's rows of this process; fields as in `types.RewardBatch`."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        batch = self._epochs.order(epoch, self._arrange)[index]
+        return self._build(batch[1:][_share(self.batch_size, process, processes)], self._shape(batch))
+
+    def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[tuple[np.ndarray, RewardBatch]]:
+        """Every example exactly once, in a few shapes: (indices [B] into `examples`, -1 for a row of padding; batch).
+
+        Rows of padding are masked out everywhere. The indices are those of this process's rows.
+        """
+        share = _share(self.batch_size, process, processes)
+        for bucket in self._buckets:
+            members = self._members[bucket]
+            indices = np.concatenate([members, np.full(-len(members) % self.batch_size, -1)])
+            for start in range(0, len(indices), self.batch_size):
+                rows = indices[start : start + self.batch_size][share]
+                yield rows, self._build(rows, bucket)
+
+    def _build(self, rows: np.ndarray, bucket: Bucket) -> RewardBatch:
+        shape = (len(rows), bucket.candidates)
+        tokens = np.full((*shape, bucket.length), self.pad_id, np.int32)
+        mask = np.zeros((*shape, bucket.length), bool)
+        ratings, rated = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        ranks, ranked = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        margin = np.zeros(len(rows), np.float32)
+        for i, index in enumerate(rows):
+            if index < 0:
+                continue
+            example = self.examples[index]
+            margin[i] = example.margin
+            for j, candidate in enumerate(example.candidates[: bucket.candidates]):
+                tokens[i, j, : len(candidate)], mask[i, j, : len(candidate)] = candidate, True
+                if example.ratings[j] is not None:
+                    ratings[i, j], rated[i, j] = example.ratings[j], True
+                if example.ranks[j] is not None:
+                    ranks[i, j], ranked[i, j] = example.ranks[j], True
+        return RewardBatch(tokens, mask, ratings, rated, ranks, ranked, margin)
+
+
+class PromptBatches:
+    """Left-padded prompts; each epoch in another order. Fewer prompts than a batch repeat to fill it.
+
+    `row_ids` are step * batch_size + row, so no two rows of a run share their noise.
+    """
+
+    def __init__(self, prompts: Sequence[list[int]], *, batch_size: int, prompt_len: int, seed: int, pad_id: int):
+        if not prompts:
+            raise InputError("no prompt to sample from: the records are empty")
+        for i, prompt in enumerate(prompts):
+            if not 0 < len(prompt) <= prompt_len:
+                raise InputError(f"prompt {i}: found {len(prompt)} tokens; allowed: 1 to prompt_len={prompt_len}")
+        self.prompts, self.batch_size, self.prompt_len, self.pad_id = prompts, batch_size, prompt_len, pad_id
+        self.steps_per_epoch = max(1, len(prompts) // batch_size)
+        self._epochs = _Epochs(seed)
+
+    def _shuffle(self, rng: np.random.Generator) -> list[np.ndarray]:
+        order = np.resize(rng.permutation(len(self.prompts)), self.steps_per_epoch * self.batch_size)
+        return list(order.reshape(self.steps_per_epoch, self.batch_size))
+
+    def indices_at(self, step: int) -> np.ndarray:
+        """Which prompts make the step's global batch: [B] indices into `prompts`."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epochs.order(epoch, self._shuffle)[index]
+
+    def batch_at(self, step: int, *, process: int = 0, processes: int = 1) -> PromptBatch:
+        """The step's rows of this process: tokens [B P], mask [B P], row_ids [B]."""
+        share = _share(self.batch_size, process, processes)
+        row_ids = (step * self.batch_size + np.arange(self.batch_size)) % 2**31
+        return self._build(self.indices_at(step)[share], row_ids[share])
+
+    def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[tuple[np.ndarray, PromptBatch]]:
+        """Every prompt once, in order: (indices [B], -1 for a row that only fills the last batch; batch).
+
+        Filling rows repeat prompts; `row_ids` are the places in this order.
+        """
+        share = _share(self.batch_size, process, processes)
+        count = len(self.prompts)
+        for start in range(0, count, self.batch_size):
+            places = np.arange(start, start + self.batch_size)[share]
+            yield np.where(places < count, places, -1), self._build(places % count, places)
+
+    def _build(self, indices: np.ndarray, row_ids: np.ndarray) -> PromptBatch:
+        tokens = np.full((len(indices), self.prompt_len), self.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, index in enumerate(indices):
+            prompt = self.prompts[index]
+            tokens[i, self.prompt_len - len(prompt) :], mask[i, self.prompt_len - len(prompt) :] = prompt, True
+        return PromptBatch(tokens, mask, row_ids.astype(np.int32))

@@ -1,0 +1,61 @@
+"""When two texts are the same for training's purposes: keys, merging, and the split that keeps them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+from lfjax.records import Rating, Record
+
+SPLITS = ("train", "validation", "test")
+
+
+def text_key(text: str) -> str:
+    """Lower-cased letters and digits of any script only; texts with one key are near-identical. "" for ":-)"."""
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+def record_key(record: Record) -> str:
+    """The key that decides a record's split: the prompt's, or the responses' where there is no prompt to speak of."""
+    prompt = text_key(record.prompt_text) if record.prompt else ""
+    return prompt or text_key(" ".join(record.responses))
+
+
+def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
+    """train, validation or test, by the key's sha256: the same on every machine, whatever else is in the data."""
+    place = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "big") / 2.0**64
+    if place < test_fraction:
+        return "test"
+    return "validation" if place < test_fraction + validation_fraction else "train"
+
+
+def merge_rated_duplicates(records: list[Record]) -> tuple[list[Record], int, float]:
+    """Records of near-identical prompt and single response whose feedback is ratings on one scale become one record.
+
+    The first stays, with one rating, the mean of all; its `extra["duplicates"]` counts the ones merged into it.
+
+    Returns:
+      (records in their order, how many went away, the largest difference of the ratings of one text).
+    """
+    groups: dict[tuple, list[Record]] = {}
+    for i, record in enumerate(records):
+        ratings = [entry for entry in record.feedback if isinstance(entry, Rating)]
+        scales = {entry.scale for entry in ratings}
+        mergeable = len(record.responses) == 1 and len(scales) == 1 and len(ratings) == len(record.feedback)
+        text = text_key(record.responses[0]) if mergeable else ""
+        same = (text_key(record.prompt_text), text, scales.pop()) if text else i
+        groups.setdefault((same,), []).append(record)
+    spread = 0.0
+    merged = []
+    for group in groups.values():
+        if len(group) > 1:
+            ratings = [entry for record in group for entry in record.feedback if isinstance(entry, Rating)]
+            values = [entry.value for entry in ratings]
+            spread = max(spread, max(values) - min(values))
+            mean = Rating(0, math.fsum(values) / len(values), ratings[0].scale)
+            extra = group[0].extra | {"duplicates": len(group) - 1}
+            merged.append(dataclasses.replace(group[0], feedback=[mean], extra=extra))
+        else:
+            merged.append(group[0])
+    return merged, len(records) - len(merged), spread

@@ -1,0 +1,163 @@
+"""From records to token lists: documents, supervised examples, reward examples, prompts.
+
+Prompt and response are encoded separately and the ids concatenated, so that training sees the ids that sampling makes.
+Every sequence starts with BOS; a complete response ends in EOS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+
+from lfjax.config import InputError
+from lfjax.records import Edit, Label, Preference, Ranking, Record, mean_ratings
+from lfjax.tokenizers import Tokenizer
+
+Document = tuple[list[int], list[bool]]  # tokens, and whether each counts as a target
+
+
+@dataclasses.dataclass
+class RewardExample:
+    """Complete sequences of one record, and what one judgement said of them.
+
+    Attributes:
+      candidates: token lists, BOS + prompt + response + EOS.
+      ratings: raw values on the record's own scale, None where a candidate has none.
+      ranks: 0 = best, ties share a rank, None where a candidate has none.
+      margin: how much better a preference's chosen answer is; 0 where nobody said.
+      record: the index of the record among those converted.
+    """
+
+    candidates: list[list[int]]
+    ratings: list[float | None]
+    ranks: list[int | None]
+    margin: float = 0.0
+    record: int = 0
+
+
+def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
+    """BOS + the prompt's ids."""
+    return [tokenizer.bos_id, *tokenizer.encode(record.prompt_text if record.prompt else "")]
+
+
+def pretraining_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[list[int]]:
+    """BOS + prompt + response + EOS for every response that is not empty; every token is learned from."""
+    documents = []
+    for record in records:
+        prompt = prompt_tokens(record, tokenizer)
+        for response in filter(None, record.responses):
+            documents.append([*prompt, *tokenizer.encode(response), tokenizer.eos_id])
+    return documents
+
+
+def sft_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[Document]:
+    """Demonstrations: the prompt without loss, the response and its EOS with.
+
+    A person's `edit` is a demonstration; where a record holds no feedback at all, its responses are (reference
+    answers). What was only rated, ranked or criticised is not.
+    """
+    documents = []
+    for record in records:
+        texts = [entry.text for entry in record.feedback if isinstance(entry, Edit)]
+        prompt = prompt_tokens(record, tokenizer)
+        for text in texts if record.feedback else record.responses:
+            response = [*tokenizer.encode(text), tokenizer.eos_id]
+            documents.append((prompt + response, [False] * len(prompt) + [True] * len(response)))
+    return documents
+
+
+def _complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, truncate: bool) -> list[int]:
+    """BOS + prompt + response + EOS in at most `max_length` tokens: the prompt's start goes first, EOS never."""
+    prompt = prompt_tokens(record, tokenizer)[1:]
+    response = [*tokenizer.encode(text), tokenizer.eos_id]
+    excess = 1 + len(prompt) + len(response) - max_length
+    if excess > 0:
+        if not truncate:
+            raise InputError(
+                f"{record.where}: prompt and response have {max_length + excess} tokens; at most {max_length} are "
+                "allowed: leave the record out, lengthen the context or allow truncation"
+            )
+        prompt = prompt[min(excess, len(prompt)) :]
+        response = response[: max(max_length - 2 - len(prompt), 0)] + response[-1:] if excess > 0 else response
+    return [tokenizer.bos_id, *prompt, *response][:max_length]
+
+
+def _judgements(record: Record) -> Iterator[tuple[list[str], list[float | None], list[int | None], float]]:
+    """(texts, ratings, ranks, margin) of every judgement that compares or scores responses."""
+    values = mean_ratings(record)
+    for entry in record.feedback:
+        if isinstance(entry, Label) and not isinstance(entry.value, str):
+            values.setdefault(entry.response, float(entry.value))
+    if values:
+        yield [record.responses[i] for i in values], list(values.values()), [None] * len(values), 0.0
+    for entry in record.feedback:
+        if isinstance(entry, Ranking):
+            ranked = [(i, rank) for rank, group in enumerate(entry.order) for i in group]
+            texts = [record.responses[i] for i, _ in ranked]
+            yield texts, [None] * len(ranked), [rank for _, rank in ranked], 0.0
+        elif isinstance(entry, Preference):
+            pair = [record.responses[entry.chosen], record.responses[entry.rejected]]
+            yield pair, [None, None], [0, 1], entry.margin or 0.0
+        elif isinstance(entry, Edit) and entry.text != record.responses[entry.response]:
+            yield [entry.text, record.responses[entry.response]], [None, None], [0, 1], 0.0
+
+
+def reward_examples(
+    records: Iterable[Record], tokenizer: Tokenizer, *, max_length: int, truncate: bool = True
+) -> list[RewardExample]:
+    """What a reward model can learn from, one example a judgement, in the records' order.
+
+    All ratings of a record make one example (several of one response are averaged; labels that are true, false or
+    numbers count as ratings 1, 0 or the number where a response has no rating); every ranking makes one; every
+    preference a pair; every edit the pair edit > original. Critiques, word labels and implicit signals say nothing
+    here.
+
+    Args:
+      max_length: of a complete sequence, in tokens.
+      truncate: cut longer ones (first the prompt's start, then the response's end; the EOS stays), else refuse.
+    Raises:
+      InputError: a sequence is too long and truncate is False; names the record.
+    """
+    examples = []
+    for index, record in enumerate(records):
+        for texts, ratings, ranks, margin in _judgements(record):
+            candidates = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
+            examples.append(RewardExample(candidates, ratings, ranks, margin, index))
+    return examples
+
+
+def prompts_from_records(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    min_tokens: int = 4,
+    max_tokens: int = 6,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> list[list[int]]:
+    """One prompt a record, in the records' order: BOS + its prompt or, where it has none, its text's first tokens.
+
+    How many first tokens, from min_tokens to max_tokens, is decided by the text's sha256, so a record's prompt is
+    fixed. A text of fewer tokens is its own prompt.
+
+    Args:
+      max_length: of BOS + prompt, in tokens; None: any.
+      truncate: cut longer prompts on the left (BOS stays), else refuse.
+    Raises:
+      InputError: a prompt is too long and truncate is False; names the record.
+    """
+    prompts = []
+    for record in records:
+        tokens = prompt_tokens(record, tokenizer)
+        if not record.prompt:
+            text = record.responses[0]
+            place = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+            tokens += tokenizer.encode(text)[: min_tokens + place % (max_tokens - min_tokens + 1)]
+        if max_length is not None and len(tokens) > max_length:
+            if not truncate:
+                found = f"found {len(tokens)} tokens with BOS"
+                raise InputError(f"{record.where}: field 'prompt': {found}; allowed: at most {max_length}")
+            tokens = tokens[:1] + tokens[len(tokens) - max_length + 1 :]
+        prompts.append(tokens)
+    return prompts

@@ -1,0 +1,160 @@
+"""Records from wherever a config says: the VADER sentences, a JSONL file of feedback, plain text; always split in 3."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lfjax.config import InputError
+from lfjax.data import vader
+from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of
+from lfjax.records import Rating, Record, read_records
+
+SOURCES = ("vader", "jsonl", "text")
+
+
+@dataclasses.dataclass
+class Splits:
+    """Records to learn from, to tune on and to report on; `counts` says what was found, merged and left out."""
+
+    train: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    counts: dict[str, Any]
+
+    def __getitem__(self, name: str) -> list[Record]:
+        return getattr(self, name)
+
+
+def load_records(data: Any) -> Splits:
+    """The records that a config's `data` section names, in fixed splits.
+
+    A record's split depends on its normalised text alone (see `duplicates.record_key`), so near-identical texts never
+    straddle two splits and a seed never moves one. With explicit `validation_path` and `test_path`, training records
+    that are near-identical to a held-out one are left out and counted.
+
+    Args:
+      data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction,
+        test_fraction, max_records (0: all; else about this many in all, every split keeping its share), seed (which
+        ones max_records keeps).
+    Raises:
+      InputError: an unknown source, no path, a bad file, or a split that holds nothing.
+    """
+    if data.source not in SOURCES:
+        raise InputError(f"data.source: found {data.source!r}; allowed: {' | '.join(SOURCES)}")
+    if data.source == "vader":
+        splits, counts = vader.load()
+    else:
+        splits, counts = _load_files(data)
+    if data.max_records:
+        splits = _at_most(splits, data.max_records, data.seed)
+    for name in SPLITS:
+        counts[f"{name}/records"] = len(splits[name])
+        if not splits[name]:
+            raise InputError(
+                f"data: the {name} split is empty ({counts['rows']} records in all); give more records, a larger "
+                f"data.validation_fraction and data.test_fraction, or data.validation_path and data.test_path"
+            )
+    return Splits(**splits, counts=counts)
+
+
+def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
+    if data.path is None:
+        raise InputError(f"data.path: found nothing; data.source={data.source!r} needs the path of a file")
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0 <= getattr(data, name) < 0.5:
+            raise InputError(f"data.{name}: found {getattr(data, name)}; allowed: 0 up to, not including, 0.5")
+    read = read_records if data.source == "jsonl" else read_text
+    files = {name: list(read(path)) for name, path in zip(SPLITS, _paths(data), strict=True) if path is not None}
+    counts: dict[str, Any] = {"rows": sum(len(records) for records in files.values()), "empty": 0}
+    counts |= {"duplicates": 0, "duplicates_max_gap": 0.0}
+    for name, records in files.items():
+        kept = [record for record in records if any(response.strip() for response in record.responses)]
+        counts["empty"] += len(records) - len(kept)
+        files[name], merged, gap = merge_rated_duplicates(kept)
+        counts["duplicates"] += merged
+        counts["duplicates_max_gap"] = max(counts["duplicates_max_gap"], gap)
+    splits: dict[str, list[Record]] = {name: files.get(name, []) for name in SPLITS}
+    held_out = {_key(record) for name in ("validation", "test") for record in splits[name]}
+    fractions = {
+        f"{name}_fraction": 0.0 if name in files else getattr(data, f"{name}_fraction")
+        for name in ("validation", "test")
+    }
+    splits["train"] = []
+    counts["train_also_held_out"] = 0
+    for record in files["train"]:
+        key = _key(record)
+        if key in held_out:
+            counts["train_also_held_out"] += 1
+        else:
+            splits[split_of(key, **fractions)].append(record)
+    return splits, counts
+
+
+def _paths(data: Any) -> tuple[str | None, str | None, str | None]:
+    return data.path, data.validation_path, data.test_path
+
+
+def _key(record: Record) -> str:
+    """The record's split key; texts without a letter or digit fall back on themselves."""
+    return record_key(record) or record.prompt_text + "\n" + "\n".join(record.responses)
+
+
+def _at_most(splits: dict[str, list[Record]], most: int, seed: int) -> dict[str, list[Record]]:
+    total = sum(len(records) for records in splits.values())
+    if most < 0:
+        raise InputError(f"data.max_records: found {most}; allowed: 0 (all) or more")
+    kept = {}
+    for name, records in splits.items():
+        count = min(len(records), max(1, round(most * len(records) / total)))
+        order = sorted(
+            range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{_key(records[i])}".encode()).digest()
+        )
+        kept[name] = [records[i] for i in sorted(order[:count])]
+    return kept
+
+
+def read_text(path: str) -> Iterator[Record]:
+    """Plain UTF-8 text as records without feedback: one a paragraph (paragraphs are parted by blank lines).
+
+    Raises:
+      InputError: no such file, a folder, not UTF-8, or nothing but white space.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}; give a plain text file")
+    try:
+        text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{file}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
+        ) from None
+    if not text.strip():
+        raise InputError(f"{file}: is empty; it must hold at least one paragraph")
+    line = 1
+    for part in re.split(r"(\n(?:[ \t]*\n)+)", text):
+        if part.strip():
+            yield Record("", [part.strip("\n")], where=f"{file}:{line}")
+        line += part.count("\n")
+
+
+def rating_scale(records: list[Record]) -> tuple[float, float] | None:
+    """The one scale of all the ratings; None where there are no ratings.
+
+    Raises:
+      InputError: two scales, whose raw values would not compare.
+    """
+    first: tuple[tuple[float, float], str] | None = None
+    for record in records:
+        for entry in record.feedback:
+            if isinstance(entry, Rating):
+                first = first or (entry.scale, record.where)
+                if entry.scale != first[0]:
+                    found = f"found {list(entry.scale)}, but {first[1]} has {list(first[0])}"
+                    raise InputError(f"{record.where}: field 'scale': {found}; allowed: one scale for all of a run")
+    return None if first is None else first[0]

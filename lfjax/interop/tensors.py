@@ -1,0 +1,184 @@
+"""Tensor files (safetensors only, never pickle) and named-axis layouts between two tensor forms."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lfjax.config import InputError
+
+STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Tensor(NamedTuple):
+    """One line of a family's table: their tensor, our parameters, and how the axes move.
+
+    Attributes:
+      name: their name; `{i}` stands for the layer, which is our leading axis.
+      paths: our parameter path, or several separated by spaces when theirs holds them stacked on the axis `J`.
+      axes: "theirs -> ours", e.g. "(N H) D -> D N H": parentheses are merged axes. `V` is the vocabulary: ours may
+        have more rows than theirs (padding), zeros on import and left out on export.
+    """
+
+    name: str
+    paths: str
+    axes: str
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """Our parameter paths."""
+        return tuple(self.paths.split())
+
+    @property
+    def stacked(self) -> bool:
+        """Whether theirs is one tensor per layer and ours one array with a leading layer axis."""
+        return "{i}" in self.name
+
+    def sizes(self, shape: Sequence[int], vocab_size: int) -> dict[str, int]:
+        """The size of every axis in *their* form, from the shape of our (first) parameter without its layer axis."""
+        axes = [a for a in self.axes.split("->")[1].split() if a != "J"]
+        return dict(zip(axes, shape, strict=True)) | {"V": vocab_size, "J": len(self.ours)}
+
+    def their_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The shape their tensor must have."""
+        return tuple(math.prod(sizes[a] for a in group) for group in _groups(self.axes))
+
+    def to_ours(self, x: np.ndarray, sizes: dict[str, int]) -> list[np.ndarray]:
+        """Their tensor -> one array (a view where possible) for each of our paths."""
+        flat = [a for group in _groups(self.axes) for a in group]
+        target = self.axes.split("->")[1].split()
+        x = x.reshape([sizes[a] for a in flat]).transpose([flat.index(a) for a in target])
+        return list(x) if "J" in target else [x]
+
+    def to_theirs(self, arrays: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
+        """Our arrays (one for each path) -> their tensor; the inverse of `to_ours`."""
+        flat = [a for group in _groups(self.axes) for a in group]
+        source = self.axes.split("->")[1].split()
+        x = np.stack(arrays) if "J" in source else arrays[0]
+        x = x[tuple(slice(sizes[a]) for a in source)].transpose([source.index(a) for a in flat])
+        return np.ascontiguousarray(x.reshape(self.their_shape(sizes)))
+
+
+def _groups(axes: str) -> list[list[str]]:
+    """The left side of "(N H) D -> D N H" as [["N", "H"], ["D"]]."""
+    groups: list[list[str]] = []
+    merged = False
+    for word in axes.split("->")[0].replace("(", " ( ").replace(")", " ) ").split():
+        if word in "()":
+            merged = word == "("
+            groups += [[]] if merged else []
+        elif merged:
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return groups
+
+
+class TensorFolder:
+    """The tensors of a model folder, memory-mapped: `model.safetensors`, or the files that its index names."""
+
+    def __init__(self, folder: pathlib.Path):
+        """Opens and checks the headers; raises InputError naming the file that is absent or damaged."""
+        self._tensors: dict[str, tuple[pathlib.Path, np.memmap, dict]] = {}
+        index: dict[str, str] = {}
+        if (folder / SINGLE).is_file():
+            files = [folder / SINGLE]
+        elif (folder / INDEX).is_file():
+            index = _read_index(folder / INDEX)
+            files = [folder / name for name in sorted(set(index.values()))]
+        else:
+            pickled = " (a pickled pytorch_model.bin is never read)" if any(folder.glob("*.bin")) else ""
+            raise InputError(f"{folder}: no {SINGLE} and no {INDEX}{pickled}; save the model as safetensors")
+        for file in files:
+            for name, entry in _open_safetensors(file):
+                if name in self._tensors:
+                    raise InputError(f"{file}: tensor {name!r} is also in {self._tensors[name][0].name}")
+                self._tensors[name] = (file, *entry)
+        for name in index:
+            if name not in self._tensors:
+                raise InputError(f"{folder / index[name]}: tensor {name!r} is missing, which {INDEX} says is here")
+        self.file = files[0] if len(files) == 1 else folder / INDEX
+
+    def names(self) -> set[str]:
+        """All tensor names."""
+        return set(self._tensors)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor as float32; raises InputError on another shape, an unsupported type, NaN or infinity."""
+        file, data, entry = self._tensors[name]
+        where = f"{file}: tensor {name!r}"
+        if tuple(entry["shape"]) != shape:
+            raise InputError(f"{where}: found shape {entry['shape']}; config.json asks for {list(shape)}")
+        if entry["dtype"] not in STORED:
+            raise InputError(f"{where}: stored as {entry['dtype']}; allowed are {', '.join(STORED)}")
+        begin, end = entry["data_offsets"]
+        x = data[begin:end].view(STORED[entry["dtype"]]).reshape(shape).astype(np.float32)
+        if not np.isfinite(x).all():
+            raise InputError(f"{where}: holds NaN or infinity; the file is damaged or its training diverged")
+        return x
+
+
+def _read_index(file: pathlib.Path) -> dict[str, str]:
+    weight_map = read_json(file).get("weight_map")
+    plain = isinstance(weight_map, dict) and all(
+        isinstance(name, str) and name == pathlib.PurePath(name).name for name in weight_map.values()
+    )
+    if not plain or not weight_map:
+        raise InputError(f"{file}: field 'weight_map': must give the file, beside this one, of each tensor")
+    return weight_map
+
+
+def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[np.memmap, dict]]]:
+    try:
+        with safetensors.safe_open(file, framework="np"):  # checks sizes, offsets and types of the whole header
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        if not header:
+            raise InputError(f"{file}: holds no tensor")
+        data = np.memmap(file, np.uint8, "r", offset=8 + length)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); fetch or export it again") from error
+    for name, entry in header.items():
+        yield name, (data, entry)
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """A JSON object from a file; raises InputError naming the file, and the line where it is damaged."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: found a JSON {type(value).__name__}; must be an object")
+    return value
+
+
+def lossless_dtype(tensors: dict[str, np.ndarray], dtype: str) -> str:
+    """`dtype` if it holds every (float32) value exactly, else "float32"."""
+    if dtype not in ("bfloat16", "float16"):
+        return "float32"
+    with np.errstate(over="ignore"):
+        exact = all(np.array_equal(x.astype(dtype).astype(np.float32), x) for x in tensors.values())
+    return dtype if exact else "float32"
+
+
+def write_safetensors(file: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    """Writes all tensors, converted to `dtype`, into one file."""
+    converted = {name: x.astype(dtype, copy=False) for name, x in tensors.items()}
+    safetensors.numpy.save_file(converted, file, metadata={"format": "pt"})

@@ -1,0 +1,308 @@
+"""The PPO stage: rollout -> score -> experience -> update, each one compiled program, dispatched without waiting."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfjax.config import STAGES, InputError
+from lfjax.data.batching import PromptBatches
+from lfjax.data.examples import prompts_from_records
+from lfjax.loops.run import Run, resolve
+from lfjax.loops.supervised import compute_settings, host_batch, training_parts
+from lfjax.loops.training import train
+from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
+from lfjax.state import LMState, PPOState, RewardNorm, ValueState
+from lfjax.steps.ppo_forward import PPOModels
+from lfjax.steps.ppo_score import ppo_score
+from lfjax.tokenizers import response_text
+from lfjax.types import Generation, Rollout
+
+
+class Policy:
+    """A language model that writes: its parameters on the mesh and one rollout program a batch shape."""
+
+    def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None):
+        self.run = run
+        loaded = run.load_model(key, name)
+        check_vocabulary(run, key, loaded)
+        self.model = run.transformer(compute_settings(run, loaded.model.config, dropout=0.0))
+        self.params = loaded.params
+        options = run.config.ppo.rollout_step.to_dict()
+        if temperature is not None:
+            options["temperature"] = temperature
+        function = functools.partial(
+            run.steps["ppo_rollout"],
+            model=self.model,
+            eos_ids=(run.tokenizer.eos_id,),
+            pad_id=run.tokenizer.pad_id,
+            **options,
+        )
+        self.rollout = jit_step(
+            lambda params, prompts, key, index: function(params, prompts, jax.random.fold_in(key, index)),
+            name="ppo_rollout",
+        )
+
+
+class LearnedReward:
+    """Scores by a reward model, on the device."""
+
+    def __init__(self, run: Run, name: str):
+        loaded = run.load_model("ppo.reward", name)
+        check_vocabulary(run, "ppo.reward", loaded)
+        if loaded.model.config.num_labels != 1:
+            raise InputError(f"config.ppo.reward: {name!r} is no reward model: it has no head with one score")
+        self.config = compute_settings(run, loaded.model.config, dropout=0.0)
+        self.params = loaded.params
+        model = run.transformer(self.config)
+        self.step = jit_step(functools.partial(ppo_score, model=model), name="ppo_score")
+
+    def __call__(self, generation: Generation, records) -> jax.Array:
+        """Raw scores [B]; `records` are not read."""
+        self.step.compile(*abstract((self.params, generation)))
+        return self.step(self.params, generation)
+
+
+class FunctionReward:
+    """Scores by any Python function f(prompts, responses, records) -> one number a response."""
+
+    def __init__(self, run: Run, dotted: str):
+        self.run, self.dotted = run, dotted
+        self.function = resolve("config.ppo.reward", dotted)
+
+    def __call__(self, generation: Generation, records) -> jax.Array:
+        """Raw scores [B].
+
+        Raises:
+          InputError: the function gave another number of scores than responses, or one that is not finite.
+        """
+        prompts, responses = texts(self.run, jax.device_get(generation))
+        scores = np.asarray(self.function(prompts, responses, records), np.float32)
+        if scores.shape != (len(responses),):
+            raise InputError(
+                f"config.ppo.reward: {self.dotted} gave scores of shape {list(scores.shape)} for {len(responses)}"
+                " responses; return one number a response"
+            )
+        if not np.all(np.isfinite(scores)):
+            row = int(np.argmin(np.isfinite(scores)))
+            raise InputError(
+                f"config.ppo.reward: {self.dotted} gave {scores[row]} for the response {responses[row]!r};"
+                " return finite numbers"
+            )
+        return global_batch(scores, self.run.mesh)
+
+
+def make_reward(run: Run) -> LearnedReward | FunctionReward:
+    """The reward that `config.ppo.reward` names."""
+    name = run.config.ppo.reward
+    return FunctionReward(run, name) if ":" in name and name not in STAGES else LearnedReward(run, name)
+
+
+def check_vocabulary(run: Run, key: str, loaded) -> None:
+    """Token ids have to mean the same to every model of a run."""
+    size = loaded.model.config.vocab_size
+    if size < run.tokenizer.vocab_size:
+        raise InputError(
+            f"config.{key}: the model has {size} tokens, the run's tokenizer ({run.tokenizer_folder})"
+            f" {run.tokenizer.vocab_size}; use a model trained with that tokenizer"
+        )
+
+
+def texts(run: Run, generation: Generation | Rollout) -> tuple[list[str], list[str]]:
+    """Prompts and responses of host arrays as text."""
+    tokens = generation.tokens if isinstance(generation, Generation) else generation.responses
+    prompts, responses = [], []
+    rows = zip(generation.prompts, generation.prompt_mask, tokens, generation.mask, strict=True)
+    for prompt, prompt_mask, response, mask in rows:
+        prompt, response = prompt[prompt_mask].tolist(), response[mask].tolist()
+        prompts.append(run.tokenizer.decode(prompt))
+        responses.append(response_text(run.tokenizer, prompt, response))
+    return prompts, responses
+
+
+def prompt_batches(run: Run, records, batch_size: int) -> PromptBatches:
+    """One prompt a record; a batch's rows are `indices_at(step)` into the records."""
+    section = run.config.ppo
+    prompts = prompts_from_records(
+        records,
+        run.tokenizer,
+        min_tokens=section.prompt_min,
+        max_tokens=section.prompt_max,
+        max_length=section.prompt_len,
+    )
+    options = {"prompt_len": section.prompt_len, "seed": run.config.seed, "pad_id": run.tokenizer.pad_id}
+    return PromptBatches(prompts, batch_size=batch_size, **options)
+
+
+def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
+    """(model, parameters) that start as the reward model's scores, normalised, or as the policy with a zero head."""
+    name = run.config.ppo.value_init
+    if name == "reward" and isinstance(reward, LearnedReward):
+        config, params = reward.config, dict(reward.params)
+        head = {
+            "kernel": params["head"]["kernel"] / norm.std,
+            "bias": (params["head"].get("bias", jnp.zeros(1)) - norm.mean) / norm.std,
+        }
+    elif name == "policy":
+        config = policy.model.config
+        params = {group: leaves for group, leaves in policy.params.items() if group != "unembed"}
+        head = {"kernel": jnp.zeros((config.width, 1)), "bias": jnp.zeros(1)}
+    else:
+        if name == "reward":
+            raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
+        loaded = run.load_model("ppo.value_init", name)
+        check_vocabulary(run, "ppo.value_init", loaded)
+        config, params = loaded.model.config, loaded.params
+        head = {"kernel": params["head"]["kernel"], "bias": params["head"].get("bias", jnp.zeros(1))}
+    config = compute_settings(run, config, num_labels=1, head_bias=True, dropout=0.0)
+    params = {**params, "head": head}
+    return run.transformer(config), jax.tree.map(jnp.copy, run.place(params))
+
+
+def measure_norm(run: Run, policy: Policy, reward, batches, records, key) -> RewardNorm:
+    """Mean and deviation of the raw score over `norm_samples` samples of the reference."""
+    wanted = run.config.ppo.norm_samples
+    if wanted == 0:
+        return RewardNorm.identity()
+    scores = []
+    for index in range(-(-wanted // run.config.ppo.batch_size)):
+        prompts = global_batch(host_batch(batches, index), run.mesh)
+        policy.rollout.compile(*abstract((policy.params, prompts, key, jnp.int32(0))))
+        generation = policy.rollout(policy.params, prompts, key, jnp.int32(index))
+        scores.append(reward(generation, [records[i] for i in batches.indices_at(index)]))
+    values = np.concatenate([np.asarray(s, np.float64) for s in fetch(run, scores)])[:wanted]
+    return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(max(values.std(), 1e-6)))
+
+
+def fetch(run: Run, tree) -> Any:
+    """Device arrays, sharded or not, as host arrays on every process."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
+def ppo_stage(run: Run) -> dict[str, float]:
+    """Trains the policy against the reward, held near its start by the KL term."""
+    section, records = run.config.ppo, run.records.train
+    batches = prompt_batches(run, records, section.batch_size)
+    policy, reward = Policy(run, "ppo.init_from", section.init_from), make_reward(run)
+    whole = replicated(run.mesh)
+    keys = {p: jax.device_put(run.key(f"ppo-{p}"), whole) for p in ("rollout", "update", "norm")}
+    norm = measure_norm(run, policy, reward, batches, records, keys["norm"])
+    value_model, value_params = value_network(run, policy, reward, norm)
+    models = PPOModels(policy.model, value_model, policy.model)
+    ref_params = jax.tree.map(lambda x: x.astype(reference_dtype(section)), policy.params)
+
+    total = section.steps
+    (policy_tx, rate), (value_tx, _) = (training_parts(run, "ppo", total, name) for name in ("optim", "value_optim"))
+
+    def create(policy_params, value_params):
+        return PPOState(
+            policy=LMState.create(policy_params, policy_tx),
+            value=ValueState.create(value_params, value_tx),
+            kl_coef=jnp.float32(section.kl_coef),
+            reward_norm=norm,
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    shapes = jax.eval_shape(create, policy.params, value_params)
+    shardings = shardings_for(shapes, run.mesh, run.rules)
+    state = jax.jit(create, out_shardings=shardings)(policy.params, value_params)
+    experience, update = _programs(run, models, (policy_tx, value_tx), shardings)
+    latest: dict[str, Rollout] = {}
+
+    def one(state: PPOState, index: int):
+        prompts = global_batch(host_batch(batches, index), run.mesh)
+        policy.rollout.compile(*abstract((state.policy.params, prompts, keys["rollout"], state.step)))
+        generation = policy.rollout(state.policy.params, prompts, keys["rollout"], state.step)
+        scores = reward(generation, [records[i] for i in batches.indices_at(index)])
+        args = (
+            state.policy.params,
+            state.value.params,
+            ref_params,
+            generation,
+            scores,
+            state.kl_coef,
+            state.reward_norm,
+        )
+        experience.compile(*abstract(args))
+        rollout = latest["rollout"] = experience(*args)
+        update.compile(*abstract((state, rollout, keys["update"])))
+        return update(state, rollout, keys["update"])
+
+    def sample_rows(state, done: int) -> None:
+        if section.samples_every and done % section.samples_every == 0:
+            run.log.samples("ppo", done, rollout_rows(run, latest["rollout"], limit=8))
+
+    tokens = section.batch_size * (section.prompt_len + section.rollout_step.max_new_tokens)
+    state, out = train(
+        run,
+        "ppo",
+        state,
+        one,
+        total=total,
+        tokens_per_step=tokens,
+        learning_rate=rate,
+        after=sample_rows,
+        shown="score",
+    )
+    run.save_model("ppo", policy.model, state.policy.params)
+    return out
+
+
+def reference_dtype(section) -> Any:
+    """bfloat16 on accelerators, float32 on CPU, unless the config says."""
+    if section.reference_dtype != "auto":
+        return jnp.dtype(section.reference_dtype)
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _programs(run: Run, models: PPOModels, txs, state_shardings):
+    section, eos = run.config.ppo, (run.tokenizer.eos_id,)
+    temperature = section.rollout_step.temperature
+    update_step = section.update_step.to_dict()
+    pieces = update_step["minibatches"] * update_step["num_microbatches"]
+    make = functools.partial(
+        run.steps["ppo_experience"],
+        models=models,
+        eos_ids=eos,
+        temperature=temperature,
+        minibatches=pieces,
+        **section.experience_step.to_dict(),
+    )
+    learn = functools.partial(run.steps["ppo_update"], models=models, txs=txs, temperature=temperature, **update_step)
+    experience = jit_step(
+        lambda policy, value, ref, generation, scores, kl_coef, norm: make(
+            policy, value, ref, generation, scores, kl_coef=kl_coef, reward_norm=norm
+        ),
+        name="ppo_experience",
+    )
+    update = jit_step(
+        lambda state, rollout, key: learn(state, rollout, jax.random.fold_in(key, state.step)),
+        name="ppo_update",
+        donate=(0,),
+        out_shardings=(state_shardings, replicated(run.mesh)),
+    )
+    return experience, update
+
+
+def rollout_rows(run: Run, rollout: Rollout, limit: int) -> list[dict[str, Any]]:
+    """The first rows of a rollout for samples.jsonl; logprob and kl are sums over the response, in nats."""
+    host = jax.tree.map(lambda x: np.asarray(x[:limit]), fetch(run, rollout))
+    prompts, responses = texts(run, host)
+    return [
+        {
+            "prompt": prompts[i],
+            "response": responses[i],
+            "score": float(host.scores[i]),
+            "logprob": float(host.old_logprobs[i].sum()),
+            "kl": float((host.old_logprobs[i] - host.ref_logprobs[i]).sum()),
+        }
+        for i in range(len(prompts))
+    ]

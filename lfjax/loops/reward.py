@@ -1,0 +1,164 @@
+"""The reward stage: a model that predicts what people say of a text."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfjax.config import InputError
+from lfjax.data.batching import RewardBatches
+from lfjax.data.examples import reward_examples
+from lfjax.loops.run import Run
+from lfjax.loops.supervised import (
+    compiled_step,
+    compute_settings,
+    create_state,
+    host_batch,
+    total_steps,
+    training_parts,
+)
+from lfjax.loops.training import train
+from lfjax.records import mean_ratings
+from lfjax.rewards import baselines, lexicon
+from lfjax.sharding import abstract, batch_sharding, jit_step, place, replicated
+from lfjax.state import RewardState
+
+
+def reward_stage(run: Run) -> dict[str, float]:
+    """Trains from the language model; figures are on held-out answers at least `min_gap` rating points apart."""
+    section = run.config.reward
+    rows = {
+        "batch_size": section.batch_size,
+        "buckets": tuple(section.buckets),
+        "pad_id": run.tokenizer.pad_id,
+        "max_candidates": section.max_candidates,
+        "seed": run.config.seed,
+    }
+    sets = {}
+    for split in ("train", "validation", "test"):
+        found = reward_examples(getattr(run.records, split), run.tokenizer, max_length=section.seq_len)
+        if not found:
+            raise InputError(
+                f"stage reward: the {split} split has no rating, ranking, preference or edit to learn from"
+            )
+        sets[split] = RewardBatches(found, **rows)
+    batches = sets["train"]
+    total = total_steps(section, batches.steps_per_epoch)
+
+    model, params = reward_model(run)
+    tx, rate = training_parts(run, "reward", total)
+    state, shardings = create_state(run, RewardState, params, tx)
+    function = functools.partial(run.steps["reward"], model=model, tx=tx, **section.step.to_dict())
+    first = {}
+    for index in range(batches.steps_per_epoch):
+        batch = host_batch(batches, index)
+        first.setdefault(batch.tokens.shape, batch)
+    step = compiled_step(run, "reward", function, state, shardings, first.values(), "reward")
+    score = scorer(run, model)
+
+    def figures(state, split: str = "validation", prefix: str = "reward/validation_") -> dict[str, float]:
+        scores = score(state.params, sets[split])
+        return pair_figures(scores, sets[split].examples, section.min_gap, prefix)
+
+    state, out = train(
+        run,
+        "reward",
+        state,
+        lambda state, index: step(state, host_batch(batches, index)),
+        total=total,
+        tokens_per_step=float(np.mean([np.prod(shape) for shape in first])),
+        evaluate=figures,
+        learning_rate=rate,
+    )
+    run.save_model("reward", model, state.params)
+    out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
+    return out | figures(state, "test", "reward/") | reward_baselines(run)
+
+
+def reward_model(run: Run):
+    """The language model's trunk with a fresh head. Source of the head's init: Stiennon et al. 2020, appendix B."""
+    section = run.config.reward
+    loaded = run.load_model("reward.init_from", section.init_from)
+    config = compute_settings(run, loaded.model.config, num_labels=1, dropout=section.dropout)
+    model = run.transformer(config)
+    params = {name: group for name, group in loaded.params.items() if name != "unembed"}
+    if "head" not in params:
+        kernel = jax.random.normal(run.key("reward-head"), (config.width, 1)) / np.sqrt(config.width + 1)
+        params["head"] = {"kernel": np.asarray(kernel if section.head_init == "normal" else jnp.zeros_like(kernel))}
+    return model, run.place(params)
+
+
+def scorer(run: Run, model):
+    """(params, RewardBatches) -> per example a float array of its candidates' scores."""
+    step = jit_step(
+        lambda params, tokens, mask: model.apply({"params": params}, tokens, attention_mask=mask)[:, 0],
+        name="reward score",
+        out_shardings=replicated(run.mesh),
+    )
+
+    def score(params, batches: RewardBatches) -> list[np.ndarray]:
+        pieces = []
+        for indices, batch in batches.evaluation():
+            flat = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask)]
+            tokens, mask = place(flat, [batch_sharding(run.mesh)] * 2)
+            step.compile(*abstract((params, tokens, mask)))
+            pieces.append((indices, step(params, tokens, mask)))
+        scores = [np.zeros(0)] * len(batches.examples)
+        for indices, values in jax.device_get(pieces):
+            for index, row in zip(indices, values.reshape(len(indices), -1), strict=True):
+                if index >= 0:
+                    scores[index] = row[: len(batches.examples[index].candidates)]
+        return scores
+
+    return score
+
+
+def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, float]:
+    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any."""
+    rated = [
+        (s, r)
+        for row, e in zip(scores, examples, strict=True)
+        for s, r in zip(row, e.ratings, strict=True)
+        if r is not None
+    ]
+    out = {}
+    if rated:
+        values, ratings = (np.asarray(column, np.float64) for column in zip(*rated, strict=True))
+        accuracy, pairs = baselines.pair_accuracy(values, ratings, min_gap)
+        out |= {f"{prefix}pair_accuracy": accuracy, f"{prefix}pairs": float(pairs)}
+        out[f"{prefix}mse"] = float(np.mean((values - ratings) ** 2))
+    ranked = [(row, [np.nan if r is None else r for r in e.ranks]) for row, e in zip(scores, examples, strict=True)]
+    right = [
+        float(row[i] > row[j])
+        for row, ranks in ranked
+        for i in range(len(ranks))
+        for j in range(len(ranks))
+        if ranks[i] < ranks[j]
+    ]
+    if right:
+        out[f"{prefix}ranked_pair_accuracy"] = float(np.mean(right))
+        out.setdefault(f"{prefix}pair_accuracy", float(np.mean(right)))
+    return out
+
+
+def reward_baselines(run: Run) -> dict[str, float]:
+    """What a lexicon and a ridge regression on words reach on the same test pairs."""
+    split = {
+        name: [
+            (r.prompt_text + r.responses[i], v) for r in getattr(run.records, name) for i, v in mean_ratings(r).items()
+        ]
+        for name in ("train", "test")
+    }
+    if not all(split.values()):
+        return {}
+    (texts, ratings), (test_texts, test_ratings) = (tuple(zip(*split[name], strict=True)) for name in ("train", "test"))
+    truth = np.asarray(test_ratings)
+    gap = run.config.reward.min_gap
+    guesses = {"lexicon": lexicon.compound_scores(test_texts), "ridge": baselines.ridge_scores(texts, ratings, test_texts)}
+    return {
+        f"reward/pair_accuracy_{name}": baselines.pair_accuracy(guess, truth, gap)[0]
+        for name, guess in guesses.items()
+    }

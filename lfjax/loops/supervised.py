@@ -1,0 +1,198 @@
+"""Stages that learn from text: the tokenizer, pretraining and supervised fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfjax.config import optim_section
+from lfjax.data.batching import PackedRows
+from lfjax.data.examples import pretraining_documents, sft_documents
+from lfjax.loops.run import Run
+from lfjax.loops.training import train
+from lfjax.metrics import Window
+from lfjax.models import presets
+from lfjax.optim import make_optimizer, schedule
+from lfjax.sharding import abstract, batch_sharding, global_batch, jit_step, place, replicated, shardings_for
+from lfjax.state import LMState
+from lfjax.tokenizers import sentencepiece
+
+
+def tokenizer_stage(run: Run) -> dict[str, float]:
+    """Learns a vocabulary from the training texts, unless the config names one."""
+    options = run.config.tokenizer
+    if run.config.model.init_from or options.path:
+        tokenizer = run.tokenizer
+    else:
+        tokenizer = sentencepiece.train(
+            texts_of(run.records.train),
+            run.models("tokenizer"),
+            vocab_size=options.vocab_size,
+            model_type=options.model_type,
+        )
+    lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
+    counts = {f"data/{name}": float(value) for name, value in run.records.counts.items()}
+    return {
+        "tokenizer/vocab_size": float(tokenizer.vocab_size),
+        "tokenizer/tokens_per_text": float(np.mean(lengths)) if lengths else 0.0,
+        **counts,
+    }
+
+
+def model_config(run: Run):
+    """The decoder that `config.model` describes, for the run's vocabulary and mesh."""
+    c = run.config.model
+    shared = {
+        "vocab_size": run.tokenizer.vocab_size,
+        "width": c.width,
+        "layers": c.layers,
+        "heads": c.heads,
+        "context": c.context,
+        "tied": c.tied,
+        "dtype": c.dtype,
+        "remat": c.remat,
+        "unroll": c.unroll,
+        "vocab_multiple": run.vocab_multiple,
+    }
+    if c.form == "gpt2":
+        return presets.gpt2(**shared, mlp_width=c.mlp_width)
+    return presets.llama(**shared, mlp_width=c.mlp_width, kv_heads=c.kv_heads)
+
+
+def new_or_loaded(run: Run, stage: str):
+    """(model config, parameters on the mesh) that a language-model stage starts from."""
+    init_from = run.config.model.init_from if stage == "pretrain" else run.config[stage].init_from
+    if init_from:
+        loaded = run.load_model(f"{stage}.init_from", init_from)
+        return compute_settings(run, loaded.model.config), loaded.params
+    config = model_config(run)
+
+    def init(key):
+        return run.transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    shapes = jax.eval_shape(init, run.key("init"))
+    params = jax.jit(init, out_shardings=shardings_for(shapes, run.mesh, run.rules))(run.key("init"))
+    return config, params
+
+
+def compute_settings(run: Run, config, **changes):
+    """A loaded model's config with this run's ways of computing it."""
+    c = run.config.model
+    return dataclasses.replace(config, dtype=c.dtype, remat=c.remat, unroll=c.unroll, **changes)
+
+
+def training_parts(run: Run, stage: str, total: int, name: str = "optim"):
+    """(optimizer, learning-rate schedule) of a stage."""
+    options = optim_section(run.config, stage, name)
+    rate = schedule(
+        options.pop("schedule"),
+        learning_rate=options.pop("learning_rate"),
+        total_steps=total,
+        warmup_steps=options.pop("warmup_steps"),
+        end_factor=options.pop("end_factor"),
+    )
+    return make_optimizer(rate, **options), rate
+
+
+def total_steps(section, steps_per_epoch: int) -> int:
+    """`steps` where given, else as many as the epochs have."""
+    return section.steps or max(1, round(section.epochs * steps_per_epoch))
+
+
+def create_state(run: Run, kind, params, tx):
+    """A fresh sharded state of class `kind`, and its shardings."""
+    shardings = shardings_for(jax.eval_shape(lambda p: kind.create(p, tx), params), run.mesh, run.rules)
+    return jax.jit(lambda p: kind.create(p, tx), out_shardings=shardings)(params), shardings
+
+
+def compiled_step(run: Run, name: str, function, state, shardings, batches, purpose: str):
+    """The step as (state, index, host batch) -> (state, metrics): compiled for every bucket before its first use."""
+    key = jax.device_put(run.key(purpose), replicated(run.mesh))
+
+    def with_key(state, batch, key):
+        return function(state, batch, jax.random.fold_in(key, state.step))
+
+    step = jit_step(with_key, name=name, donate=(0,), out_shardings=(shardings, replicated(run.mesh)))
+    for batch in batches:
+        step.compile(state, abstract(global_batch(batch, run.mesh)), key)
+    return lambda state, batch: step(state, global_batch(batch, run.mesh), key)
+
+
+def lm_stage(run: Run, stage: str) -> dict[str, float]:
+    """Pretraining ("pretrain": whole texts) or fine-tuning ("sft": responses and edits, loss on the response)."""
+    section = run.config[stage]
+    convert = pretraining_documents if stage == "pretrain" else sft_documents
+    documents = {split: convert(getattr(run.records, split), run.tokenizer) for split in ("train", "validation")}
+    rows = {"seq_len": section.seq_len, "batch_size": section.batch_size, "pad_id": run.tokenizer.pad_id}
+    packed, validation = (PackedRows(documents[s], seed=run.config.seed, **rows) for s in ("train", "validation"))
+    total = total_steps(section, packed.steps_per_epoch)
+
+    config, params = new_or_loaded(run, stage)
+    model = run.transformer(dataclasses.replace(config, dropout=section.dropout))
+    tx, rate = training_parts(run, stage, total)
+    state, shardings = create_state(run, LMState, params, tx)
+    function = functools.partial(run.steps["sft"], model=model, tx=tx, **section.step.to_dict())
+    step = compiled_step(run, stage, function, state, shardings, [host_batch(packed, 0)], stage)
+    evaluate = held_out(run, model, validation)
+    text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
+
+    def figures(state) -> dict[str, float]:
+        nll, tokens = evaluate(state.params)
+        out = {f"{stage}/validation_loss": nll, f"{stage}/perplexity": math.exp(min(nll, 700.0))}
+        if stage == "pretrain":
+            out["pretrain/bits_per_byte"] = nll * tokens / math.log(2) / text_bytes
+            out["pretrain/unigram_perplexity"] = math.exp(
+                unigram_nll(documents["train"], documents["validation"], run.tokenizer.vocab_size)
+            )
+        return out
+
+    def one(state, index):
+        state, metrics = step(state, host_batch(packed, index))
+        return state, {name.replace("sft/", f"{stage}/"): value for name, value in metrics.items()}
+
+    state, out = train(
+        run, stage, state, one, total=total, tokens_per_step=section.batch_size * section.seq_len,
+        evaluate=figures, learning_rate=rate,
+    )  # fmt: skip
+    run.save_model(stage, model, state.params)
+    return out
+
+
+def texts_of(records) -> list[str]:
+    """Prompt and response as one text, for every response that is not empty."""
+    return [record.prompt_text + text for record in records for text in record.responses if text]
+
+
+def held_out(run: Run, model, rows: PackedRows):
+    """params -> (mean nats per target token, number of target tokens) over every row once."""
+    step = jit_step(
+        functools.partial(run.steps["evaluate"], model=model), name="evaluate", out_shardings=replicated(run.mesh)
+    )
+
+    def evaluate(params) -> tuple[float, float]:
+        window = Window()
+        for whole in rows.evaluation():
+            batch = place(whole, batch_sharding(run.mesh))
+            step.compile(*abstract((params, batch)))
+            window.add(step(params, batch))
+        total, weight = window.pending()["evaluate/nll"]
+        return total / weight, weight
+
+    return evaluate
+
+
+def unigram_nll(train, validation, vocab_size: int) -> float:
+    """Mean nats per target token of the best constant guess: training frequencies, add-one smoothed."""
+    counts = 1.0 + np.bincount([t for tokens in train for t in tokens[1:]], minlength=vocab_size)
+    logprobs = np.log(counts / counts.sum())
+    return -float(np.mean(logprobs[[t for tokens in validation for t in tokens[1:]]]))
+
+
+def host_batch(batches, index: int):
+    """This process's rows of the step's batch."""
+    return batches.batch_at(index, process=jax.process_index(), processes=jax.process_count())

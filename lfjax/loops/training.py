@@ -1,0 +1,98 @@
+"""The loop of every training stage: dispatch, log, evaluate, save, stop. The only place where a step meets a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lfjax.loops.run import Interrupted, Run, TrainingFailed
+from lfjax.metrics import Progress, Window
+
+
+def train(
+    run: Run,
+    stage: str,
+    state: Any,
+    step: Callable[[Any, int], tuple[Any, dict]],
+    *,
+    total: int,
+    tokens_per_step: float,
+    evaluate: Callable[[Any], dict[str, float]] = lambda state: {},
+    learning_rate: Callable[[int], Any] | None = None,
+    after: Callable[[Any, int], None] = lambda state, done: None,
+    shown: str = "loss",
+) -> tuple[Any, dict[str, float]]:
+    """Takes `state` from where its checkpoints are to `total` steps.
+
+    Nothing in here waits for the device but a log interval, an evaluation and a save.
+
+    Args:
+      state: fresh state, sharded; also says how a checkpoint is restored.
+      step: (state, index) -> (state, metrics); dispatches and returns.
+      evaluate: held-out figures, stage/name -> value, every `eval_every` steps and at the end.
+      after: called at the end of each step that is logged (samples, say).
+      shown: the metric beside the progress bar.
+    Returns:
+      (final state, figures): the last evaluation's, the last log row's, and "seconds_before" of earlier processes.
+    """
+    section = run.config[stage]
+    checkpoints, window = run.checkpoints(stage), Window()
+    start, figures, row, spent = 0, {}, {}, 0.0
+    if checkpoints.latest_step() is not None:
+        state, extra = checkpoints.restore(state)
+        start, figures, row, spent = extra["step"], extra["figures"], extra["row"], extra["seconds"]
+        window.restore(extra["pending"])
+    run.log.cut(run.stages, stage, start if start else -1)
+    began = last = time.perf_counter()
+    logged = start
+
+    def save(done: int) -> None:
+        seconds = spent + time.perf_counter() - began
+        extra = {"step": done, "figures": figures, "row": row, "seconds": seconds, "pending": window.pending()}
+        checkpoints.save(done, state, extra)
+
+    with Progress(stage, total, start=start, shown=jax.process_index() == 0) as progress:
+        for index in range(start, total):
+            state, metrics = step(state, index)
+            window.add(metrics)
+            done = index + 1
+            if done % section.log_every == 0 or done == total:
+                row = window.fetch()
+                if learning_rate is not None:
+                    row["optim/learning_rate"] = float(learning_rate(index))
+                _check_finite(run, stage, state, done)
+                run.log.metrics(stage, done, row)
+                now = time.perf_counter()
+                rate = tokens_per_step * (done - logged) / (now - last)
+                run.log.timing(stage, done, seconds=now - last, tokens_per_s=rate)
+                figure = f"{shown} {row.get(f'{stage}/{shown}', float('nan')):.4g}"
+                progress.update(done, note=figure, tokens_per_s=rate)
+                after(state, done)
+                last, logged = time.perf_counter(), done
+            if done == total or (section.eval_every and done % section.eval_every == 0):
+                figures = evaluate(state)
+                if figures:
+                    run.log.metrics(stage, done, figures)
+            if done % section.save_every == 0 or done == total:
+                save(done)
+            if (run.stop_requested or jax.process_count() > 1) and run.stopping() and done < total:
+                save(done)
+                checkpoints.close()
+                raise Interrupted(f"stage {stage} stopped and saved at step {done} of {total}")
+    checkpoints.close()
+    last_row = {name: value for name, value in row.items() if not name.startswith("optim/")}
+    return state, {**last_row, **figures, "seconds_before": spent}
+
+
+def _check_finite(run: Run, stage: str, state: Any, done: int) -> None:
+    """Stops the run once its updates have been non-finite `max_skipped` times in a row."""
+    counters = [x for path, x in jax.tree_util.tree_leaves_with_path(state) if "skipped" in jax.tree_util.keystr(path)]
+    in_a_row = max((int(x) for x in jax.device_get(counters)), default=0)
+    if in_a_row >= run.config.run.max_skipped:
+        raise TrainingFailed(
+            f"stage {stage}, step {done}: loss or gradient was not finite {in_a_row} times in a row;"
+            f" lower config.{stage}.optim.learning_rate, or look at the data of these steps"
+        )

@@ -1,0 +1,320 @@
+"""Host side of metrics: windows of Means fetched once a log interval, the run's log files, the progress bar.
+
+The only place that writes run logs. `metrics.jsonl` and `samples.jsonl` hold nothing that depends on the clock, and
+equal floats give equal text, so two runs can be compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+import rich.text
+
+from lfjax.config import InputError
+from lfjax.types import Mean
+
+METRICS, TIMING, SAMPLES, SUMMARY = "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json"
+
+
+class Window:
+    """Adds up the Means of the steps of one log interval, without waiting for the device until `fetch`.
+
+    Sums and weights are added one step after the other in float64 on the host, so that a run stopped inside an interval
+    and resumed from `pending()` gives the same bits as one that was not.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._waiting: list[Mapping[str, Mean]] = []
+
+    def add(self, metrics: Mapping[str, Mean]) -> None:
+        """Takes a step's metrics, name -> Mean of scalars; device arrays stay where they are."""
+        self._waiting.append(metrics)
+
+    def _collect(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for metrics in jax.device_get(waiting):
+            for name, (value, weight) in metrics.items():
+                total, weights = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (total + float(value), weights + float(weight))
+
+    def fetch(self) -> dict[str, float]:
+        """Everything added since the last fetch, name -> sum / weight (0 where nothing counted), in one transfer."""
+        self._collect()
+        sums, self._sums = self._sums, {}
+        return {name: total / weight if weight else 0.0 for name, (total, weight) in sorted(sums.items())}
+
+    def pending(self) -> dict[str, list[float]]:
+        """The interval's state so far, name -> [sum, weight], for a checkpoint. Waits for the device."""
+        self._collect()
+        return {name: list(pair) for name, pair in sorted(self._sums.items())}
+
+    def restore(self, pending: Mapping[str, Sequence[float]]) -> None:
+        """Goes on from what `pending` gave."""
+        self._waiting = []
+        self._sums = {name: (float(total), float(weight)) for name, (total, weight) in pending.items()}
+
+
+class RunLog:
+    """The log files of one run directory. Rows are appended and flushed at once; only process 0 writes anything.
+
+    To be cut back exactly on resume, everything a loop writes for step N must be written *before* it saves
+    checkpoint N: a checkpoint at N means that the rows up to and including N are in the files.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, process: int = 0, tensorboard: bool = True) -> None:
+        self.workdir = pathlib.Path(workdir)
+        self._writes = process == 0
+        self._tensorboard = tensorboard and self._writes
+        self._writers: dict[str, Any] = {}
+        self._purge: dict[str, int] = {}
+        if self._writes:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+
+    def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """One row of metrics.jsonl, and the same figures for TensorBoard. Non-finite figures are written as null."""
+        self._append(METRICS, [{"stage": stage, "step": int(step), **dict(sorted(values.items()))}])
+        if self._tensorboard:
+            self._to_tensorboard(stage, step, values)
+
+    def timing(self, stage: str, step: int, *, seconds: float, **figures: float) -> None:
+        """One row of timing.jsonl: `seconds` since the row before, and rates such as tokens_per_s or mfu."""
+        self._append(TIMING, [{"stage": stage, "step": int(step), "seconds": seconds, **figures}])
+
+    def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows of samples.jsonl: prompt, response, score, logprob, kl, and set "before" or "after" where compared."""
+        self._append(SAMPLES, [{"stage": stage, "step": int(step), **row} for row in rows])
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Adds figures, keys "stage/name", to summary.json: one flat sorted dict, replaced atomically."""
+        if self._writes:
+            path = self.workdir / SUMMARY
+            known = read_json(path) if path.exists() else {}
+            write_json(path, dict(sorted({**known, **figures}.items())))
+
+    def cut(self, stages: Sequence[str], stage: str, step: int) -> None:
+        """Forgets what a resumed run will write again.
+
+        Keeps the rows of stages before `stage` and the rows of `stage` up to and including `step`; a torn last line
+        goes. step = -1 keeps nothing of `stage`. TensorBoard goes on with `purge_step` = step + 1.
+
+        Args:
+          stages: the run's stages in their order; `stage` is one of them.
+          stage, step: where the run goes on: the step of the restored checkpoint.
+        Raises:
+          InputError: a line that is not the last is not a JSON object with a stage and a step.
+        """
+        if not self._writes:
+            return
+        stages = list(stages)
+        here = stages.index(stage)
+        earlier, later = set(stages[:here]), stages[here + 1 :]
+        for name in (METRICS, TIMING, SAMPLES):
+            _rewrite(
+                self.workdir / name,
+                lambda row: row["stage"] in earlier or (row["stage"] == stage and row["step"] <= step),
+            )
+        self.close()
+        for gone in [*later, *([stage] if step < 0 else [])]:
+            shutil.rmtree(self.workdir / "tensorboard" / gone, ignore_errors=True)
+        self._purge = {stage: step + 1}
+
+    def close(self) -> None:
+        """Closes TensorBoard's files; the log may be written to again afterwards."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if not self._writes or not rows:
+            return
+        text = "".join(_line(row) for row in rows)
+        path = self.workdir / name
+        try:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def _to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """One folder a stage: every stage counts its own steps, and a purge must not reach into another stage."""
+        writer = self._writers.get(stage)
+        if writer is None:
+            from tensorboardX import SummaryWriter
+
+            folder = self.workdir / "tensorboard" / stage
+            part = sum(1 for _ in folder.glob("*")) if folder.exists() else 0  # file names only tell seconds apart
+            writer = self._writers[stage] = SummaryWriter(
+                logdir=str(folder), purge_step=self._purge.get(stage), filename_suffix=f".{part}"
+            )
+        for name, value in values.items():
+            writer.add_scalar(name, float(value), int(step))
+        writer.flush()
+
+
+def _rewrite(path: pathlib.Path, keeps) -> None:
+    if not path.exists():
+        return
+    kept, lines = [], path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        last = number >= len(lines) - 1  # a whole file ends in "\n": its last two pieces are the last line and b""
+        try:
+            row = json.loads(line)
+            if number < len(lines) and keeps(row):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            if not last:
+                raise InputError(
+                    f"{path}:{number}: not a row of this log ({error}); the file was changed by hand or by a failing "
+                    "disk: mend or delete that line, or start again in another --workdir"
+                ) from error
+    _replace(path, b"".join(kept))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able copy: NumPy and JAX scalars become Python's, non-finite floats null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Writes `obj` as indented JSON through a temporary file and a rename; non-finite floats become null.
+
+    Raises:
+      InputError: the file cannot be written (no space, no permission), naming it.
+    """
+    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    _replace(pathlib.Path(path), text.encode())
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads one JSON file; InputError names the file and the line where it is broken."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore or delete the file") from error
+
+
+def _replace(path: pathlib.Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: pathlib.Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot write: {error.strerror or error}; free some space or choose another --workdir")
+
+
+class Progress:
+    """A stage's progress bar: steps, loss, tokens/s and time left. Away from a terminal, one plain line an update.
+
+    Use as a context manager; call `update` once a log interval. `shown=False` (processes other than 0) prints nothing.
+    """
+
+    def __init__(
+        self, stage: str, total: int, *, start: int = 0, shown: bool = True, console: rich.console.Console | None = None
+    ) -> None:
+        self._stage, self._total, self._shown = stage, total, shown
+        self._console = console or rich.console.Console(stderr=True)
+        self._first: tuple[int, float] | None = None  # (step, time) of the first update: compilation is before it
+        self._bar: rich.progress.Progress | None = None
+        if shown and self._console.is_terminal:
+            columns = (
+                rich.progress.TextColumn("[bold]{task.description:<10}"),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn("{task.fields[figures]}"),
+            )
+            self._bar = rich.progress.Progress(*columns, console=self._console, auto_refresh=False, expand=True)
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures="compiling")
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+            self._bar.refresh()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._bar:
+            self._bar.refresh()
+            self._bar.stop()
+
+    def update(
+        self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None, note: str = ""
+    ) -> None:
+        """Shows that `step` steps are done.
+
+        Args:
+          step: steps done, of `total`.
+          loss: the interval's loss, or score for PPO (`note` can say so).
+          tokens_per_s: the interval's rate.
+          note: further figures, ready to show.
+        """
+        if not self._shown:
+            return
+        figures = [] if loss is None else [f"loss {loss:.4g}"]
+        figures += [note] if note else []
+        figures += [] if tokens_per_s is None else [f"{_short(tokens_per_s)} tokens/s"]
+        left = self._seconds_left(step)
+        figures += [] if left is None else [f"{_clock(left)} left"]
+        if self._bar:
+            self._bar.update(
+                self._task, completed=step, figures=rich.text.Text("  ".join(figures)).markup, refresh=True
+            )
+        else:
+            self.line(f"{self._stage} {step}/{self._total}  " + "  ".join(figures))
+
+    def line(self, text: str) -> None:
+        """Prints one line, above the bar on a terminal."""
+        if self._shown:
+            self._console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, step: int) -> float | None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        done, elapsed = step - self._first[0], now - self._first[1]
+        if step >= self._total or done <= 0:
+            return None
+        return elapsed / done * (self._total - step)
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

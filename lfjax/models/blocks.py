@@ -1,0 +1,74 @@
+"""The parts of a decoder layer as pure functions of arrays: norms, projections, feed-forward, dropout."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+}
+
+
+def normalise(x: Array, params: dict, kind: str, eps: float) -> Array:
+    """LayerNorm ("layernorm": scale and bias) or RMSNorm ("rmsnorm": scale) over the last axis, computed in float32.
+
+    Args:
+      x: [... D], any float dtype. params: {"scale": [D]} and {"bias": [D]} for layernorm.
+    Returns:
+      [... D] float32.
+    Source: Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    x = x.astype(jnp.float32)
+    spread = (1,) * (x.ndim - 1) + (-1,)
+    if kind == "layernorm":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    x = x * params["scale"].reshape(spread)
+    return x + params["bias"].reshape(spread) if kind == "layernorm" else x
+
+
+def project_heads(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """x [B T D], kernel [D N H], bias [N H] -> [B N T H] in x's dtype."""
+    out = jnp.einsum("btd,dnh->bnth", x, kernel.astype(x.dtype))
+    return out if bias is None else out + bias.astype(x.dtype)[None, :, None, :]
+
+
+def merge_heads(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """x [B N T H], kernel [N H D], bias [D] -> [B T D] in x's dtype."""
+    out = jnp.einsum("bnth,nhd->btd", x, kernel.astype(x.dtype))
+    return out if bias is None else out + bias.astype(x.dtype)[None, None, :]
+
+
+def feed_forward(x: Array, params: dict, activation: str, constrain) -> Array:
+    """act(x up) down, or (act(x gate) * (x up)) down where `params` has a gate. x [B T D] -> [B T D]."""
+    act = ACTIVATIONS[activation]
+    up = _linear(x, params, "up")
+    inner = act(_linear(x, params, "gate")) * up if "gate" in params else act(up)
+    return _linear(constrain(inner, "mlp"), params, "down")
+
+
+def dropout(x: Array, key: Array | None, rate: float) -> Array:
+    """Zeroes elements of x with probability k/256, k = round(256 rate) >= 1, and scales the rest to keep the mean.
+
+    One byte of noise decides one element, so noise costs a quarter of `jax.random.bernoulli`'s. `key` None: no change.
+    The noise depends on the key and x's global shape alone, not on how x is laid out over devices.
+    """
+    if key is None or rate == 0.0:
+        return x
+    dropped = min(max(round(rate * 256), 1), 255)
+    width = x.shape[-1]
+    words = jax.random.bits(key, (*x.shape[:-1], -(-width // 4)), jnp.uint32)
+    noise = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., :width]
+    return jnp.where(noise >= dropped, x * jnp.asarray(256 / (256 - dropped), x.dtype), jnp.zeros((), x.dtype))
+
+
+def _linear(x: Array, params: dict, name: str) -> Array:
+    out = jnp.einsum("btd,df->btf", x, params[name].astype(x.dtype))
+    bias = params.get(f"{name}_bias")
+    return out if bias is None else out + bias.astype(x.dtype)[None, None, :]

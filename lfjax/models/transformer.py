@@ -1,0 +1,388 @@
+"""One decoder-only transformer with switches for the GPT-2 and the Llama form.
+
+Parameters are stacked over layers; the layers run unrolled, scanned or in between, and decoding goes through them with
+one cache array a layer. The functions below the module are pure: the module declares parameters and calls them.
+
+Notation: B batch, T positions, S cache slots, V vocabulary (Vp padded), D width, F mlp width, N heads, K kv heads,
+H head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lfjax.config import InputError
+from lfjax.losses.lm import Unembed
+from lfjax.masking import last_true_index
+from lfjax.models import attention, blocks, heads
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+CHOICES = {
+    "position": ("learned", "rope"),
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": tuple(blocks.ACTIVATIONS),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("none", *REMAT_POLICIES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The switches of a decoder. `lfjax.models.presets` has the usual combinations.
+
+    Raises:
+      InputError: a field holds what it may not, or two fields do not fit together.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int = 0  # 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    mlp_width: int = 0  # 0: 4 * width
+    context: int = 1024  # most positions of one document
+    position: str = "learned"
+    rope_theta: float = 10000.0
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    tied: bool = True
+    num_labels: int = 0  # 0: a language model; otherwise scores in place of logits
+    head_bias: bool = False
+    dropout: float = 0.0  # on embeddings and on both residual branches; in steps of 1/256
+    dtype: str = "float32"  # of activations and matmuls; parameters, norms, softmax and logits are float32
+    remat: str = "none"  # "full": recompute each layer; "dots": keep matmuls with weights
+    unroll: int = 0  # 0: all layers in line; n: a scan over layers, n of them in line
+    vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        derived = {"kv_heads": self.heads, "head_dim": self.width // max(self.heads, 1), "mlp_width": 4 * self.width}
+        for name, value in derived.items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"model.{name}: found {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}: found {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise InputError(f"model.kv_heads: found {self.kv_heads}; it must divide model.heads = {self.heads}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise InputError(f"model.head_dim: found {self.head_dim}; rotary positions need an even number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"model.dropout: found {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far. All rows write to the same slot, so prompts are left-padded."""
+
+    keys: tuple[Array, ...]  # one [B K S H] a layer
+    values: tuple[Array, ...]  # one [B K S H] a layer
+    mask: Array  # [B S] bool: slots that hold a token
+    positions: Array  # [B] int32: position of the row's next token
+    slot: Array  # [] int32: where the next token goes
+
+
+def parameter_table(config: TransformerConfig) -> dict:
+    """Every parameter as {group: {name: (shape, init)}}, `init` a normal's standard deviation, or "zeros" or "ones"."""
+    c, D, L, std = config, config.width, (config.layers,), config.init_std
+    residual_std = std / (2 * c.layers) ** 0.5  # GPT-2: the sum of 2 L branches keeps its scale
+    N, K, H, F = c.heads, c.kv_heads, c.head_dim, c.mlp_width
+    norm = {"scale": ((D,), "ones")} | ({"bias": ((D,), "zeros")} if c.norm == "layernorm" else {})
+    layer_norm = {name: ((*L, *shape), init) for name, (shape, init) in norm.items()}
+    attend = {"q": ((*L, D, N, H), std), "k": ((*L, D, K, H), std), "v": ((*L, D, K, H), std)}
+    attend["o"] = ((*L, N, H, D), residual_std)
+    mlp = {"up": ((*L, D, F), std), "down": ((*L, F, D), residual_std)} | (
+        {"gate": ((*L, D, F), std)} if c.gated else {}
+    )
+    if c.attention_bias:
+        shapes = {"q": (N, H), "k": (K, H), "v": (K, H), "o": (D,)}
+        attend |= {f"{name}_bias": ((*L, *shape), "zeros") for name, shape in shapes.items()}
+    if c.mlp_bias:
+        mlp |= {f"{name}_bias": ((*L, D if name == "down" else F), "zeros") for name in tuple(mlp)}
+    embed = {"tokens": ((c.padded_vocab, D), std)}
+    if c.position == "learned":
+        embed["positions"] = ((c.context, D), std)
+    table = {"embed": embed, "final_norm": norm}
+    table["layers"] = {"norm1": layer_norm, "attention": attend, "norm2": layer_norm, "mlp": mlp}
+    if c.num_labels > 0:
+        bias = {"bias": ((c.num_labels,), "zeros")} if c.head_bias else {}
+        table["head"] = {"kernel": ((D, c.num_labels), (D + 1) ** -0.5)} | bias
+    elif not c.tied:
+        table["unembed"] = {"kernel": ((D, c.padded_vocab), std)}
+    return table
+
+
+def _initialise(key: Array, group: dict) -> dict:
+    """Draws one group of `parameter_table`, float32."""
+    is_entry = lambda x: isinstance(x, tuple)  # noqa: E731
+    entries, structure = jax.tree.flatten(group, is_leaf=is_entry)
+    draws = []
+    for index, (shape, init) in enumerate(entries):
+        if isinstance(init, str):
+            draws.append(jnp.full(shape, 1.0 if init == "ones" else 0.0, jnp.float32))
+        else:
+            draws.append(init * jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32))
+    return jax.tree.unflatten(structure, draws)
+
+
+def _unconstrained(x: Array, name: str) -> Array:
+    return x
+
+
+class Transformer(nn.Module):
+    """A causal language model, or with `num_labels` > 0 a model of scores (reward, value, class) on the same trunk.
+
+    `model.apply({"params": params}, tokens, ...)`; dropout acts iff `rngs={"dropout": key}` is passed. Inputs of all
+    methods: tokens [B T] (any ids where padded), attention_mask [B T] True on real tokens (any padding side), positions
+    [B T] (None: counted over real tokens, from 0 in each segment), segment_ids [B T] (0 padding, else one number a
+    document; tokens see their own document alone).
+
+    Attributes:
+      config: the switches.
+      attend: `f(q, k, v, *, key_mask, segment_ids) -> [B N T H]`, causal, for full forward passes.
+      constrain: `f(x, name) -> x`, where a sharding can be put: names "residual" [B T D], "heads" [B N T H],
+        "mlp" [B T F], "logits" [B T V].
+    """
+
+    config: TransformerConfig
+    attend: Callable = attention.attend
+    constrain: Callable = _unconstrained
+
+    def setup(self):
+        """Declares the parameters, one group of `parameter_table` at a time."""
+        for group, entries in parameter_table(self.config).items():
+            setattr(self, f"_{group}", self.param(group, _initialise, entries))
+
+    def __call__(self, tokens, attention_mask=None, positions=None, segment_ids=None, token_type_ids=None) -> Array:
+        """Logits [B T V] float32, or with num_labels > 0 scores [B num_labels] at each row's last real token."""
+        hidden = self._trunk(tokens, attention_mask, positions, segment_ids, token_type_ids)
+        if self.config.num_labels == 0:
+            hidden = self._finish(hidden)
+            return self.constrain(heads.vocabulary_logits(hidden, self.unembed(self._params())), "logits")
+        if attention_mask is None and segment_ids is not None:
+            attention_mask = segment_ids != 0
+        if attention_mask is None:
+            pooled = hidden[:, -1]
+        else:
+            last = last_true_index(attention_mask.astype(bool))
+            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return heads.scores(self._finish(pooled), self._head)
+
+    def hidden(self, tokens, attention_mask=None, positions=None, segment_ids=None, token_type_ids=None) -> Array:
+        """Final hidden states after the last norm: [B T D] in the compute dtype."""
+        return self._finish(self._trunk(tokens, attention_mask, positions, segment_ids, token_type_ids))
+
+    def values(self, tokens, attention_mask=None, positions=None, segment_ids=None, token_type_ids=None) -> Array:
+        """Scores of every position: [B T num_labels] float32."""
+        hidden = self.hidden(tokens, attention_mask, positions, segment_ids, token_type_ids)
+        return heads.scores(hidden, self._head)
+
+    def prefill(self, tokens, attention_mask, cache_size: int) -> tuple[Array, Cache]:
+        """`hidden` of left-padded prompts [B P], and a cache of `cache_size` slots holding them."""
+        return self.decoder(self._params()).prefill(tokens, attention_mask, cache_size)
+
+    def decode(self, tokens, cache: Cache) -> tuple[Array, Cache]:
+        """`hidden` [B 1 D] of one more token a row, tokens [B 1], and the cache with it."""
+        return self.decoder(self._params()).decode(tokens, cache)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, cache_size: int) -> Cache:
+        """An empty cache for `batch` rows of `cache_size` tokens."""
+        c = self.config
+        empty = jnp.zeros((batch, c.kv_heads, cache_size, c.head_dim), c.dtype)
+        mask = jnp.zeros((batch, cache_size), bool)
+        return Cache((empty,) * c.layers, (empty,) * c.layers, mask, jnp.zeros(batch, jnp.int32), jnp.int32(0))
+
+    @nn.nowrap
+    def unembed(self, params) -> Unembed:
+        """The map from `hidden` to logits, for chunked losses; a plain method: `model.unembed(params)`."""
+        c = self.config
+        weight = params["embed"]["tokens"].T if c.tied else params["unembed"]["kernel"]
+        return Unembed(weight, vocab_size=c.vocab_size if c.padded_vocab != c.vocab_size else None)
+
+    @nn.nowrap
+    def decoder(self, params) -> Decoder:
+        """Token-by-token use of `params`, split to layers once; a plain method: `model.decoder(params)`."""
+        layers = split_layers(params["layers"], self.config.layers)
+        return Decoder(self, {**params, "layers": layers})
+
+    @nn.nowrap
+    def _params(self) -> dict:
+        return {group: getattr(self, f"_{group}") for group in parameter_table(self.config)}
+
+    @nn.nowrap
+    def _finish(self, x: Array) -> Array:
+        c = self.config
+        return blocks.normalise(x, self._final_norm, c.norm, c.norm_eps).astype(c.dtype)
+
+    @nn.nowrap
+    def _trunk(self, tokens, attention_mask, positions, segment_ids, token_type_ids) -> Array:
+        """Residual stream after the last layer, [B T D]."""
+        c = self.config
+        key_mask = None if attention_mask is None else attention_mask.astype(bool)
+        if positions is None and segment_ids is None and c.position == "learned" and tokens.shape[1] > c.context:
+            raise InputError(f"model.context: found {c.context}; the input has {tokens.shape[1]} positions")
+        if positions is None:
+            positions = default_positions(tokens.shape[1], key_mask, segment_ids)
+        x = embed(c, self._embed, tokens, positions, token_type_ids)
+        rng = self.make_rng("dropout") if c.dropout > 0.0 and self.has_rng("dropout") else None
+        keys = None if rng is None else jax.random.split(rng, 2 * c.layers + 1)
+        x = self.constrain(blocks.dropout(x, None if keys is None else keys[-1], c.dropout), "residual")
+        rope = rope_tables(c, positions)
+
+        def layer(x, params, layer_keys):
+            def mix(q, k, v):
+                return self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids)
+
+            return block(c, params, x, mix, rope, self.constrain, layer_keys)
+
+        layer_keys = None if keys is None else keys[:-1].reshape(c.layers, 2, *keys.shape[1:])
+        return run_layers(c, layer, x, self._layers, layer_keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A transformer's parameters made ready for decoding: `params` with its layers as a tuple of per-layer arrays."""
+
+    model: Transformer
+    params: dict
+
+    def prefill(self, tokens: Array, attention_mask: Array, cache_size: int) -> tuple[Array, Cache]:
+        """Runs left-padded prompts [B P] with mask [B P]; returns hidden [B P D] and a cache of `cache_size` slots."""
+        c = self.model.config
+        mask = attention_mask.astype(bool)
+        positions = default_positions(tokens.shape[1], mask, None)
+        x = embed(c, self.params["embed"], tokens, positions)
+        rope = rope_tables(c, positions)
+        room = ((0, 0), (0, 0), (0, cache_size - tokens.shape[1]), (0, 0))
+        caches = []
+        for layer in self.params["layers"]:
+
+            def mix(q, k, v):
+                caches.append((jnp.pad(k, room), jnp.pad(v, room)))
+                return self.model.attend(q, k, v, key_mask=mask, segment_ids=None)
+
+            x = block(c, layer, x, mix, rope, self.model.constrain)
+        keys, values = zip(*caches, strict=True)
+        slots = jnp.pad(mask, ((0, 0), (0, cache_size - tokens.shape[1])))
+        count = jnp.sum(mask, axis=1, dtype=jnp.int32)
+        return self._finish(x), Cache(keys, values, slots, count, jnp.int32(tokens.shape[1]))
+
+    def decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Runs one token a row, tokens [B 1], against the cache; returns hidden [B 1 D] and the longer cache."""
+        c = self.model.config
+        positions = cache.positions[:, None]
+        x = embed(c, self.params["embed"], tokens, positions)
+        rope = rope_tables(c, positions)
+        mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((tokens.shape[0], 1), bool), (0, cache.slot))
+        caches = []
+        for layer, old_keys, old_values in zip(self.params["layers"], cache.keys, cache.values, strict=True):
+
+            def mix(q, k, v, old_keys=old_keys, old_values=old_values):
+                keys = jax.lax.dynamic_update_slice(old_keys, k, (0, 0, cache.slot, 0))
+                values = jax.lax.dynamic_update_slice(old_values, v, (0, 0, cache.slot, 0))
+                caches.append((keys, values))
+                return attention.attend_cached(q, keys, values, mask)
+
+            x = block(c, layer, x, mix, rope, self.model.constrain)
+        keys, values = zip(*caches, strict=True)
+        return self._finish(x), Cache(keys, values, mask, cache.positions + 1, cache.slot + 1)
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [... D] -> logits [... V] float32."""
+        return self.model.constrain(heads.vocabulary_logits(hidden, self.model.unembed(self.params)), "logits")
+
+    def _finish(self, x: Array) -> Array:
+        c = self.model.config
+        return blocks.normalise(x, self.params["final_norm"], c.norm, c.norm_eps).astype(c.dtype)
+
+
+def default_positions(length: int, mask: Array | None, segment_ids: Array | None) -> Array:
+    """Positions counted over real tokens, from 0 in each run of equal segment ids: [B T] int32, or [1 T] without masks.
+
+    With left or right padding alone this is max(cumsum(mask) - 1, 0).
+    """
+    if mask is None and segment_ids is None:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+    real = mask if segment_ids is None else (segment_ids != 0 if mask is None else mask & (segment_ids != 0))
+    count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        count = count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1)
+    return jnp.maximum(count - 1, 0)
+
+
+def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, token_type_ids=None) -> Array:
+    """Token (+ learned position, + token type through the token table, as GPT-2) embeddings: [B T D], compute dtype."""
+    x = jnp.take(params["tokens"], tokens, axis=0, mode="clip")
+    if token_type_ids is not None:
+        x = x + jnp.take(params["tokens"], token_type_ids, axis=0, mode="clip")
+    if config.position == "learned":
+        x = x + jnp.take(params["positions"], positions, axis=0, mode="clip")
+    return x.astype(config.dtype)
+
+
+def rope_tables(config: TransformerConfig, positions: Array) -> tuple[Array, Array] | None:
+    """Rotary tables of `positions` [B T], or None for learned positions."""
+    return attention.rope_tables(positions, config.head_dim, config.rope_theta) if config.position == "rope" else None
+
+
+def block(config: TransformerConfig, params: dict, x: Array, mix: Callable, rope, constrain, keys=None) -> Array:
+    """One pre-norm layer, x + attention(norm1 x) then x + mlp(norm2 x): [B T D] -> [B T D].
+
+    Args:
+      params: one layer's arrays. mix: (q, k, v) [B N|K T H] -> [B N T H], attention of any kind, cached or not.
+      rope: tables from `rope_tables` or None. keys: two dropout keys or None.
+    """
+    c, weights = config, params["attention"]
+    normed = blocks.normalise(x, params["norm1"], c.norm, c.norm_eps).astype(x.dtype)
+    q, k, v = (
+        constrain(blocks.project_heads(normed, weights[name], weights.get(f"{name}_bias")), "heads") for name in "qkv"
+    )
+    if rope is not None:
+        q, k = attention.rotate(q, rope), attention.rotate(k, rope)
+    mixed = blocks.merge_heads(constrain(mix(q, k, v), "heads"), weights["o"], weights.get("o_bias"))
+    x = constrain(x + blocks.dropout(mixed, None if keys is None else keys[0], c.dropout), "residual")
+    normed = blocks.normalise(x, params["norm2"], c.norm, c.norm_eps).astype(x.dtype)
+    fed = blocks.feed_forward(normed, params["mlp"], c.activation, constrain)
+    return constrain(x + blocks.dropout(fed, None if keys is None else keys[1], c.dropout), "residual")
+
+
+def run_layers(config: TransformerConfig, layer: Callable, x: Array, stacked: dict, keys: Array | None) -> Array:
+    """Applies `layer(x, params, keys)` for each of the stacked layers, in line or scanned, rematerialised or not."""
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=config.unroll == 0)
+    if config.unroll == 0:
+        for index, params in enumerate(split_layers(stacked, config.layers)):
+            x = layer(x, params, None if keys is None else keys[index])
+        return x
+    x, _ = jax.lax.scan(
+        lambda x, xs: (layer(x, *xs), None), x, (stacked, keys), unroll=min(config.unroll, config.layers)
+    )
+    return x
+
+
+def split_layers(stacked: dict, layers: int) -> tuple[dict, ...]:
+    """Arrays [L ...] -> one tree a layer. Its gradient is one concatenation, where indexing would add up L arrays."""
+    leaves, structure = jax.tree.flatten(stacked)
+    pieces = [[jnp.squeeze(piece, 0) for piece in jax.lax.split(leaf, (1,) * layers)] for leaf in leaves]
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*pieces, strict=True))

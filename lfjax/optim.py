@@ -1,0 +1,219 @@
+"""Optimisers: a plain optax chain from plain numbers, schedules on the state's step, gradients by sums and weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from lfjax.types import Mean, map_named, split_rows
+
+Optimizer = optax.GradientTransformationExtraArgs
+Schedule = Callable[[Any], Any]
+
+# (regex on the parameter path, learning-rate multiplier, weight-decay multiplier); the first match wins, else (1, 1).
+DEFAULT_GROUPS = ((r"norm\d?/|bias$|positions$", 1.0, 0.0),)
+
+# Muon orthogonalises matrices of hidden layers: (regex, input axes, output axes); axis 0 stacks the layers.
+MUON_MATRICES = (
+    (r"layers/attention/[qkv]$", (1,), (2, 3)),
+    (r"layers/attention/o$", (1, 2), (3,)),
+    (r"layers/mlp/(up|gate|down)$", (1,), (2,)),
+)
+
+
+def weighted_grads(
+    loss_fn: Callable, params, batch, num_microbatches: int = 1, *, rng=None, has_aux: bool = False
+) -> tuple[Any, Any]:
+    """Gradient of a weighted mean, the same whether the batch is taken whole or in microbatches.
+
+    Sums of losses and of their gradients are added over microbatches in float32 and divided once, by the weight of
+    the whole batch: averaging the microbatches' means instead is wrong whenever their weights differ.
+
+    Args:
+      loss_fn: (params, micro) -> Mean, or (params, micro, key) -> Mean where `rng` is given;
+        with `has_aux` it returns (Mean, dict of Mean).
+      batch: tree of arrays [B ...]; B is a multiple of `num_microbatches`.
+      num_microbatches: microbatch i holds rows i, i + n, i + 2n, ...
+      rng: folded with the microbatch's index.
+    Returns:
+      (Mean, gradients), or ((Mean, aux), gradients).
+    """
+
+    def total(params, micro, key):
+        out = loss_fn(params, micro) if rng is None else loss_fn(params, micro, key)
+        mean, aux = out if has_aux else (out, {})
+        return mean.sum, (mean, aux)
+
+    gradient = jax.grad(total, has_aux=True)
+    if num_microbatches == 1:
+        grads, (mean, aux) = gradient(params, batch, rng)
+    else:
+
+        def micro_grads(index, micro):
+            key = None if rng is None else jax.random.fold_in(rng, index)
+            return gradient(params, micro, key)
+
+        def body(total, indexed):
+            return jax.tree.map(jnp.add, total, micro_grads(*indexed)), None
+
+        micros = split_rows(batch, num_microbatches)
+        indices = jnp.arange(num_microbatches)
+        shapes = jax.eval_shape(micro_grads, indices[0], jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, (mean, aux)), _ = jax.lax.scan(body, zeros, (indices, micros))
+    scale = 1.0 / jnp.where(mean.weight > 0, mean.weight, 1.0)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    return ((mean, aux) if has_aux else mean), grads
+
+
+def coupled_grads(forward: Callable, loss_fn: Callable, params, batch, num_microbatches: int = 1, *, rng=None):
+    """Gradient of a loss that couples the rows of a batch, with one microbatch's activations in memory at a time.
+
+    The outputs of all rows come first; the loss's gradient by these outputs is then carried back through one
+    microbatch after the other: the same gradient as one big batch. Source: Gao et al. 2021, arXiv:2101.06983.
+
+    Args:
+      forward: (params, micro, key) -> outputs [b ...] of its rows.
+      loss_fn: outputs [B ...] of the whole batch -> (scalar loss, aux).
+      batch, num_microbatches, rng: as in `weighted_grads`.
+    Returns:
+      ((loss, aux), gradients).
+    """
+    if num_microbatches == 1:
+        return jax.value_and_grad(lambda p: loss_fn(forward(p, batch, rng)), has_aux=True)(params)
+    n = num_microbatches
+    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))  # the keys weighted_grads will use
+    outputs = jax.lax.map(lambda args: forward(params, *args), (split_rows(batch, n), keys))  # [n B/n ...]
+    outputs = jnp.moveaxis(outputs, 0, 1).reshape(-1, *outputs.shape[2:])  # back in the batch's order
+    (loss, aux), by_output = jax.value_and_grad(loss_fn, has_aux=True)(outputs)
+
+    def surrogate(params, micro, key):
+        rows, cotangents = micro
+        return Mean(jnp.sum(forward(params, rows, key) * cotangents), jnp.float32(1.0 / n))
+
+    _, grads = weighted_grads(surrogate, params, (batch, by_output), n, rng=rng)
+    return (loss, aux), grads
+
+
+def schedule(
+    kind: str, *, learning_rate: float, total_steps: int, warmup_steps: int = 0, end_factor: float = 0.0
+) -> Schedule:
+    """Learning rate as a function of the step: linear warm-up, then "constant", "linear" or "cosine" to end_factor.
+
+    The first step's rate is learning_rate / warmup_steps, never 0.
+    """
+    if kind not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule: {kind!r}; allowed: constant, linear, cosine")
+    warmup = min(warmup_steps, max(total_steps - 1, 0))
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        if kind == "linear":
+            decayed = 1.0 - (1.0 - end_factor) * progress
+        elif kind == "cosine":
+            decayed = end_factor + (1.0 - end_factor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        else:
+            decayed = jnp.float32(1.0)
+        rising = (step + 1.0) / warmup if warmup else jnp.float32(1.0)
+        return jnp.float32(learning_rate) * jnp.where(step < warmup, rising, decayed)
+
+    return rate
+
+
+def make_optimizer(
+    rate: Schedule | float,
+    *,
+    name: str = "adamw",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    groups: tuple = DEFAULT_GROUPS,
+) -> Optimizer:
+    """Clip -> precondition -> decoupled weight decay -> minus the learning rate at the state's step.
+
+    `update(grads, opt_state, params, step=state.step)`: the schedule reads the training step, so a chain that is
+    called several times a step (PPO's epochs and minibatches) does not run ahead of it.
+
+    Args:
+      rate: learning rate, or a schedule of the step.
+      name: "adamw", "adafactor", "lion" or "muon" (Muon on the layers' matrices, Adam on all else).
+      clip_norm: global gradient norm; 0 switches clipping off.
+      groups: (regex, learning-rate multiplier, weight-decay multiplier) rows; a multiplier of 0 freezes.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    precondition = {
+        "adamw": lambda: adam,
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        ),
+        "lion": lambda: optax.scale_by_lion(b1=b1, b2=b2),
+        "muon": lambda: _muon(adam, beta=b1),
+    }
+    if name not in precondition:
+        raise ValueError(f"optimizer {name!r}; allowed: {', '.join(precondition)}")
+    for pattern, *_ in groups:
+        re.compile(pattern)
+
+    def multiplier(leaf: str, column: int) -> float:
+        return next((row[column] for row in groups if re.search(row[0], leaf)), 1.0)
+
+    def finish(updates, params, step):
+        lr = rate(step) if callable(rate) else jnp.float32(rate)
+
+        def leaf(name, update, param):
+            decayed = update + weight_decay * multiplier(name, 2) * param
+            return (-lr * multiplier(name, 1) * decayed).astype(param.dtype)
+
+        return map_named(leaf, updates, params)
+
+    def update(updates, state, params=None, *, step, **_):
+        return finish(updates, params, step), state
+
+    links = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    last = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.chain(*links, precondition[name](), last)
+
+
+def _muon(adam, beta: float):
+    """Muon for MUON_MATRICES, Adam for the rest.
+
+    Source: Jordan 2024, Muon; updates scaled by sqrt(max(1, out / in)). Norms, biases, embeddings and heads are
+    not matrices of a hidden layer and stay with Adam.
+    """
+
+    def row(leaf: str):
+        return next((r for r in MUON_MATRICES if re.search(r[0], leaf)), None)
+
+    def dimension_numbers(params):
+        return map_named(
+            lambda name, p: p if isinstance(p, optax.MaskedNode) else MuonDimensionNumbers(row(name)[1], row(name)[2]),
+            params,
+        )
+
+    def scale(updates, params=None):
+        del params
+
+        def leaf(name, u):
+            fan_in = 1
+            fan_out = 1
+            for axis in row(name)[1]:
+                fan_in *= u.shape[axis]
+            for axis in row(name)[2]:
+                fan_out *= u.shape[axis]
+            return u * max(1.0, fan_out / fan_in) ** 0.5
+
+        return map_named(leaf, updates)
+
+    muon = optax.chain(scale_by_muon(beta=beta, weight_dimension_numbers=dimension_numbers), optax.stateless(scale))
+    return optax.partition(
+        {"muon": muon, "adam": adam}, lambda params: map_named(lambda n, _: "muon" if row(n) else "adam", params)
+    )

@@ -1,0 +1,445 @@
+"""The feedback record, one JSON object a line: schema, validation, streaming.
+
+A record is a prompt (a string or chat messages), one or more responses, and what people said of them. Every kind
+of feedback shares this schema and all kinds may be mixed in one file:
+
+  rating      response, value, scale [lo, hi], optional rater        a number on a scale
+  ranking     order: best to worst, ties as nested lists             an order of some or all responses
+  preference  chosen, rejected, optional margin                      one response above another
+  edit        response, text                                         a better text in the response's place
+  critique    response, text                                         words about a response
+  label       response, value                                        a class: true/false, a number or a word
+  implicit    response, signal, value                                what a person did with a response
+
+`response`, `chosen`, `rejected` and the items of `order` are indices into `responses`. Fields that the schema does
+not know are kept in `extra` and written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+from lfjax.config import InputError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclasses.dataclass
+class Rating:
+    """A number that a person (or the mean of several) gave to a response on `scale` = (lo, hi), lo the worst."""
+
+    kind: ClassVar[str] = "rating"
+    response: int
+    value: float
+    scale: tuple[float, float]
+    rater: str | int | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Ranking:
+    """Groups of tied responses, best first. Responses that are not named were not judged."""
+
+    kind: ClassVar[str] = "ranking"
+    order: list[list[int]]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Preference:
+    """`chosen` is better than `rejected`; `margin` >= 0 says by how much, where a person said so."""
+
+    kind: ClassVar[str] = "preference"
+    chosen: int
+    rejected: int
+    margin: float | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Edit:
+    """What a person would have written in place of a response."""
+
+    kind: ClassVar[str] = "edit"
+    response: int
+    text: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Critique:
+    """A person's words about a response."""
+
+    kind: ClassVar[str] = "critique"
+    response: int
+    text: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Label:
+    """The class of a response: true or false (good or bad), a number, or a word."""
+
+    kind: ClassVar[str] = "label"
+    response: int
+    value: bool | float | str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Implicit:
+    """What a person did with a response: accepted, copied, regenerated, abandoned, dwell_s, ..."""
+
+    kind: ClassVar[str] = "implicit"
+    response: int
+    signal: str
+    value: bool | float | str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Feedback = Rating | Ranking | Preference | Edit | Critique | Label | Implicit
+
+
+@dataclasses.dataclass
+class Record:
+    """One prompt, its responses and the feedback on them.
+
+    Attributes:
+      prompt: text, or chat messages {"role", "content"}; "" where the responses stand alone.
+      responses: 1..N texts. Other fields of a response given as an object are in `response_fields`, one dict each.
+      feedback: any number of judgements of any kind.
+      where: "FILE:LINE" for error messages; not part of the record's value.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    responses: list[str]
+    feedback: list[Feedback] = dataclasses.field(default_factory=list)
+    id: str | int | None = None
+    source: str | None = None
+    license: str | None = None
+    time: str | float | None = None
+    response_fields: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: str = dataclasses.field(default="record", compare=False, repr=False)
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as plain text; chat messages as `role: content` lines that end where the assistant starts."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "".join(f"{message['role']}: {message['content']}\n" for message in self.prompt) + "assistant: "
+
+
+class _Wrong(Exception):
+    """A field does not hold what it may: (field, found, allowed)."""
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _text(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Wrong(field, _show(value), "a string")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _Wrong(field, "half of a surrogate pair (\\ud800-\\udfff)", "valid Unicode text") from None
+    return value
+
+
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _Wrong(field, _show(value), "a number")
+    if not abs(value) <= 1e30:  # also false for NaN
+        raise _Wrong(field, _show(value), "a finite number, at most 1e30 in size")
+    return float(value)
+
+
+def _text_or_number(field: str, value: Any) -> str | int | float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _Wrong(field, _show(value), "a string or a number")
+    return _text(field, value) if isinstance(value, str) else value
+
+
+def _index(field: str, value: Any, count: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _Wrong(field, _show(value), "an index into responses (a whole number, from 0)")
+    if not 0 <= value < count:
+        raise _Wrong(field, str(value), f"0 to {count - 1}: the record has {count} response{'s' * (count > 1)}")
+    return value
+
+
+def _class(field: str, value: Any) -> bool | float | str:
+    if isinstance(value, (bool, str)):
+        return _text(field, value) if isinstance(value, str) else value
+    if isinstance(value, (int, float)):
+        return _number(field, value)
+    raise _Wrong(field, _show(value), "true, false, a number or a string")
+
+
+def _take(data: dict[str, Any], name: str, prefix: str = "") -> Any:
+    """Removes a required field from `data`; what stays there in the end is unknown and kept."""
+    if name in data:
+        return data.pop(name)
+    close = difflib.get_close_matches(name, data, n=1, cutoff=0.7)
+    hint = f" (did you mean it by {close[0]!r}?)" if close else ""
+    raise _Wrong(prefix + name, "missing" + hint, "it is required")
+
+
+def _rating(data: dict[str, Any], at: str, count: int) -> Rating:
+    response = _index(at + "response", _take(data, "response", at), count)
+    value = _number(at + "value", _take(data, "value", at))
+    scale = _take(data, "scale", at)
+    if not isinstance(scale, list) or len(scale) != 2:
+        raise _Wrong(at + "scale", _show(scale), "[lo, hi]: two numbers")
+    low, high = (_number(at + "scale", end) for end in scale)
+    if low >= high:
+        raise _Wrong(at + "scale", _show(scale), "[lo, hi] with lo < hi")
+    if not low <= value <= high:
+        raise _Wrong(at + "value", f"{value:g}", f"a number in its scale [{low:g}, {high:g}]")
+    rater = data.pop("rater", None)
+    return Rating(response, value, (low, high), None if rater is None else _text_or_number(at + "rater", rater), data)
+
+
+def _ranking(data: dict[str, Any], at: str, count: int) -> Ranking:
+    order = _take(data, "order", at)
+    if not isinstance(order, list):
+        raise _Wrong(at + "order", _show(order), "a list of indices into responses, best first, ties as nested lists")
+    groups = [item if isinstance(item, list) else [item] for item in order]
+    if any(not group for group in groups):
+        raise _Wrong(at + "order", _show(order), "ties as lists that are not empty")
+    groups = [[_index(at + "order", index, count) for index in group] for group in groups]
+    named = [index for group in groups for index in group]
+    if len(set(named)) < len(named):
+        raise _Wrong(at + "order", _show(order), "each response at most once")
+    if len(named) < 2:
+        raise _Wrong(at + "order", _show(order), "at least two responses")
+    return Ranking(groups, data)
+
+
+def _preference(data: dict[str, Any], at: str, count: int) -> Preference:
+    chosen = _index(at + "chosen", _take(data, "chosen", at), count)
+    rejected = _index(at + "rejected", _take(data, "rejected", at), count)
+    if chosen == rejected:
+        raise _Wrong(at + "rejected", str(rejected), "another response than `chosen`")
+    margin = data.pop("margin", None)
+    if margin is not None:
+        margin = _number(at + "margin", margin)
+        if margin < 0:
+            raise _Wrong(at + "margin", f"{margin:g}", "0 or more: how much better `chosen` is")
+    return Preference(chosen, rejected, margin, data)
+
+
+def _edit(data: dict[str, Any], at: str, count: int) -> Edit:
+    response = _index(at + "response", _take(data, "response", at), count)
+    return Edit(response, _text(at + "text", _take(data, "text", at)), data)
+
+
+def _critique(data: dict[str, Any], at: str, count: int) -> Critique:
+    response = _index(at + "response", _take(data, "response", at), count)
+    return Critique(response, _text(at + "text", _take(data, "text", at)), data)
+
+
+def _label(data: dict[str, Any], at: str, count: int) -> Label:
+    response = _index(at + "response", _take(data, "response", at), count)
+    return Label(response, _class(at + "value", _take(data, "value", at)), data)
+
+
+def _implicit(data: dict[str, Any], at: str, count: int) -> Implicit:
+    response = _index(at + "response", _take(data, "response", at), count)
+    signal = _text(at + "signal", _take(data, "signal", at))
+    return Implicit(response, signal, _class(at + "value", _take(data, "value", at)), data)
+
+
+_KINDS: dict[str, Callable[[dict[str, Any], str, int], Feedback]] = {
+    "rating": _rating,
+    "ranking": _ranking,
+    "preference": _preference,
+    "edit": _edit,
+    "critique": _critique,
+    "label": _label,
+    "implicit": _implicit,
+}
+
+
+def _feedback(value: Any, count: int) -> list[Feedback]:
+    if not isinstance(value, list):
+        raise _Wrong("feedback", _show(value), "a list of objects, each with a `kind`")
+    entries = []
+    for i, entry in enumerate(value):
+        at = f"feedback[{i}]."
+        if not isinstance(entry, dict):
+            raise _Wrong(at[:-1], _show(entry), "an object with a `kind`")
+        data = dict(entry)
+        kind = _take(data, "kind", at)
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise _Wrong(at + "kind", _show(kind), " | ".join(_KINDS))
+        entries.append(_KINDS[kind](data, at, count))
+    return entries
+
+
+def _prompt(value: Any) -> str | list[dict[str, Any]]:
+    if isinstance(value, str):
+        return _text("prompt", value)
+    if not isinstance(value, list) or not value:
+        raise _Wrong("prompt", _show(value), "a string or a list of chat messages")
+    for i, message in enumerate(value):
+        at = f"prompt[{i}]"
+        if not isinstance(message, dict):
+            raise _Wrong(at, _show(message), "an object with `role` and `content`")
+        for name in ("role", "content"):
+            _text(f"{at}.{name}", _take(dict(message), name, at + "."))
+        if message["role"] not in ROLES:
+            raise _Wrong(f"{at}.role", _show(message["role"]), " | ".join(ROLES))
+    return value
+
+
+def _responses(value: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    if not isinstance(value, list) or not value:
+        raise _Wrong("responses", _show(value), "a list of one or more strings, or objects with `text`")
+    texts, fields = [], []
+    for i, response in enumerate(value):
+        if isinstance(response, dict):
+            data = dict(response)
+            texts.append(_text(f"responses[{i}].text", _take(data, "text", f"responses[{i}].")))
+            if "source" in data:
+                _text(f"responses[{i}].source", data["source"])
+            fields.append(data)
+        else:
+            texts.append(_text(f"responses[{i}]", response))
+            fields.append({})
+    return texts, fields if any(fields) else []
+
+
+_PROVENANCE = {"id": _text_or_number, "source": _text, "license": _text, "time": _text_or_number}
+
+
+def parse_record(value: Any, where: str = "record") -> Record:
+    """A decoded JSON object as a validated `Record`.
+
+    Args:
+      value: what `json.loads` gave; it is not changed.
+      where: "FILE:LINE", the start of the error message.
+    Raises:
+      InputError: `WHERE: field 'x': what was found; what is allowed`.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: found {_show(value)}; a record is a JSON object with prompt, responses, feedback")
+    data = dict(value)
+    try:
+        prompt = _prompt(_take(data, "prompt"))
+        responses, response_fields = _responses(_take(data, "responses"))
+        feedback = _feedback(_take(data, "feedback"), len(responses))
+        provenance: dict[str, Any] = {}
+        for name, check in _PROVENANCE.items():
+            field = data.pop(name, None)
+            provenance[name] = None if field is None else check(name, field)
+    except _Wrong as wrong:
+        field, found, allowed = wrong.args
+        raise InputError(f"{where}: field {field!r}: found {found}; allowed: {allowed}") from None
+    return Record(prompt, responses, feedback, **provenance, response_fields=response_fields, extra=data, where=where)
+
+
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """Streams the records of a JSONL file, each validated as it is read.
+
+    UTF-8, with or without a byte order mark; LF or CRLF; blank lines are skipped. An `id` may occur once.
+
+    Raises:
+      InputError: no such file, a folder, no record in it, not UTF-8, not JSON, or a field that does not hold what it
+        may; the message starts with FILE:LINE.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a JSONL file, one record a line")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a JSONL file, one record a line")
+    first_line: dict[str | int, int] = {}
+    count = 0
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if not raw.strip():
+                continue
+            record = parse_record(_decode(raw, where), where)
+            if record.id is not None and first_line.setdefault(record.id, number) != number:
+                raise InputError(
+                    f"{where}: field 'id': found {_show(record.id)}, as on line {first_line[record.id]}; "
+                    "allowed: each id once"
+                )
+            count += 1
+            yield record
+    if not count:
+        raise InputError(f"{path}: is empty; it must hold at least one record (a JSON object a line)")
+
+
+def _decode(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_reject_constant)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+        raise InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {str(error).splitlines()[0]}; one JSON object a line") from None
+
+
+def _feedback_json(entry: Feedback) -> dict[str, Any]:
+    fields = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name != "extra"}
+    if isinstance(entry, Ranking):
+        fields["order"] = [group[0] if len(group) == 1 else group for group in entry.order]
+    kept = {name: value for name, value in fields.items() if value is not None}
+    return {"kind": entry.kind, **kept, **entry.extra}
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """The record as a JSON object in the schema's form; `parse_record` gives the record back."""
+    responses: list[Any] = list(record.responses)
+    if record.response_fields:
+        pairs = zip(record.responses, record.response_fields, strict=True)
+        responses = [{"text": text, **fields} if fields else text for text, fields in pairs]
+    data: dict[str, Any] = {"prompt": record.prompt, "responses": responses}
+    data["feedback"] = [_feedback_json(entry) for entry in record.feedback]
+    data |= {name: getattr(record, name) for name in _PROVENANCE if getattr(record, name) is not None}
+    return data | record.extra
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
+    """Writes a JSONL file, whole or not at all (a temporary file beside it, then a rename). Returns the count."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    count = 0
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as out:
+            for record in records:
+                out.write(json.dumps(record_json(record), ensure_ascii=False, allow_nan=False) + "\n")
+                count += 1
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def mean_ratings(record: Record) -> dict[int, float]:
+    """The mean of the ratings of each rated response, by the response's index."""
+    values: dict[int, list[float]] = {}
+    for entry in record.feedback:
+        if isinstance(entry, Rating):
+            values.setdefault(entry.response, []).append(entry.value)
+    return {response: math.fsum(given) / len(given) for response, given in values.items()}

@@ -1,0 +1,51 @@
+"""How varied a set of samples is: distinct-2, plain and matched.
+
+Words are what white space parts, lower-cased, so texts of different tokenizers compare. A bigram never spans two texts.
+
+Source: Li et al. 2016, arXiv:1510.03055 (distinct-n).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+MATCHED_BIGRAMS = 2000
+MIN_SAMPLES = 512
+
+
+def _bigrams(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        yield from itertools.pairwise(text.lower().split())
+
+
+def distinct2(texts: Iterable[str]) -> float:
+    """Unique bigrams over all bigrams, in [0, 1]; 0 where there is none.
+
+    It falls with the number of bigrams, so shorter texts look more varied: compare by `matched_distinct2`.
+    """
+    bigrams = list(_bigrams(texts))
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def matched_distinct2(
+    texts: Sequence[str], *, bigrams: int = MATCHED_BIGRAMS, min_samples: int = MIN_SAMPLES
+) -> float | None:
+    """Unique bigrams among the first `bigrams` of the pooled texts, over `bigrams`: comparable whatever the length.
+
+    Args:
+      texts: samples in a fixed order, such as one of each held-out prompt.
+      bigrams: how many are looked at.
+      min_samples: how many texts there must be.
+    Returns:
+      A share in [0, 1], or None where the texts are too few or hold fewer bigrams: not comparable.
+    """
+    if len(texts) < min_samples:
+        return None
+    first = list(itertools.islice(_bigrams(texts), bigrams))
+    return len(set(first)) / bigrams if len(first) == bigrams else None
+
+
+def unique_share(texts: Sequence[str]) -> float:
+    """Different texts (white space and case aside) over texts, in [0, 1]; 0 where there is none."""
+    return len({" ".join(text.lower().split()) for text in texts}) / len(texts) if texts else 0.0

@@ -1,0 +1,54 @@
+"""Text in, text out: one call from prompts to continuations."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from lfjax.sampling.generate import generate
+from lfjax.tokenizers import response_text
+
+
+def sample_texts(
+    loaded,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """One continuation a prompt, with a model as `lfjax.interop.hf.load` gives it.
+
+    Args:
+      loaded: model, params and tokenizer.
+      prompts: texts; "" starts from BOS alone.
+      max_new_tokens, temperature, top_k, top_p: as in `generate`.
+    Raises:
+      InputError: prompt and continuation are longer than the model's context.
+    """
+    tokenizer = loaded.tokenizer
+    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+    out = jax.jit(
+        lambda params, tokens, mask, key: generate(
+            loaded.model,
+            params,
+            tokens,
+            mask,
+            key,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_ids=(tokenizer.eos_id,),
+            pad_id=tokenizer.pad_id,
+        )
+    )(loaded.params, tokens, mask, jax.random.key(seed))
+    pairs = zip(rows, np.asarray(out.tokens), np.asarray(out.mask), strict=True)
+    return [response_text(tokenizer, row, response[m].tolist()) for row, response, m in pairs]

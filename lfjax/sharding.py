@@ -1,0 +1,210 @@
+"""Where arrays live: a mesh, a table from parameter paths to partition specs, and steps compiled once per shape."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lfjax.config import InputError
+from lfjax.types import leaf_name, map_named
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # a batch's rows are spread over both
+
+# (regex on the parameter path, one mesh axis or "" per dimension); the first match wins; () is replicated.
+DEFAULT_RULES = (
+    (r"embed/tokens$", ("tensor", "fsdp")),
+    (r"embed/positions$", ("", "fsdp")),
+    (r"attention/[qkv]$", ("", "fsdp", "tensor", "")),
+    (r"attention/[qkv]_bias$", ("", "tensor", "")),
+    (r"attention/o$", ("", "tensor", "", "fsdp")),
+    (r"mlp/(up|gate)$", ("", "fsdp", "tensor")),
+    (r"mlp/(up|gate)_bias$", ("", "tensor")),
+    (r"mlp/down$", ("", "tensor", "fsdp")),
+    (r"unembed/kernel$", ("fsdp", "tensor")),
+    (r"", ()),
+)
+
+# What the model calls its activations -> spec. B rows, N heads, T positions, D width, F mlp, V vocabulary.
+ACTIVATIONS = {
+    "residual": P(BATCH, None, None),  # [B T D]
+    "heads": P(BATCH, "tensor", None, None),  # [B N T H]
+    "mlp": P(BATCH, None, "tensor"),  # [B T F]
+    "logits": P(BATCH, None, "tensor"),  # [B T V]
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A (data, fsdp, tensor) mesh; one axis may be -1 and takes what is left.
+
+    Raises:
+      InputError: the sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise InputError(f"config.mesh.{axis}: {size}; allowed: a positive size, or -1 for what is left")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1:
+        raise InputError(f"config.mesh: {', '.join(free)} are all -1; only one axis can take what is left")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(
+            f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not multiply to {len(devices)} devices;"
+            " change one of them, or set one to -1"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules=DEFAULT_RULES) -> P:
+    """The spec of one leaf by the first rule whose regex is found in its path.
+
+    An axis that does not divide its dimension (8 kv heads over tensor=16, say) is left out, and a leaf whose rank
+    differs from the rule's (factored second moments) is replicated.
+    """
+    axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
+    if len(axes) != len(shape):
+        return P()
+    fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
+    return P(*fits)
+
+
+def shardings_for(tree, mesh: Mesh, rules=DEFAULT_RULES):
+    """A NamedSharding per leaf of `tree` (arrays or shapes); optimiser state follows its parameter's path."""
+    return map_named(lambda name, leaf: NamedSharding(mesh, spec_for(name, np.shape(leaf), mesh, rules)), tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis spread over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many shards a batch's rows are spread: it has to divide the batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrainer(mesh: Mesh) -> Callable:
+    """The `constrain(x, name)` that models take: pins activations to the mesh; identity on one device."""
+    if mesh.size == 1:
+        return lambda x, name: x
+
+    def constrain(x, name: str):
+        axes = tuple(ACTIVATIONS[name]) if name in ACTIVATIONS else ()
+        if len(axes) != x.ndim:
+            return x
+        fits = []
+        for axis, size in zip(axes, x.shape, strict=True):
+            names = (axis,) if isinstance(axis, str) else axis or ()
+            fits.append(axis if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*fits)))
+
+    return constrain
+
+
+def place(tree, shardings):
+    """Host arrays -> global arrays with these shardings; every process holds the whole host array."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x, sharding):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def global_batch(batch, mesh: Mesh):
+    """This process's rows -> one global batch, its rows over data and fsdp."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, jax.tree.map(lambda _: sharding, batch))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def abstract(tree, shardings=None):
+    """Shapes, dtypes and shardings of a tree: what a step is compiled for."""
+    if shardings is None:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)), tree
+        )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings)
+
+
+def jit_step(fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None) -> Step:
+    """A pure function as a `Step`: compiled for each declared set of shapes, before its first use, and never again."""
+    return Step(fn, name=name, donate=donate, out_shardings=out_shardings)
+
+
+class Step:
+    """A function with one compiled program per declared set of shapes.
+
+    `compile(*args)` declares and compiles; a call looks the program up by its arguments' shapes and runs it. A call
+    outside the declared shapes is an error that names the leaf and both shapes: nothing compiles by surprise.
+    """
+
+    compiled_total = 0  # programs compiled in this process, over all steps
+
+    def __init__(self, fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None):
+        self.name = name
+        kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
+        self._jitted = jax.jit(fn, donate_argnums=donate, **kwargs)
+        self.programs: dict = {}  # tree and shapes of the arguments -> compiled program
+        self._declared: list[dict[str, str]] = []  # for error messages: leaf name -> shape, per program
+
+    def compile(self, *args):
+        """Compiles for these shapes (arrays or ShapeDtypeStructs, sharded as they will be); returns the program."""
+        key = _signature(args)
+        if key not in self.programs:
+            self.programs[key] = self._jitted.lower(*args).compile()
+            self._declared.append(_named_shapes(args))
+            Step.compiled_total += 1
+        return self.programs[key]
+
+    def __call__(self, *args):
+        """Runs the program compiled for these shapes.
+
+        Raises:
+          ValueError: none was; names the first leaf that differs from the nearest declared shapes.
+        """
+        program = self.programs.get(_signature(args))
+        if program is None:
+            raise ValueError(f"step {self.name}: {self._mismatch(_named_shapes(args))}")
+        return program(*args)
+
+    def _mismatch(self, got: dict[str, str]) -> str:
+        if not self._declared:
+            return "called before compile() declared any shape"
+        differing = [[n for n in got.keys() | known.keys() if got.get(n) != known.get(n)] for known in self._declared]
+        nearest = min(range(len(differing)), key=lambda i: len(differing[i]))
+        name = min(differing[nearest], default="(tree)")
+        declared = self._declared[nearest].get(name, "nothing")
+        return (
+            f"argument {name} is {got.get(name, 'missing')}, compiled for {declared}; declare its bucket with compile()"
+        )
+
+
+def _signature(args):
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((np.shape(x), x.dtype) for x in leaves)
+
+
+def _named_shapes(args) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    return {leaf_name(path): f"{x.dtype.name}{list(np.shape(x))}" for path, x in leaves}

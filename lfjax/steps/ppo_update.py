@@ -1,0 +1,115 @@
+"""PPO, part 4: K epochs of M minibatches on one rollout, as one program."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lfjax.losses.policy_gradient import clipped_policy_losses, clipped_value_losses
+from lfjax.masking import masked_mean
+from lfjax.optim import Optimizer, weighted_grads
+from lfjax.rl.kl import adaptive_kl
+from lfjax.state import PPOState
+from lfjax.steps.ppo_forward import PPOModels, response_stats, response_values
+from lfjax.types import Mean, Rollout
+
+
+def ppo_update(
+    state: PPOState,
+    rollout: Rollout,
+    rng: jax.Array,
+    *,
+    models: PPOModels,
+    txs: tuple[Optimizer, Optimizer],
+    temperature: float = 1.0,
+    epochs: int = 4,
+    minibatches: int = 1,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    value_clip: float = 0.2,
+    value_coef: float = 0.5,
+    entropy_coef: float = 0.0,
+    kl_target: float = 0.0,
+    kl_horizon: float = 10000.0,
+    num_microbatches: int = 1,
+    chunk_size: int = 64,
+):
+    """Clipped policy and value updates over freshly shuffled minibatches of the rollout.
+
+    Losses are means over the response tokens of a whole minibatch, also across microbatches and devices.
+
+    Args:
+      txs: optimisers of policy and value; their schedules see `state.step`, which counts updates, not minibatches.
+      value_coef: multiplies the value loss. entropy_coef: entropy bonus, nats.
+      kl_target: nats a sequence; above 0 the KL coefficient adapts to it, over `kl_horizon` episodes.
+    Returns:
+      (state, metrics).
+    Source: Schulman et al. 2017, arXiv:1707.06347; adaptive KL: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+    size = rollout.mask.shape[0]
+
+    def policy_loss(params, micro: Rollout):
+        rows = (micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
+        stats = response_stats(models.policy, params, *rows, temperature=temperature, chunk_size=chunk_size)
+        losses = clipped_policy_losses(
+            stats.logprobs, micro.old_logprobs, micro.advantages, clip_low=clip_low, clip_high=clip_high
+        )
+        change = jnp.where(micro.mask, stats.logprobs - micro.old_logprobs, 0.0)
+        ratio = jnp.exp(jnp.clip(change, -20.0, 20.0))
+        aux = {
+            "ppo/entropy": Mean.over(stats.entropy, micro.mask),
+            "ppo/approx_kl": Mean.over(0.5 * change**2, micro.mask),
+            "ppo/clip_fraction": Mean.over(((ratio < 1 - clip_low) | (ratio > 1 + clip_high)) * 1.0, micro.mask),
+            "ppo/ratio": Mean.over(ratio, micro.mask),
+            "ppo/ratio_error": Mean.over(jnp.abs(ratio - 1.0), micro.mask),
+        }
+        return Mean.over(losses - entropy_coef * stats.entropy, micro.mask), aux
+
+    def value_loss(params, micro: Rollout):
+        values = response_values(models.value, params, micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
+        losses = clipped_value_losses(values, micro.values, micro.returns, clip=value_clip)
+        return Mean.over(value_coef * losses, micro.mask)
+
+    def minibatch_step(carry, rows):
+        policy, value = carry
+        batch = jax.tree.map(lambda x: x[rows], rollout)
+        (loss, aux), grads = weighted_grads(policy_loss, policy.params, batch, num_microbatches, has_aux=True)
+        v_loss, v_grads = weighted_grads(value_loss, value.params, batch, num_microbatches)
+        policy = policy.apply_gradients(grads, txs[0], loss=loss.value, step=state.step)
+        value = value.apply_gradients(v_grads, txs[1], loss=v_loss.value, step=state.step)
+        return (policy, value), {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux}
+
+    def shuffled(key):
+        return jax.random.permutation(key, size).reshape(minibatches, size // minibatches)
+
+    order = jax.vmap(shuffled)(jax.random.split(rng, epochs)).reshape(epochs * minibatches, -1)
+    (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), order)
+    first_error = Mean(*(x[0] for x in metrics.pop("ppo/ratio_error")))
+    metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+    metrics |= rollout_metrics(rollout) | {"ppo/kl_coef": Mean.of(state.kl_coef), "ppo/first_ratio_error": first_error}
+    kl_coef = state.kl_coef
+    if kl_target > 0.0:
+        kl_coef = adaptive_kl(kl_coef, metrics["ppo/kl"].value, size, target=kl_target, horizon=kl_horizon)
+    return state.replace(policy=policy, value=value, kl_coef=kl_coef, step=state.step + 1), metrics
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, Mean]:
+    """What is worth watching of the samples themselves. KL is in nats a sequence, length in tokens."""
+    mask = rollout.mask
+    change = jnp.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0)
+    errors = jnp.where(mask, rollout.returns - rollout.values, 0.0)
+    centred = jnp.where(mask, rollout.returns - masked_mean(rollout.returns, mask), 0.0)
+    unexplained = jnp.sum(errors**2) / jnp.maximum(jnp.sum(centred**2), 1e-8)
+    return {
+        "ppo/score": Mean.of(rollout.scores),
+        "ppo/raw_score": Mean.of(rollout.raw_scores),
+        "ppo/return": Mean.of(jnp.sum(jnp.where(mask, rollout.rewards, 0.0), axis=1)),
+        "ppo/kl": Mean.of(jnp.sum(change, axis=1)),
+        "ppo/length": Mean.of(jnp.sum(mask, axis=1)),
+        "ppo/eos_share": Mean.of(rollout.ended),
+        "ppo/value": Mean.over(rollout.values, mask),
+        "ppo/explained_variance": Mean.of(1.0 - unexplained),
+        "ppo/rollout_train_gap": Mean.of(
+            jnp.max(jnp.where(mask, jnp.abs(rollout.sampled_logprobs - rollout.old_logprobs), 0.0))
+        ),
+    }

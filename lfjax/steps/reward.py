@@ -1,0 +1,98 @@
+"""Reward model training on ratings, preferences and rankings, all in one batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lfjax.losses import ranking, ratings
+from lfjax.optim import Optimizer, coupled_grads
+from lfjax.state import RewardState
+from lfjax.types import Mean, RewardBatch
+
+
+def reward_step(
+    state: RewardState,
+    batch: RewardBatch,
+    rng: jax.Array,
+    *,
+    model,
+    tx: Optimizer,
+    regression: float = 1.0,
+    bradley_terry: float = 1.0,
+    hinge: float = 0.0,
+    listwise_hinge: float = 0.0,
+    plackett_luce: float = 0.0,
+    softmax: float = 0.0,
+    centering: float = 0.0,
+    across_records: bool = True,
+    min_gap: float = 1.0,
+    margin_scale: float = 0.0,
+    num_microbatches: int = 1,
+):
+    """One optimiser step on a weighted sum of reward losses, each the mean over what it applies to.
+
+    Pair losses couple the rows of a batch; `coupled_grads` keeps microbatches equal to one big batch.
+
+    Args:
+      regression .. centering: weights of the losses; 0 leaves one out.
+      across_records: pair answers of different records by their ratings, where these lie `min_gap` points apart.
+      margin_scale: a pair's margin is this times its rating gap (or its stated margin).
+    Returns:
+      (state, metrics): reward/loss, reward/pair_accuracy of the batch's pairs, reward/mse (squared rating points).
+    """
+
+    def forward(params, rows, key):
+        tokens, mask = rows  # [b C T]
+        flat = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
+        rngs = {"dropout": key} if model.config.dropout else None
+        return model.apply({"params": params}, flat[0], attention_mask=flat[1], rngs=rngs).reshape(tokens.shape[:2])
+
+    def batch_loss(scores):  # [B C]
+        pairs = reward_pairs(scores, batch, across_records=across_records, min_gap=min_gap, margin_scale=margin_scale)
+        chosen, rejected, margin, counts = pairs
+        real = jnp.any(batch.mask, axis=-1)  # [B C]
+        listed = jnp.sum(batch.ranked, axis=-1) >= 2  # [B]: a record that ranks its answers
+        best = batch.ranked & (batch.ranks == 0)
+        best = best / jnp.maximum(jnp.sum(best, axis=-1, keepdims=True), 1)
+        terms = (
+            (regression, Mean.over(ratings.regression_losses(scores, batch.ratings), batch.rated)),
+            (bradley_terry, Mean.over(ranking.bradley_terry_losses(chosen, rejected, margin=margin), counts)),
+            (hinge, Mean.over(ranking.pairwise_hinge_losses(chosen, rejected, margin=1.0 + margin), counts)),
+            (listwise_hinge, Mean.over(ranking.listwise_hinge_losses(scores, batch.ranks, where=batch.ranked), listed)),
+            (plackett_luce, Mean.over(ranking.plackett_luce_losses(scores, batch.ranks, where=batch.ranked), listed)),
+            (softmax, Mean.over(ranking.softmax_feedback_losses(scores, best, where=batch.ranked), listed)),
+            (centering, Mean.over(ranking.center_penalty(jnp.where(real, scores, 0.0)), jnp.any(real, axis=-1))),
+        )
+        loss = sum(weight * mean.value for weight, mean in terms if weight)
+        return loss, {
+            "reward/loss": Mean.of(loss),
+            "reward/mse": Mean.over((scores - batch.ratings) ** 2, batch.rated),
+            "reward/pair_accuracy": Mean.over((chosen > rejected).astype(jnp.float32), counts),
+        }
+
+    rows = (batch.tokens, batch.mask)
+    (loss, metrics), grads = coupled_grads(forward, batch_loss, state.params, rows, num_microbatches, rng=rng)
+    metrics["optim/grad_norm"] = Mean.of(optax.tree.norm(grads))
+    return state.apply_gradients(grads, tx, loss=loss), metrics
+
+
+def reward_pairs(scores, batch: RewardBatch, *, across_records: bool, min_gap: float, margin_scale: float):
+    """(chosen, rejected, margin, counts), each [M M] over the M = B C answers: entry (i, j) pairs i as better than j.
+
+    Within a record ranks decide where both answers have one; otherwise ratings at least `min_gap` points apart.
+    """
+    flat = scores.reshape(-1)
+    record = jnp.repeat(jnp.arange(scores.shape[0]), scores.shape[1])
+    rating, rated = batch.ratings.reshape(-1), batch.rated.reshape(-1)
+    rank, ranked = batch.ranks.reshape(-1), batch.ranked.reshape(-1)
+    margin = jnp.repeat(batch.margin, scores.shape[1])
+    same = record[:, None] == record[None, :]
+    by_rank = same & ranked[:, None] & ranked[None, :]
+    gap = rating[:, None] - rating[None, :]
+    by_rating = ~by_rank & rated[:, None] & rated[None, :] & (gap >= min_gap) & (same | across_records)
+    better = (by_rank & (rank[:, None] < rank[None, :])) | by_rating
+    margins = margin_scale * jnp.where(by_rank, margin[:, None], jnp.maximum(gap, 0.0))
+    shape = better.shape
+    return jnp.broadcast_to(flat[:, None], shape), jnp.broadcast_to(flat[None, :], shape), margins, better

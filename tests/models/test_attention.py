@@ -1,0 +1,135 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfjax.models import attention
+
+B, N, T, H = 2, 4, 13, 6
+
+
+def reference(q, k, v, allowed):
+    """Float64 loops: softmax over the allowed keys, query by query."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, n, t in np.ndindex(q.shape[:3]):
+        kv = n // (q.shape[1] // k.shape[1])
+        seen = np.flatnonzero(allowed[b, t])
+        if len(seen) == 0:
+            continue
+        scores = np.array([q[b, n, t] @ k[b, kv, s] / np.sqrt(q.shape[-1]) for s in seen])
+        weights = np.exp(scores - scores.max())
+        out[b, n, t] = sum(w * v[b, kv, s] for w, s in zip(weights / weights.sum(), seen, strict=True))
+    return out
+
+
+def inputs(kv_heads, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return tuple(jax.random.normal(k, (B, n, T, H)) for k, n in zip(keys, (N, kv_heads, kv_heads), strict=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masks", ["none", "left", "right", "packed"])
+def test_equals_float64_loops_for_every_mask_grouping_and_block(kv_heads, block, causal, masks):
+    q, k, v = inputs(kv_heads)
+    column = np.arange(T)
+    key_mask = {"left": column >= np.array([[0], [5]]), "right": column < np.array([[T], [7]])}.get(masks)
+    segments = np.array([[1] * 5 + [2] * 8, [1] * 2 + [2] * 3 + [3] * 4 + [0] * 4]) if masks == "packed" else None
+    allowed = np.ones((B, T, T), bool)
+    if causal:
+        allowed &= column[:, None] >= column
+    if key_mask is not None:
+        allowed &= key_mask[:, None]
+    if segments is not None:
+        allowed &= (segments[:, :, None] == segments[:, None]) & (segments[:, None] != 0)
+    run = jax.jit(functools.partial(attention.attend_blocked, causal=causal, block=block))
+    out = run(q, k, v, key_mask=key_mask, segment_ids=segments)
+    sees_something = allowed.any(-1)[:, None, :, None]
+    np.testing.assert_allclose(out * sees_something, reference(q, k, v, allowed), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(out).all()
+
+
+def test_a_row_of_padding_alone_has_finite_values_and_gradients():
+    q, k, v = inputs(2)
+    mask = jnp.zeros((B, T), bool)
+
+    def total(q, k, v):
+        return jnp.sum(jnp.square(attention.attend_blocked(q, k, v, key_mask=mask)))
+
+    value, grads = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
+
+
+def test_huge_scores_stay_finite():
+    q, k, v = inputs(4)
+    assert np.isfinite(attention.attend_blocked(q * 1e4, k * 1e4, v)).all()
+
+
+def test_one_query_against_a_cache_equals_the_last_query_of_the_whole():
+    q, k, v = inputs(2)
+    mask = jnp.arange(T)[None] >= jnp.array([[0], [5]])
+    whole = attention.attend_blocked(q, k, v, key_mask=mask)
+    room = ((0, 0), (0, 0), (0, 3), (0, 0))
+    last = attention.attend_cached(q[:, :, -1:], jnp.pad(k, room), jnp.pad(v, room), jnp.pad(mask, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(last, whole[:, :, -1:], rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_inputs_give_half_precision_outputs_near_float32():
+    q, k, v = inputs(2)
+    half = attention.attend_blocked(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), attention.attend_blocked(q, k, v), atol=0.05)
+
+
+def rotated_by_complex_numbers(x, positions, theta):
+    """RoPE as multiplication by exp(i position frequency), with element i and i + H/2 as one complex number."""
+    half = x.shape[-1] // 2
+    pairs = np.asarray(x[..., :half], np.float64) + 1j * np.asarray(x[..., half:], np.float64)
+    angles = positions[:, None, :, None] * theta ** (-np.arange(half) / half)
+    turned = pairs * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def test_rotation_is_complex_multiplication_of_half_split_pairs():
+    q, _, _ = inputs(4)
+    positions = np.array([np.arange(T), np.arange(T) + 40])
+    tables = attention.rope_tables(jnp.asarray(positions), H, 10000.0)
+    np.testing.assert_allclose(
+        attention.rotate(q, tables), rotated_by_complex_numbers(q, positions, 1e4), rtol=1e-4, atol=1e-5
+    )
+
+
+SQUARE = ((2, 8, 256, 64), (2, 4, 256, 64))
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, shapes, segmented, expected",
+    [
+        ("cpu", "float32", SQUARE, False, "xla"),
+        ("cpu", "bfloat16", SQUARE, False, "xla"),
+        ("gpu", "bfloat16", SQUARE, False, "cudnn"),
+        ("cuda", "float16", SQUARE, False, "cudnn"),
+        ("gpu", "float32", SQUARE, False, "xla"),
+        ("gpu", "bfloat16", SQUARE, True, "xla"),
+        ("gpu", "bfloat16", ((2, 8, 256, 60), (2, 4, 256, 60)), False, "xla"),
+        ("gpu", "bfloat16", ((2, 8, 256, 256), (2, 4, 256, 256)), False, "xla"),
+        ("gpu", "bfloat16", ((2, 8, 1, 64), (2, 4, 256, 64)), False, "xla"),
+        ("rocm", "bfloat16", SQUARE, False, "xla"),
+        ("tpu", "bfloat16", SQUARE, False, "xla"),
+    ],
+)
+def test_the_choice_of_implementation_is_a_function_of_its_arguments(backend, dtype, shapes, segmented, expected):
+    assert attention.choose_implementation(backend, jnp.dtype(dtype), *shapes, segmented=segmented) == expected
+
+
+def test_keys_beyond_a_block_of_queries_are_never_computed():
+    def dot_flops(length, block):
+        x = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
+        lowered = jax.jit(lambda q, k, v: attention.attend_blocked(q, k, v, block=block)).lower(x, x, x)
+        return lowered.cost_analysis()["flops"]
+
+    assert dot_flops(512, 128) < 0.7 * dot_flops(512, 512)
