@@ -3,8 +3,8 @@
 
     launch/local_cluster.py -n 2 --devices 4 -- lfjax train --config=configs/tiny.py --workdir=runs/tiny
 
-Each gets LFJAX_COORDINATOR, LFJAX_NUM_PROCESSES and LFJAX_PROCESS_ID, by which lfjax joins them (gloo). If one fails, the
-others are ended; SIGTERM and SIGINT are passed on. Exit code: the first that is not 0 (128 + number for a signal).
+LFJAX_COORDINATOR, LFJAX_NUM_PROCESSES and LFJAX_PROCESS_ID tell each where the others are. If one fails, the rest are
+ended; SIGTERM and SIGINT are passed on. Exit code: the first that is not 0 (128 + number for a signal).
 """
 
 import argparse
@@ -21,9 +21,8 @@ GRACE_SECONDS = 20.0  # from the first failure to the SIGKILL of those still the
 
 def environments(processes: int, devices: int) -> list[dict[str, str]]:
     """What each process's environment gets on top of this one's."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]  # free now; process 0 listens on it in a moment
+    with socket.create_server(("127.0.0.1", 0)) as server:  # port 0: any free one
+        port = server.getsockname()[1]
     kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
     shared = {
         "LFJAX_COORDINATOR": f"127.0.0.1:{port}",
@@ -37,9 +36,7 @@ def environments(processes: int, devices: int) -> list[dict[str, str]]:
 
 def run(command: list[str], extra: list[dict[str, str]]) -> int:
     """Runs one process for each environment until all have ended; returns the first exit code that is not 0."""
-    children: list[subprocess.Popen] = []
-    received: list[int] = []
-    code, deadline = 0, float("inf")
+    children, received, code, deadline = [], [], 0, 0.0
 
     def send(number: int) -> None:
         for child in children:
@@ -53,11 +50,10 @@ def run(command: list[str], extra: list[dict[str, str]]) -> int:
             children[-1].send_signal(received[0])
     while None in (codes := [child.poll() for child in children]) or (not code and any(codes)):
         code = code or next((c for c in codes if c), 0)
-        if code and deadline == float("inf"):
+        if code and not deadline:
             deadline = time.monotonic() + GRACE_SECONDS
-            if not received:  # after a signal, the others are saving: leave them the time
-                send(signal.SIGTERM)
-        if time.monotonic() > deadline:
+            send(0 if received else signal.SIGTERM)  # after a signal they are saving already
+        if deadline and time.monotonic() > deadline:
             send(signal.SIGKILL)
         time.sleep(0.05)
     return 128 - code if code < 0 else code
@@ -65,22 +61,18 @@ def run(command: list[str], extra: list[dict[str, str]]) -> int:
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, default=2, choices=range(1, 1025), metavar="N", help="processes (2)")
-    parser.add_argument(
-        "--devices", type=int, default=4, choices=range(1, 1025), metavar="M", help="virtual devices of each (4)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("-n", type=int, default=2, help="processes (2)")
+    parser.add_argument("--devices", type=int, default=4, help="virtual devices of each (4)")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     parser.add_argument("command", nargs="+", help="after --: what every process runs")
     args = parser.parse_args(argv)
+    if min(args.n, args.devices) < 1:
+        parser.error("-n and --devices must be at least 1")
     extra = environments(args.n, args.devices)
     for environment in extra if args.dry_run else ():
         print("env", shlex.join([*(f"{key}={value}" for key, value in environment.items()), *args.command]))
-    try:
-        return 0 if args.dry_run else run(args.command, extra)
-    except OSError as error:
-        print(f"local_cluster.py: {error}", file=sys.stderr)
-        return 127
+    return 0 if args.dry_run else run(args.command, extra)
 
 
 if __name__ == "__main__":

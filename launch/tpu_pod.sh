@@ -57,7 +57,7 @@ PATH=$HOME/.local/bin:$PATH; cd lfjax; [ -d .venv ] || uv venv -q --python 3.12;
 # shellcheck disable=SC2016
 identity='attribute() { curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1; }
 endpoints=$(attribute worker-network-endpoints); LFJAX_PROCESS_ID=$(attribute agent-worker-number)
-LFJAX_COORDINATOR=$(echo "$endpoints" | cut -d, -f1 | cut -d: -f3):8476
+LFJAX_COORDINATOR=$(echo "$endpoints" | cut -d, -f1 | sed "s/.*://"):8476
 LFJAX_NUM_PROCESSES=$(echo "$endpoints" | tr , "\n" | wc -l)
 export LFJAX_PROCESS_ID LFJAX_COORDINATOR LFJAX_NUM_PROCESSES'
 log=${dry_run:+/dev/null}

@@ -1,4 +1,4 @@
-"""Checkpoints of one stage: asynchronous saves, exact restores on any mesh, a FINISHED file when the stage is done.
+"""Checkpoints of one stage: asynchronous saves, exact restores on any mesh.
 
 A checkpoint holds the stage's state (a pytree of arrays) and a small JSON dict beside it. The data position is the
 step, and randomness is folded from seed and step, so neither is stored.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import pathlib
@@ -24,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from lfjax.config import InputError
 
-FINISHED = "FINISHED"
+FINISHED = "FINISHED"  # the file beside the steps that the chain writes when the stage is done
 
 
 class Checkpoints:
@@ -121,27 +120,6 @@ class Checkpoints:
         with self._disk_errors():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Waits for the saves, then marks the stage as done: FINISHED holds `summary` (step, config hash, figures)."""
-        self.wait()
-        if jax.process_index() == 0:
-            temporary = self.folder / (FINISHED + ".tmp")
-            with self._disk_errors():
-                temporary.write_text(json.dumps(dict(summary), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-                os.replace(temporary, self.folder / FINISHED)
-
-    def finished(self) -> dict[str, Any] | None:
-        """What `finish` wrote, None while the stage is not done."""
-        path = self.folder / FINISHED
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"{path}: not JSON ({error}); delete the file to go on from the last checkpoint"
-            ) from error
 
     def close(self) -> None:
         """Waits for the saves and frees Orbax's threads."""

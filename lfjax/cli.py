@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"lfjax {arguments.command}: unknown argument {rest[0]}; see lfjax {arguments.command} -h")
         return arguments.run(arguments, rest)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -126,7 +126,7 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
 
 def _sample(arguments: argparse.Namespace, _) -> int:
     for name, low in (("n", 1), ("max_new_tokens", 1), ("temperature", 0.0), ("top_k", 0)):
-        if getattr(arguments, name) < low:
+        if not getattr(arguments, name) >= low:  # also true of NaN
             raise InputError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; allowed: at least {low}")
     if not 0.0 < arguments.top_p <= 1.0:
         raise InputError(f"--top-p: {arguments.top_p}; allowed: above 0, at most 1")

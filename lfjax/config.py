@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import math
 import re
 import runpy
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def base_config() -> ConfigDict:
     config.seed = 0
     config.stages = STAGES  # what runs, in this order
     config.data = _section(
-        source="vader",  # "vader": rated sentences fetched with pip; "jsonl": feedback records; "text": plain lines
+        source="vader",  # "vader": rated sentences fetched with pip; "jsonl": feedback records; "text": paragraphs
         path=placeholder(str),  # jsonl, text: the file (or its training split)
         validation_path=placeholder(str),  # given splits; else split by hash of the text
         test_path=placeholder(str),
@@ -161,7 +163,7 @@ def base_config() -> ConfigDict:
                 clip_low=0.2,
                 clip_high=0.2,
                 value_clip=0.2,
-                value_coef=0.5,
+                value_coef=1.0,
                 entropy_coef=0.0,
                 kl_target=0.0,  # nats a sequence; above 0 the KL coefficient adapts to it
                 kl_horizon=10000.0,
@@ -196,27 +198,64 @@ def load(path: str | Path, overrides: list[str] = ()) -> ConfigDict:  # type: ig
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"--config={path}: no such file; give a Python file with a get_config() function")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"--config={path}: {found}; give a Python file with a get_config() function")
     try:
         namespace = runpy.run_path(str(path))
     except Exception as error:  # whatever a config file does wrong is the user's to mend
-        raise InputError(f"{path}: the config file fails with {type(error).__name__}: {error}") from error
-    if "get_config" not in namespace:
+        raise InputError(f"{path}: mend the config file: {cause_of(error, path)}") from error
+    if not callable(namespace.get("get_config")):
         raise InputError(f"{path}: no get_config() function; a config file defines one that returns a ConfigDict")
     try:
         config = namespace["get_config"]()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: get_config() fails: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise InputError(f"{path}: mend the config file: get_config() fails: {cause_of(error, path)}") from error
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
+    _check_keys(config, base_config(), str(path))
     for item in overrides:
         apply_override(config, item)
     config.lock()
     return config
 
 
+def cause_of(error: Exception, source: str | Path) -> str:
+    """What went wrong in a user's file, in one line: kind, message, and the last line of `source` that was running."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(source)), None)
+    return f"{type(error).__name__}: {' '.join(text.split())}" + (f" (line {line})" if line else "")
+
+
+# Step -> the sections that hold its keywords: a fork may take others, which its config file adds or deletes there.
+STEP_SECTIONS = {
+    "sft": ("pretrain.step", "sft.step"),
+    "reward": ("reward.step",),
+    "ppo_rollout": ("ppo.rollout_step",),
+    "ppo_experience": ("ppo.experience_step",),
+    "ppo_update": ("ppo.update_step",),
+}
+
+
+def _check_keys(config: ConfigDict, base: ConfigDict, where: str, prefix: str = "config") -> None:
+    """A config file may not invent keys (they would be read by nobody) nor lose any."""
+    for key in config:
+        if key not in base:
+            raise InputError(f"{where}: {_unknown_key(f'{prefix}.{key}', key, list(base))}")
+        if isinstance(config[key], ConfigDict) != isinstance(base[key], ConfigDict):
+            kind = "a section" if isinstance(base[key], ConfigDict) else "a value, not a section"
+            raise InputError(f"{where}: {prefix}.{key}: has to be {kind}; start from base_config() and set its keys")
+        section = f"{prefix}.{key}".removeprefix("config.")
+        of_a_step = any(section in sections for sections in STEP_SECTIONS.values())
+        if isinstance(base[key], ConfigDict) and not of_a_step:
+            _check_keys(config[key], base[key], where, f"{prefix}.{key}")
+    missing = [key for key in base if key not in config]
+    if missing:
+        raise InputError(f"{where}: {prefix}.{missing[0]}: missing; start from lfjax.config.base_config()")
+
+
 def apply_override(config: ConfigDict, item: str) -> None:
-    """Applies one "--config.a.b=value"."""
+    """Applies one "--config.a.b=value"; "none" empties an optional leaf."""
     match = re.fullmatch(r"--config\.([\w.]+)=(.*)", item, re.DOTALL)
     if not match:
         raise InputError(f"{item}: not an override; write --config.section.key=value")
@@ -229,10 +268,13 @@ def apply_override(config: ConfigDict, item: str) -> None:
             raise InputError(_unknown_key(".".join(["config", *parts[: depth + 1]]), part, known))
         if depth < len(parts) - 1:
             section = section[part]
-    if isinstance(section[parts[-1]], ConfigDict):
-        inside = ", ".join(section[parts[-1]])
+    name = parts[-1]
+    if isinstance(section[name], ConfigDict):
+        inside = ", ".join(section[name])
         raise InputError(f"config.{dotted}: a section; set one of its keys: {inside}")
-    section[parts[-1]] = _parse(text, section.get_type(parts[-1]), f"config.{dotted}")
+    optional = isinstance(dict(section.items(preserve_field_references=True))[name], FieldReference)
+    empty = optional and text.lower() == "none"
+    section[name] = None if empty else _parse(text, section.get_type(name), f"config.{dotted}")
 
 
 def _unknown_key(dotted: str, part: str, known: list[str]) -> str:
@@ -244,7 +286,7 @@ def _unknown_key(dotted: str, part: str, known: list[str]) -> str:
 
 
 def _parse(text: str, kind: type, key: str):
-    """A value of the leaf's own type; "none" empties an optional leaf."""
+    """A value of the leaf's own type."""
     if kind is str:
         return text
     try:
@@ -312,20 +354,24 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _leaf(config: ConfigDict, key: str) -> Any:
+    """The value of "section.key"; None where a fork's config has deleted a step's keyword."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part)
+    return value
+
+
 def _at_least(config: ConfigDict, low: float, *keys: str) -> None:
     for key in keys:
-        value: Any = config
-        for part in key.split("."):
-            value = value[part]
-        if value < low:
+        value = _leaf(config, key)
+        if value is not None and value < low:
             raise InputError(f"config.{key}: {value}; allowed: at least {low:g}")
 
 
 def _one_of(config: ConfigDict, key: str, allowed: tuple[str, ...]) -> None:
-    value: Any = config
-    for part in key.split("."):
-        value = value[part]
-    if value not in allowed:
+    value = _leaf(config, key)
+    if value is not None and value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
         raise InputError(f"config.{key}: {value!r}; {hint}")
@@ -337,13 +383,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
       InputError: naming the key, what was found, and what is allowed.
     """
-    for stage in config.stages:
-        if stage not in STAGES:
-            near = difflib.get_close_matches(str(stage), STAGES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(STAGES)}"
-            raise InputError(f"config.stages: unknown stage {stage!r}; {hint}")
-    if not config.stages or len(set(config.stages)) != len(config.stages):
-        raise InputError(f"config.stages: {config.stages}; name one or more stages, each once")
+    _check_values(config)
+    _check_stages(config)
     _one_of(config, "data.source", ("vader", "jsonl", "text"))
     if config.data.source != "vader" and not config.data.path:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
@@ -357,17 +398,89 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "ppo.reference_dtype", ("auto", "float32", "bfloat16"))
     _at_least(config, 1, "model.width", "model.layers", "model.heads", "model.kv_heads", "model.mlp_width")
     _at_least(config, 2, "model.context", "tokenizer.vocab_size")
-    _at_least(config, 0, "model.unroll", "data.max_records", "ppo.norm_samples", "ppo.kl_coef")
-    _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "ppo.prompt_min", "run.max_skipped")
+    _at_least(config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples")
+    _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "run.max_skipped", "model.vocab_multiple")
     _check_model(config)
+    _check_rules(config.mesh.rules)
     for fraction in ("validation_fraction", "test_fraction"):
         if not 0.0 < config.data[fraction] < 0.5:
             raise InputError(f"config.data.{fraction}: {config.data[fraction]}; allowed: between 0 and 0.5")
     for stage in ("pretrain", "sft", "reward", "ppo"):
         if stage in config.stages:
             _check_training(config, stage)
-    if "ppo" in config.stages:
+    if "ppo" in config.stages or "evaluate" in config.stages:  # the evaluation samples as PPO does
         _check_ppo(config)
+
+
+def _check_values(config: ConfigDict) -> None:
+    """No leaf that has a default may be empty, no number infinite or NaN."""
+    required = flatten(to_plain(base_config()))
+    for key, value in flatten(to_plain(config)).items():
+        if value is None and required.get(key) is not None:
+            raise InputError(f"{key}: None; give a value such as {required[key]!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key}: {value}; allowed: finite numbers")
+
+
+def _check_stages(config: ConfigDict) -> None:
+    """Known stages, each once, and each after the stages whose results it takes."""
+    for stage in config.stages:
+        if stage not in STAGES:
+            near = difflib.get_close_matches(str(stage), STAGES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(STAGES)}"
+            raise InputError(f"config.stages: unknown stage {stage!r}; {hint}")
+    if not config.stages or len(set(config.stages)) != len(config.stages):
+        raise InputError(f"config.stages: {config.stages}; name one or more stages, each once")
+    for place, stage in enumerate(config.stages):
+        before = config.stages[:place]
+        if stage != "tokenizer" and "tokenizer" not in before and not (config.tokenizer.path or config.model.init_from):
+            raise InputError(
+                f'config.stages: "{stage}" needs a vocabulary; put "tokenizer" before it, or set config.tokenizer.path'
+            )
+        if stage == "evaluate" and not {"sft", "ppo"} & {*before}:
+            raise InputError(
+                'config.stages: "evaluate" compares before and after; it needs an "sft" or "ppo" stage before it'
+            )
+        for key, name in model_sources(config, stage).items():
+            given = name == "pretrain" and "pretrain" not in config.stages and config.model.init_from
+            if name in STAGES and name not in before and not given:
+                raise InputError(
+                    f'config.{key}: stage "{name}" does not come before "{stage}" in config.stages; put it there,'
+                    " or name a model folder"
+                )
+
+
+def model_sources(config: ConfigDict, stage: str) -> dict[str, str]:
+    """Which models a stage starts from, config key -> stage or folder."""
+    keys = {"sft": ("init_from",), "reward": ("init_from",), "ppo": ("init_from", "reward", "value_init")}
+    found = {f"{stage}.{key}": config[stage][key] for key in keys.get(stage, ())}
+    if stage == "pretrain" and config.model.init_from:
+        found["model.init_from"] = config.model.init_from
+    if is_function(config.ppo.reward):
+        found.pop("ppo.reward", None)
+    if config.ppo.value_init in ("reward", "policy"):
+        found.pop("ppo.value_init", None)
+    return found
+
+
+def is_function(name: str) -> bool:
+    """Whether a reward is "module:function", not a stage or a folder."""
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
+def _check_rules(rules: tuple) -> None:
+    for row in rules:
+        try:
+            pattern, axes = row
+            re.compile(pattern)
+            known = not isinstance(axes, str) and all(axis in ("", "data", "fsdp", "tensor") for axis in axes)
+        except (TypeError, ValueError, re.error):
+            known = False
+        if not known:
+            raise InputError(
+                f"config.mesh.rules: {row!r}; a row is (regex on the parameter path, ('data' | 'fsdp' | 'tensor' | '',"
+                " one a dimension))"
+            )
 
 
 def _check_model(config: ConfigDict) -> None:
@@ -397,11 +510,18 @@ def _check_training(config: ConfigDict, stage: str) -> None:
             raise InputError(f"{key}.schedule: {optim['schedule']!r}; allowed: constant, linear, cosine")
         if optim["learning_rate"] <= 0:
             raise InputError(f"{key}.learning_rate: {optim['learning_rate']}; allowed: above 0")
+        for name in ("warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
+            if optim[name] < 0:
+                raise InputError(f"{key}.{name}: {optim[name]}; allowed: at least 0")
+        for name in ("b1", "b2"):
+            if not 0.0 <= optim[name] < 1.0:
+                raise InputError(f"{key}.{name}: {optim[name]}; allowed: 0 up to, not including, 1")
         for row in optim["groups"]:
             _check_group(row)
     step = section.update_step if stage == "ppo" else section.step
-    parts = step.num_microbatches * step.get("minibatches", 1)
-    if parts < 1 or section.batch_size % parts:
+    pieces = [step.get("num_microbatches", 1), step.get("minibatches", 1)]
+    parts = math.prod(pieces)
+    if min(pieces) < 1 or section.batch_size % parts:
         what = "update_step.minibatches x update_step.num_microbatches" if stage == "ppo" else "step.num_microbatches"
         raise InputError(f"config.{stage}.batch_size: {section.batch_size} rows do not divide into {what} = {parts}")
     if "dropout" in section and not 0.0 <= section.dropout < 1.0:
@@ -410,9 +530,25 @@ def _check_training(config: ConfigDict, stage: str) -> None:
         raise InputError(
             f"config.{stage}.seq_len: {section.seq_len}; allowed: 2 to model.context = {config.model.context}"
         )
-    if stage == "reward" and max(section.buckets) > config.model.context:
+    if stage in ("pretrain", "sft"):
+        _at_least(config, 1, f"{stage}.step.chunk_size")
+    if stage == "reward":
+        _check_reward(config)
+
+
+def _check_reward(config: ConfigDict) -> None:
+    reward = config.reward
+    _at_least(config, 1, "reward.max_candidates")
+    if not reward.buckets or not all(type(length) is int and length >= 2 for length in reward.buckets):
+        raise InputError(f"config.reward.buckets: {reward.buckets}; give sequence lengths in tokens, such as (32, 64)")
+    if max(reward.buckets) > config.model.context:
         raise InputError(
-            f"config.reward.buckets: {max(section.buckets)} is longer than model.context = {config.model.context}"
+            f"config.reward.buckets: {max(reward.buckets)} is longer than model.context = {config.model.context}"
+        )
+    if reward.seq_len > max(reward.buckets):
+        raise InputError(
+            f"config.reward.seq_len: {reward.seq_len}; allowed: at most the largest of reward.buckets ="
+            f" {max(reward.buckets)}"
         )
 
 
@@ -429,19 +565,23 @@ def _check_group(row) -> None:
 
 def _check_ppo(config: ConfigDict) -> None:
     ppo = config.ppo
-    if ppo.rollout_step.top_k or ppo.rollout_step.top_p != 1.0:
+    if ppo.rollout_step.get("top_k", 0) or ppo.rollout_step.get("top_p", 1.0) != 1.0:
         raise InputError(
             "config.ppo.rollout_step.top_k/top_p: PPO samples from the whole distribution, or its ratios are wrong;"
             " set top_k=0 and top_p=1.0"
         )
     _at_least(config, 1e-6, "ppo.rollout_step.temperature")
-    _at_least(config, 1, "ppo.rollout_step.max_new_tokens", "ppo.update_step.epochs", "ppo.prompt_len")
+    _at_least(config, 1, "ppo.prompt_len", "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
+    _at_least(config, 1, "ppo.update_step.epochs", "ppo.update_step.chunk_size", "ppo.experience_step.chunk_size")
+    _at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every")
     for key in ("clip_low", "clip_high"):
-        if not 0.0 < ppo.update_step[key] < 1.0:
+        if not 0.0 < ppo.update_step.get(key, 0.2) < 1.0:
             raise InputError(f"config.ppo.update_step.{key}: {ppo.update_step[key]}; allowed: between 0 and 1")
     for key in ("gamma", "lam"):
-        if not 0.0 <= ppo.experience_step[key] <= 1.0:
+        if not 0.0 <= ppo.experience_step.get(key, 1.0) <= 1.0:
             raise InputError(f"config.ppo.experience_step.{key}: {ppo.experience_step[key]}; allowed: 0 to 1")
+    if ppo.value_init == "reward" and is_function(ppo.reward):
+        raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
     longest = ppo.prompt_len + ppo.rollout_step.max_new_tokens
     if longest > config.model.context:
         raise InputError(

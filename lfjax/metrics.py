@@ -253,8 +253,9 @@ class Progress:
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TextColumn("{task.fields[figures]}"),
             )
-            self._bar = rich.progress.Progress(*columns, console=self._console, auto_refresh=False, expand=True)
-            self._task = self._bar.add_task(stage, total=total, completed=start, figures="compiling")
+            bar = rich.progress.Progress(*columns, console=self._console, auto_refresh=False, expand=True)
+            self._task = bar.add_task(stage, total=total, completed=start, figures="compiling")
+            self._bar = bar
 
     def __enter__(self) -> Progress:
         if self._bar:

@@ -88,12 +88,17 @@ def coupled_grads(forward: Callable, loss_fn: Callable, params, batch, num_micro
     if num_microbatches == 1:
         return jax.value_and_grad(lambda p: loss_fn(forward(p, batch, rng)), has_aux=True)(params)
     n = num_microbatches
-    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))  # the keys weighted_grads will use
-    outputs = jax.lax.map(lambda args: forward(params, *args), (split_rows(batch, n), keys))  # [n B/n ...]
+
+    def outputs_of(indexed):
+        index, rows = indexed
+        key = None if rng is None else jax.random.fold_in(rng, index)  # the key weighted_grads will use
+        return forward(params, rows, key)
+
+    outputs = jax.lax.map(outputs_of, (jnp.arange(n), split_rows(batch, n)))  # [n B/n ...]
     outputs = jnp.moveaxis(outputs, 0, 1).reshape(-1, *outputs.shape[2:])  # back in the batch's order
     (loss, aux), by_output = jax.value_and_grad(loss_fn, has_aux=True)(outputs)
 
-    def surrogate(params, micro, key):
+    def surrogate(params, micro, key=None):
         rows, cotangents = micro
         return Mean(jnp.sum(forward(params, rows, key) * cotangents), jnp.float32(1.0 / n))
 

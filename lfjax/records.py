@@ -39,7 +39,7 @@ class Rating:
     response: int
     value: float
     scale: tuple[float, float]
-    rater: str | int | None = None
+    rater: str | float | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -121,7 +121,7 @@ class Record:
     prompt: str | list[dict[str, Any]]
     responses: list[str]
     feedback: list[Feedback] = dataclasses.field(default_factory=list)
-    id: str | int | None = None
+    id: str | float | None = None
     source: str | None = None
     license: str | None = None
     time: str | float | None = None
@@ -165,7 +165,7 @@ def _number(field: str, value: Any) -> float:
     return float(value)
 
 
-def _text_or_number(field: str, value: Any) -> str | int | float:
+def _text_or_number(field: str, value: Any) -> str | float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise _Wrong(field, _show(value), "a string or a number")
     return _text(field, value) if isinstance(value, str) else value
@@ -192,8 +192,7 @@ def _take(data: dict[str, Any], name: str, prefix: str = "") -> Any:
     if name in data:
         return data.pop(name)
     close = difflib.get_close_matches(name, data, n=1, cutoff=0.7)
-    hint = f" (did you mean it by {close[0]!r}?)" if close else ""
-    raise _Wrong(prefix + name, "missing" + hint, "it is required")
+    raise _Wrong(prefix + name, f"nothing, but {close[0]!r}" if close else "nothing", "it is required")
 
 
 def _rating(data: dict[str, Any], at: str, count: int) -> Rating:
@@ -368,7 +367,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
         raise InputError(f"{path}: is a folder; give a JSONL file, one record a line")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a JSONL file, one record a line")
-    first_line: dict[str | int, int] = {}
+    first_line: dict[str | float, int] = {}
     count = 0
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, 1):

@@ -188,6 +188,12 @@ class Step:
             raise ValueError(f"step {self.name}: {self._mismatch(_named_shapes(args))}")
         return program(*args)
 
+    def fixed(self, *args):
+        """Runs on the one set of shapes it ever sees: compiles for the first call's, another is an error."""
+        if not self.programs:
+            self.compile(*abstract(args))
+        return self(*args)
+
     def _mismatch(self, got: dict[str, str]) -> str:
         if not self._declared:
             return "called before compile() declared any shape"

@@ -76,7 +76,6 @@ def test_a_state_comes_back_with_every_bit(checkpoints):
 
 def test_an_empty_folder_has_no_step_and_says_so(checkpoints):
     assert checkpoints.latest_step() is None
-    assert checkpoints.finished() is None
     with pytest.raises(InputError, match="checkpoints/ppo: no checkpoint can be read: there is none"):
         checkpoints.restore(make_state(0))
 
@@ -210,24 +209,6 @@ def test_another_models_checkpoint_is_refused_and_kept(checkpoints):
     with pytest.raises(InputError, match="no checkpoint can be read"):
         checkpoints.restore(make_state(0, shape=(8, 17)))
     assert checkpoints.latest_step() == 1
-
-
-def test_finished_is_written_after_the_saves_and_survives(tmp_path):
-    opened = Checkpoints(tmp_path)
-    opened.save(7, make_state(7), {})
-    opened.finish({"step": 7, "config": "abc", "reward/pair_accuracy": 0.81})
-    assert (tmp_path / "7" / "state").is_dir()
-    opened.close()
-    again = Checkpoints(tmp_path)
-    assert again.finished() == {"step": 7, "config": "abc", "reward/pair_accuracy": 0.81}
-    assert again.latest_step() == 7
-    again.close()
-
-
-def test_a_broken_finished_file_is_named(checkpoints):
-    (checkpoints.folder / "FINISHED").write_text("{")
-    with pytest.raises(InputError, match="FINISHED: not JSON"):
-        checkpoints.finished()
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):

@@ -8,8 +8,8 @@ gives a process its contiguous share of the global batch's rows. Epoch e = step 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class _Epochs:
         self._epoch = -1
         self._order: list[np.ndarray] = []
 
-    def order(self, epoch: int, make) -> list[np.ndarray]:
+    def order(self, epoch: int, make: Callable[[np.random.Generator], list[np.ndarray]]) -> list[np.ndarray]:
         if epoch != self._epoch:
             self._order = make(np.random.default_rng((self._seed, epoch)))
             self._epoch = epoch
@@ -48,8 +48,8 @@ class PackedRows:
 
     A document longer than seq_len + 1 tokens is split into pieces that share one token, so each of its targets counts
     once. Packing is best-fit inside windows of the epoch's shuffled documents; the rows are then shuffled too. The
-    number of batches is the first epoch's; later epochs leave out the rows beyond it or take their first ones twice, a
-    row or two in thousands.
+    number of batches is the first epoch's; in every epoch the rows beyond the last full batch sit out, other ones each
+    time, and rows that are missing to fill it (another packing may have one fewer) are repeated.
 
     Args:
       documents: token lists, or (tokens, flags): a flag says whether the token counts as a target.
@@ -70,14 +70,10 @@ class PackedRows:
         self.seq_len, self.batch_size, self.pad_id, self._packed = seq_len, batch_size, pad_id, packed
         self._tokens, self._flags, self._starts, self._lengths = _flatten(documents, seq_len)
         self._epochs = _Epochs(seed)
-        self.targets = int(np.count_nonzero(self._flags)) - self._unreachable()
+        self.targets = int(np.count_nonzero(self._flags))  # of an epoch that leaves no row out
         rows = len(self._epochs.order(0, self._pack))
         self.steps_per_epoch = max(1, rows // batch_size)
         self.fill = int(self._lengths.sum()) / (rows * (seq_len + 1))  # share of the rows' places that hold a token
-
-    def _unreachable(self) -> int:
-        """Flags on the first token of a piece, which has no context and is no target."""
-        return int(np.count_nonzero(self._flags[self._starts]))
 
     def _pack(self, rng: np.random.Generator) -> list[np.ndarray]:
         shuffled = rng.permutation(len(self._lengths))
@@ -106,7 +102,8 @@ class PackedRows:
                 tokens[i, here], flags[i, here], segments[i, here] = self._tokens[there], self._flags[there], number
                 place += length
         same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        return SftBatch(tokens, flags[:, 1:] & same, segments[:, :-1])
+        fields: tuple[Any, ...] = (tokens, flags[:, 1:] & same, segments[:, :-1])
+        return SftBatch(*fields)
 
     def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[SftBatch]:
         """Every row of the first epoch once; the last batch is filled up with rows of padding, which count nowhere."""
@@ -118,7 +115,7 @@ class PackedRows:
 
 
 def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens in one array, their flags, and the start and length of each piece."""
+    """All tokens in one array, which of them are targets, and the start and length of each piece."""
     if not documents:
         raise InputError("no document to train on: the records hold no text of the kind that this stage learns from")
     tokens: list[int] = []
@@ -132,7 +129,7 @@ def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
             starts.append(len(tokens) + first)
             lengths.append(min(seq_len + 1, len(ids) - first))
         tokens.extend(ids)
-        flags.extend(counts)
+        flags.extend([False, *counts[1:]])  # the first token is nobody's target
     if not starts:
         raise InputError("no document to train on: each has fewer than 2 tokens")
     return np.array(tokens, np.int32), np.array(flags, bool), np.array(starts), np.array(lengths)
@@ -172,9 +169,9 @@ class RewardBatches:
 
     A bucket's candidate count is the smallest of 1, 2 and `max_candidates` that holds the example, its length the
     smallest of `buckets` that holds its longest candidate. Each epoch is shuffled, then cut into full batches inside
-    each bucket; what is left over moves to the next length, then to the next candidate count, always in the same
-    number. At the end fewer than a batch are left: `left_out` examples sit out an epoch, other ones each time. With
-    fewer examples than one batch, they repeat to fill it.
+    each bucket; what is left over moves to the next length, and from the largest length to that of the next candidate
+    count, always in the same number. At the end fewer than a batch are left: `left_out` examples sit out an epoch,
+    other ones each time. With fewer examples than one batch, they repeat to fill it.
 
     Args:
       examples: of `examples.reward_examples`.
@@ -225,15 +222,18 @@ class RewardBatches:
     def _arrange(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Rows [B + 1] of the epoch: the bucket's number, then the indices of its examples."""
         batches = []
-        carried = np.zeros(0, np.int64)
+        longer = wider = np.zeros(0, np.int64)  # left over, for the next length and for the next candidate count
         for number, bucket in enumerate(self._buckets):
-            members = np.concatenate([carried, self._members[bucket]])
+            longest = bucket.length == self._buckets[-1].length
+            members = np.concatenate([longer, self._members[bucket], wider if longest else wider[:0]])
             members = members[rng.permutation(len(members))]
             full = len(members) // self.batch_size * self.batch_size
             batches += [np.r_[number, batch] for batch in members[:full].reshape(-1, self.batch_size)]
-            carried = members[full:]
+            longer = members[full:]
+            if longest:
+                longer, wider = longer[:0], longer
         if not batches:
-            batches = [np.r_[len(self._buckets) - 1, np.resize(carried, self.batch_size)]]
+            batches = [np.r_[len(self._buckets) - 1, np.resize(wider, self.batch_size)]]
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _shape(self, batch: np.ndarray) -> Bucket:
@@ -276,7 +276,8 @@ class RewardBatches:
                     ratings[i, j], rated[i, j] = example.ratings[j], True
                 if example.ranks[j] is not None:
                     ranks[i, j], ranked[i, j] = example.ranks[j], True
-        return RewardBatch(tokens, mask, ratings, rated, ranks, ranked, margin)
+        fields: tuple[Any, ...] = (tokens, mask, ratings, rated, ranks, ranked, margin)
+        return RewardBatch(*fields)
 
 
 class PromptBatches:
@@ -327,4 +328,5 @@ class PromptBatches:
         for i, index in enumerate(indices):
             prompt = self.prompts[index]
             tokens[i, self.prompt_len - len(prompt) :], mask[i, self.prompt_len - len(prompt) :] = prompt, True
-        return PromptBatch(tokens, mask, row_ids.astype(np.int32))
+        fields: tuple[Any, ...] = (tokens, mask, row_ids.astype(np.int32))
+        return PromptBatch(*fields)

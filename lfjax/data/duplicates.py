@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import unicodedata
 
 from lfjax.records import Rating, Record
 
@@ -12,14 +13,17 @@ SPLITS = ("train", "validation", "test")
 
 
 def text_key(text: str) -> str:
-    """Lower-cased letters and digits of any script only; texts with one key are near-identical. "" for ":-)"."""
-    return "".join(character for character in text.lower() if character.isalnum())
+    """Lower-cased letters (with their marks) and digits of any script; texts of one key are near-identical.
+
+    A text without any, such as ":-)", is its own key.
+    """
+    kept = (c for c in text.lower() if c.isalnum() or unicodedata.category(c).startswith("M"))
+    return "".join(kept) or text.strip()
 
 
 def record_key(record: Record) -> str:
-    """The key that decides a record's split: the prompt's, or the responses' where there is no prompt to speak of."""
-    prompt = text_key(record.prompt_text) if record.prompt else ""
-    return prompt or text_key(" ".join(record.responses))
+    """The key that decides a record's split: the prompt's, or the responses' where the prompt is empty."""
+    return text_key(record.prompt_text) or text_key(" ".join(record.responses))
 
 
 def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
@@ -43,9 +47,8 @@ def merge_rated_duplicates(records: list[Record]) -> tuple[list[Record], int, fl
         ratings = [entry for entry in record.feedback if isinstance(entry, Rating)]
         scales = {entry.scale for entry in ratings}
         mergeable = len(record.responses) == 1 and len(scales) == 1 and len(ratings) == len(record.feedback)
-        text = text_key(record.responses[0]) if mergeable else ""
-        same = (text_key(record.prompt_text), text, scales.pop()) if text else i
-        groups.setdefault((same,), []).append(record)
+        same = (text_key(record.prompt_text), text_key(record.responses[0]), *scales) if mergeable else (i,)
+        groups.setdefault(same, []).append(record)
     spread = 0.0
     merged = []
     for group in groups.values():

@@ -38,7 +38,7 @@ class RewardExample:
 
 def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """BOS + the prompt's ids."""
-    return [tokenizer.bos_id, *tokenizer.encode(record.prompt_text if record.prompt else "")]
+    return [tokenizer.bos_id, *tokenizer.encode(record.prompt_text)]
 
 
 def pretraining_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[list[int]]:
@@ -145,8 +145,10 @@ def prompts_from_records(
       max_length: of BOS + prompt, in tokens; None: any.
       truncate: cut longer prompts on the left (BOS stays), else refuse.
     Raises:
-      InputError: a prompt is too long and truncate is False; names the record.
+      InputError: a prompt is too long and truncate is False (names the record), or min_tokens > max_tokens.
     """
+    if not 0 <= min_tokens <= max_tokens:
+        raise InputError(f"prompts: found {min_tokens} to {max_tokens} first tokens; allowed: 0 <= min <= max")
     prompts = []
     for record in records:
         tokens = prompt_tokens(record, tokenizer)

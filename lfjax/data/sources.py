@@ -38,9 +38,9 @@ def load_records(data: Any) -> Splits:
     that are near-identical to a held-out one are left out and counted.
 
     Args:
-      data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction,
-        test_fraction, max_records (0: all; else about this many in all, every split keeping its share), seed (which
-        ones max_records keeps).
+      data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction and
+        test_fraction (the VADER split is fixed, 5 % each), max_records (0: all; else about this many in all, every
+        split keeping its share), seed (which ones max_records keeps).
     Raises:
       InputError: an unknown source, no path, a bad file, or a split that holds nothing.
     """
@@ -79,7 +79,7 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
         counts["duplicates"] += merged
         counts["duplicates_max_gap"] = max(counts["duplicates_max_gap"], gap)
     splits: dict[str, list[Record]] = {name: files.get(name, []) for name in SPLITS}
-    held_out = {_key(record) for name in ("validation", "test") for record in splits[name]}
+    held_out = {record_key(record) for name in ("validation", "test") for record in splits[name]}
     fractions = {
         f"{name}_fraction": 0.0 if name in files else getattr(data, f"{name}_fraction")
         for name in ("validation", "test")
@@ -87,7 +87,7 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     splits["train"] = []
     counts["train_also_held_out"] = 0
     for record in files["train"]:
-        key = _key(record)
+        key = record_key(record)
         if key in held_out:
             counts["train_also_held_out"] += 1
         else:
@@ -99,11 +99,6 @@ def _paths(data: Any) -> tuple[str | None, str | None, str | None]:
     return data.path, data.validation_path, data.test_path
 
 
-def _key(record: Record) -> str:
-    """The record's split key; texts without a letter or digit fall back on themselves."""
-    return record_key(record) or record.prompt_text + "\n" + "\n".join(record.responses)
-
-
 def _at_most(splits: dict[str, list[Record]], most: int, seed: int) -> dict[str, list[Record]]:
     total = sum(len(records) for records in splits.values())
     if most < 0:
@@ -112,7 +107,7 @@ def _at_most(splits: dict[str, list[Record]], most: int, seed: int) -> dict[str,
     for name, records in splits.items():
         count = min(len(records), max(1, round(most * len(records) / total)))
         order = sorted(
-            range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{_key(records[i])}".encode()).digest()
+            range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{record_key(records[i])}".encode()).digest()
         )
         kept[name] = [records[i] for i in sorted(order[:count])]
     return kept

@@ -29,10 +29,11 @@ import tempfile
 import zipfile
 from typing import Any, ClassVar
 
+import absl.logging
 import numpy as np
 
 from lfjax.config import InputError
-from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of, text_key
+from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of
 from lfjax.records import Rating, Record
 
 PACKAGE = "vaderSentiment"
@@ -118,18 +119,20 @@ def _download(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
     )
 
 
-_URL = re.compile(r"(?:https?://|\bwww\.)[^\s)]*[^\s).,!?;:'\"]|https?://|\b[\w.]+@[\w-]+(?:\.[\w-]+)+")
-_HANDLE = re.compile(r"(?<!\w)@anonymous\w*")
+_URL = re.compile(r"(?:https?://|\bwww\.)[^\s)]*[^\s).,!?;:'\"]|\bhttps?:(?://)?|\b[\w.]+@[\w-]+(?:\.[\w-]+)+")
+_HANDLE = re.compile(r"(?:\bRT\s*)?@anonymous\w*(?:'s)?:?")
 _EMPTY_BRACKETS = re.compile(r"\(\s*\)")
 _SPACES = re.compile(r"\s+")
 
 
 def clean(text: str) -> str:
-    """A sentence as a person would have typed it: '' is a double quote, no HTML entities, no URLs or anonymised names.
+    """A sentence as a person would have typed it: no HTML entities, URLs or anonymised names, " in place of ''.
 
     Case and the spacing of punctuation stay as they are; runs of white space become one space.
     """
-    text = html.unescape(text).replace("''", '"').replace("``", '"')
+    while (plain := html.unescape(text)) != text:  # some rows are escaped twice: &amp;amp;
+        text = plain
+    text = text.replace("''", '"').replace("``", '"')
     text = _HANDLE.sub(" ", _URL.sub(" ", text))
     return _SPACES.sub(" ", _EMPTY_BRACKETS.sub(" ", text)).strip()
 
@@ -153,7 +156,7 @@ def read_package(path: str | os.PathLike[str]) -> tuple[list[Record], dict[str, 
             for number, row in enumerate(rows, 1):
                 identity, value, text = row.split("\t")
                 text = clean(text)
-                if not text_key(text):
+                if not any(character.isalnum() for character in text):
                     counts["empty"] += 1
                     continue
                 rating = Rating(0, float(value), SCALE)
@@ -163,9 +166,15 @@ def read_package(path: str | os.PathLike[str]) -> tuple[list[Record], dict[str, 
     return records, counts
 
 
+def _tfds() -> Any:
+    import tensorflow_datasets  # half a second, so only where it is used
+
+    return tensorflow_datasets
+
+
 @functools.cache
-def _builder_class():
-    import tensorflow_datasets as tfds
+def _builder_class() -> Any:
+    tfds = _tfds()
 
     class VaderGroundTruth(tfds.core.GeneratorBasedBuilder):
         """Rated sentences; `text` comes back as UTF-8 bytes."""
@@ -220,7 +229,7 @@ def _builder_class():
     return VaderGroundTruth
 
 
-def builder(cache: str | os.PathLike[str] | None = None):
+def builder(cache: str | os.PathLike[str] | None = None) -> Any:
     """The TFDS builder (`download_and_prepare`, `as_data_source`) whose array_record files lie in the cache folder."""
     folder = pathlib.Path(cache) if cache is not None else cache_folder()
     made = _builder_class()(data_dir=str(folder / "tfds"), file_format="array_record")
@@ -228,21 +237,41 @@ def builder(cache: str | os.PathLike[str] | None = None):
     return made
 
 
-def prepare(cache: str | os.PathLike[str] | None = None):
-    """The builder with its dataset prepared: fetches and builds on the first call, one process at a time."""
-    import tensorflow_datasets as tfds
+def prepare(cache: str | os.PathLike[str] | None = None) -> Any:
+    """The builder with its dataset prepared: fetches and builds on the first call, one process at a time.
 
+    Raises:
+      InputError: see `fetch`; or the cache folder cannot be written.
+    """
     made = builder(cache)
-    if made.is_prepared():
+    if _is_prepared(made):
         return made
     folder = fetch(cache).parent
-    with (folder / ".vader.lock").open("w") as lock, contextlib.redirect_stdout(io.StringIO()):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        tfds.disable_progress_bar()
-        made = builder(cache)  # another process may have built it while this one waited
-        if not made.is_prepared():
-            made.download_and_prepare()
+    try:
+        with (folder / ".vader.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = builder(cache)  # another process may have built it while this one waited
+            if not _is_prepared(made):
+                _build_quietly(made)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot hold the data: {error}; set LFJAX_CACHE to another folder") from None
     return made
+
+
+def _is_prepared(made: Any) -> bool:
+    return (pathlib.Path(made.data_dir) / "dataset_info.json").is_file()  # written last; TFDS's own question warns
+
+
+def _build_quietly(made: Any) -> None:
+    """Without TFDS's bars, prints and warnings about a dataset that is not there yet."""
+    _tfds().disable_progress_bar()
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            made.download_and_prepare()
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 def load(cache: str | os.PathLike[str] | None = None) -> tuple[dict[str, list[Record]], dict[str, Any]]:

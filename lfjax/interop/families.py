@@ -238,7 +238,7 @@ def _read_field(config: dict, field: Field, known: dict, where: str) -> Any:
         raise InputError(f"{where}: field {field.theirs!r}: found {value!r}; must be {kind[field.kind]}")
     if field.values is not None and value not in field.values:
         raise InputError(f"{where}: field {field.theirs!r}: found {value!r}; known are {', '.join(field.values)}")
-    return field.values[value] if field.values is not None else field.kind(value)
+    return field.values[str(value)] if field.values is not None else field.kind(value)
 
 
 def _check_heads(config: dict, family: Family, known: dict, where: str) -> None:

@@ -8,14 +8,14 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from lfjax.config import InputError
 
-STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

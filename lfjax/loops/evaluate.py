@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError
 from lfjax.loops.ppo import Policy, fetch, make_reward, prompt_batches, texts
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import texts_of
 from lfjax.rewards import diversity, lexicon
-from lfjax.sharding import abstract, batch_sharding, jit_step, place
+from lfjax.sharding import Step, batch_sharding, jit_step, place, replicated
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.types import Generation
 
@@ -25,19 +24,18 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     The judge (the VADER lexicon) reads prompt + response, as it reads people's own sentences for
     judge/positive_human; `judge/positive_response_*` are of the response alone. Scores are the reward's own, raw.
     """
-    after = next((stage for stage in ("ppo", "sft") if stage in run.stages), None)
-    if after is None:
-        raise InputError(
-            'config.stages: "evaluate" compares before and after; it needs an "sft" or "ppo" stage before it'
-        )
+    before = run.stages[: run.stages.index("evaluate")]
+    after = "ppo" if "ppo" in before else "sft"  # the config was checked for one of them
     names = {"before": run.config[after].init_from, "after": after}
     policies = {which: Policy(run, f"{after}.init_from", name) for which, name in names.items()}
+    policies["after"].rollout = policies["before"].rollout  # of the same shape: one program writes for both
+    measure = _logprobs(run, policies["before"].model)
     reward = make_reward(run) if after == "ppo" else None
     figures: dict[str, float] = {}
     rows = {}
     run.log.cut(run.stages, "evaluate", -1)
     for which, policy in policies.items():
-        found = _write(run, policy, policies["before"], reward)
+        found = _write(run, policy, policies["before"].params, measure, reward)
         rows[which] = found["rows"]
         figures |= {name.replace("*", which): value for name, value in found["figures"].items()}
     figures["ppo/kl"] = figures.pop("ppo/kl_after")
@@ -50,32 +48,38 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     return figures
 
 
-def _write(run: Run, policy: Policy, reference: Policy, reward) -> dict[str, Any]:
+def _logprobs(run: Run, model) -> Step:
+    """(params, reference params, generation) -> log-probabilities [B R] under both, 0 beyond the response."""
+    stats = functools.partial(
+        response_stats,
+        model,
+        temperature=run.config.ppo.rollout_step.temperature,
+        chunk_size=run.config.ppo.update_step.chunk_size,
+    )
+
+    def logprobs(params, ref_params, g: Generation):
+        fields = (g.prompts, g.prompt_mask, g.tokens, g.mask)
+        own, ref = (stats(p, *fields).logprobs for p in (params, ref_params))
+        return jnp.where(g.mask, own, 0.0), jnp.where(g.mask, ref, 0.0)
+
+    return jit_step(logprobs, name="evaluate logprobs")
+
+
+def _write(run: Run, policy: Policy, reference, measure: Step, reward) -> dict[str, Any]:
     """Samples of one model on the held-out prompts, and what can be said of them."""
     section = run.config.evaluate
     records = run.records.test
     batches = prompt_batches(run, records, section.batch_size)
-    wanted, key = section.prompts, run.key("evaluate")
-    temperature = run.config.ppo.rollout_step.temperature
-    stats = functools.partial(response_stats, temperature=temperature, chunk_size=run.config.ppo.update_step.chunk_size)
-
-    def logprobs(params, ref_params, g: Generation):
-        fields = (g.prompts, g.prompt_mask, g.tokens, g.mask)
-        own = stats(policy.model, params, *fields).logprobs
-        ref = stats(reference.model, ref_params, *fields).logprobs
-        return jnp.where(g.mask, own, 0.0), jnp.where(g.mask, ref, 0.0)
-
-    measure = jit_step(logprobs, name="evaluate logprobs")
+    wanted = min(section.prompts, len(batches.prompts))
+    key = jax.device_put(run.key("evaluate"), replicated(run.mesh))
     parts = []
     for indices, whole in batches.evaluation():
         if len(parts) * section.batch_size >= wanted:
             break
         prompts = place(whole, batch_sharding(run.mesh))
         # the same key for every batch: row ids are global, so no two rows share their noise
-        policy.rollout.compile(*abstract((policy.params, prompts, key, jnp.int32(0))))
-        generation = policy.rollout(policy.params, prompts, key, jnp.int32(0))
-        measure.compile(*abstract((policy.params, reference.params, generation)))
-        own, ref = measure(policy.params, reference.params, generation)
+        generation = policy.rollout.fixed(policy.params, prompts, key, np.int32(0))
+        own, ref = measure.fixed(policy.params, reference, generation)
         scores = None if reward is None else reward(generation, [records[i] for i in indices])
         parts.append((generation, own, ref, own[:, 0] * 0 if scores is None else scores))
     generation, own, ref, scores = jax.tree.map(
@@ -114,4 +118,4 @@ def _describe(run: Run, generation: Generation, own, ref, scores) -> dict[str, A
         }
         for i in range(len(prompts))
     ]
-    return {"figures": {name: value for name, value in figures.items() if value is not None}, "rows": rows}
+    return {"figures": {name: value for name, value in figures.items() if np.isfinite(value)}, "rows": rows}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import STAGES, InputError
+from lfjax.config import InputError, cause_of, is_function
 from lfjax.data.batching import PromptBatches
 from lfjax.data.examples import prompts_from_records
-from lfjax.loops.run import Run, resolve
-from lfjax.loops.supervised import compute_settings, host_batch, training_parts
+from lfjax.loops.run import Run
+from lfjax.loops.supervised import compute_settings, host_batch, total_steps, training_parts
 from lfjax.loops.training import train
-from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
+from lfjax.sharding import batch_sharding, global_batch, jit_step, place, replicated, shardings_for
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.steps.ppo_score import ppo_score
@@ -29,7 +30,6 @@ class Policy:
     def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None):
         self.run = run
         loaded = run.load_model(key, name)
-        check_vocabulary(run, key, loaded)
         self.model = run.transformer(compute_settings(run, loaded.model.config, dropout=0.0))
         self.params = loaded.params
         options = run.config.ppo.rollout_step.to_dict()
@@ -53,7 +53,6 @@ class LearnedReward:
 
     def __init__(self, run: Run, name: str):
         loaded = run.load_model("ppo.reward", name)
-        check_vocabulary(run, "ppo.reward", loaded)
         if loaded.model.config.num_labels != 1:
             raise InputError(f"config.ppo.reward: {name!r} is no reward model: it has no head with one score")
         self.config = compute_settings(run, loaded.model.config, dropout=0.0)
@@ -63,8 +62,7 @@ class LearnedReward:
 
     def __call__(self, generation: Generation, records) -> jax.Array:
         """Raw scores [B]; `records` are not read."""
-        self.step.compile(*abstract((self.params, generation)))
-        return self.step(self.params, generation)
+        return self.step.fixed(self.params, generation)
 
 
 class FunctionReward:
@@ -72,16 +70,20 @@ class FunctionReward:
 
     def __init__(self, run: Run, dotted: str):
         self.run, self.dotted = run, dotted
-        self.function = resolve("config.ppo.reward", dotted)
+        self.function = run.resolve("ppo.reward", dotted)
 
     def __call__(self, generation: Generation, records) -> jax.Array:
         """Raw scores [B].
 
         Raises:
-          InputError: the function gave another number of scores than responses, or one that is not finite.
+          InputError: the function fails, or gave another number of scores than responses, or one that is not finite.
         """
-        prompts, responses = texts(self.run, jax.device_get(generation))
-        scores = np.asarray(self.function(prompts, responses, records), np.float32)
+        prompts, responses = texts(self.run, fetch(self.run, generation))
+        try:
+            scores = np.asarray(self.function(prompts, responses, records), np.float32)
+        except Exception as error:  # whatever a user's function does wrong is theirs to mend
+            cause = cause_of(error, inspect.getsourcefile(inspect.unwrap(self.function)) or "")
+            raise InputError(f"config.ppo.reward: {self.dotted} fails: {cause}; mend it") from error
         if scores.shape != (len(responses),):
             raise InputError(
                 f"config.ppo.reward: {self.dotted} gave scores of shape {list(scores.shape)} for {len(responses)}"
@@ -93,23 +95,13 @@ class FunctionReward:
                 f"config.ppo.reward: {self.dotted} gave {scores[row]} for the response {responses[row]!r};"
                 " return finite numbers"
             )
-        return global_batch(scores, self.run.mesh)
+        return place(scores, batch_sharding(self.run.mesh))
 
 
 def make_reward(run: Run) -> LearnedReward | FunctionReward:
     """The reward that `config.ppo.reward` names."""
     name = run.config.ppo.reward
-    return FunctionReward(run, name) if ":" in name and name not in STAGES else LearnedReward(run, name)
-
-
-def check_vocabulary(run: Run, key: str, loaded) -> None:
-    """Token ids have to mean the same to every model of a run."""
-    size = loaded.model.config.vocab_size
-    if size < run.tokenizer.vocab_size:
-        raise InputError(
-            f"config.{key}: the model has {size} tokens, the run's tokenizer ({run.tokenizer_folder})"
-            f" {run.tokenizer.vocab_size}; use a model trained with that tokenizer"
-        )
+    return FunctionReward(run, name) if is_function(name) else LearnedReward(run, name)
 
 
 def texts(run: Run, generation: Generation | Rollout) -> tuple[list[str], list[str]]:
@@ -155,8 +147,9 @@ def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
         if name == "reward":
             raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
         loaded = run.load_model("ppo.value_init", name)
-        check_vocabulary(run, "ppo.value_init", loaded)
         config, params = loaded.model.config, loaded.params
+        if config.num_labels != 1:
+            raise InputError(f'config.ppo.value_init: {name!r} has no head with one value; use "reward" or "policy"')
         head = {"kernel": params["head"]["kernel"], "bias": params["head"].get("bias", jnp.zeros(1))}
     config = compute_settings(run, config, num_labels=1, head_bias=True, dropout=0.0)
     params = {**params, "head": head}
@@ -171,8 +164,7 @@ def measure_norm(run: Run, policy: Policy, reward, batches, records, key) -> Rew
     scores = []
     for index in range(-(-wanted // run.config.ppo.batch_size)):
         prompts = global_batch(host_batch(batches, index), run.mesh)
-        policy.rollout.compile(*abstract((policy.params, prompts, key, jnp.int32(0))))
-        generation = policy.rollout(policy.params, prompts, key, jnp.int32(index))
+        generation = policy.rollout.fixed(policy.params, prompts, key, np.int32(index))
         scores.append(reward(generation, [records[i] for i in batches.indices_at(index)]))
     values = np.concatenate([np.asarray(s, np.float64) for s in fetch(run, scores)])[:wanted]
     return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(max(values.std(), 1e-6)))
@@ -199,7 +191,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
     models = PPOModels(policy.model, value_model, policy.model)
     ref_params = jax.tree.map(lambda x: x.astype(reference_dtype(section)), policy.params)
 
-    total = section.steps
+    total = total_steps(section, batches.steps_per_epoch)
     (policy_tx, rate), (value_tx, _) = (training_parts(run, "ppo", total, name) for name in ("optim", "value_optim"))
 
     def create(policy_params, value_params):
@@ -219,8 +211,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
 
     def one(state: PPOState, index: int):
         prompts = global_batch(host_batch(batches, index), run.mesh)
-        policy.rollout.compile(*abstract((state.policy.params, prompts, keys["rollout"], state.step)))
-        generation = policy.rollout(state.policy.params, prompts, keys["rollout"], state.step)
+        generation = policy.rollout.fixed(state.policy.params, prompts, keys["rollout"], state.step)
         scores = reward(generation, [records[i] for i in batches.indices_at(index)])
         args = (
             state.policy.params,
@@ -231,10 +222,8 @@ def ppo_stage(run: Run) -> dict[str, float]:
             state.kl_coef,
             state.reward_norm,
         )
-        experience.compile(*abstract(args))
-        rollout = latest["rollout"] = experience(*args)
-        update.compile(*abstract((state, rollout, keys["update"])))
-        return update(state, rollout, keys["update"])
+        rollout = latest["rollout"] = experience.fixed(*args)
+        return update.fixed(state, rollout, keys["update"])
 
     def sample_rows(state, done: int) -> None:
         if section.samples_every and done % section.samples_every == 0:

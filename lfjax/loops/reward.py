@@ -42,7 +42,8 @@ def reward_stage(run: Run) -> dict[str, float]:
         found = reward_examples(getattr(run.records, split), run.tokenizer, max_length=section.seq_len)
         if not found:
             raise InputError(
-                f"stage reward: the {split} split has no rating, ranking, preference or edit to learn from"
+                f"stage reward: {run.data_file(split)}: the {split} split holds no rating, ranking, preference, edit or"
+                ' label to learn from; add some, or leave "reward" out of config.stages'
             )
         sets[split] = RewardBatches(found, **rows)
     batches = sets["train"]
@@ -56,6 +57,8 @@ def reward_stage(run: Run) -> dict[str, float]:
     for index in range(batches.steps_per_epoch):
         batch = host_batch(batches, index)
         first.setdefault(batch.tokens.shape, batch)
+        if len(first) == len(batches.bucket_shapes):
+            break
     step = compiled_step(run, "reward", function, state, shardings, first.values(), "reward")
     score = scorer(run, model)
 
@@ -157,8 +160,10 @@ def reward_baselines(run: Run) -> dict[str, float]:
     (texts, ratings), (test_texts, test_ratings) = (tuple(zip(*split[name], strict=True)) for name in ("train", "test"))
     truth = np.asarray(test_ratings)
     gap = run.config.reward.min_gap
-    guesses = {"lexicon": lexicon.compound_scores(test_texts), "ridge": baselines.ridge_scores(texts, ratings, test_texts)}
+    guesses = {
+        "lexicon": lexicon.compound_scores(test_texts),
+        "ridge": baselines.ridge_scores(texts, ratings, test_texts),
+    }
     return {
-        f"reward/pair_accuracy_{name}": baselines.pair_accuracy(guess, truth, gap)[0]
-        for name, guess in guesses.items()
+        f"reward/pair_accuracy_{name}": baselines.pair_accuracy(guess, truth, gap)[0] for name, guess in guesses.items()
     }

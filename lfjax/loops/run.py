@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib
@@ -21,16 +22,22 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from lfjax import config as configs
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import InputError
 from lfjax.data.sources import load_records
 from lfjax.interop import hf
-from lfjax.metrics import RunLog, read_json, write_json
+from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.transformer import Transformer
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, shardings_for
 from lfjax.tokenizers import sentencepiece
+
+# The keywords of a step that are not in its config section.
+FROM_THE_LOOP = {
+    "model", "models", "tx", "txs", "eos_ids", "pad_id", "temperature", "minibatches", "kl_coef", "reward_norm"
+}  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -48,18 +55,21 @@ class Run:
         configs.validate(config)
         self.config = config
         self.workdir = Path(workdir)
+        self.search = search
         self.stages = tuple(config.stages)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.rules = tuple(config.mesh.rules) or DEFAULT_RULES
-        self.steps = {name: resolve(f"config.steps.{name}", dotted, search) for name, dotted in config.steps.items()}
+        self.steps = {name: self.resolve(f"steps.{name}", dotted) for name, dotted in config.steps.items()}
         self._check_batches()
+        self._check_keywords()
+        self._check_sources()
         self._open_workdir()
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
 
     def _check_batches(self) -> None:
         shards = batch_shards(self.mesh)
-        for stage in ("pretrain", "sft", "reward", "ppo"):
+        for stage in ("pretrain", "sft", "reward", "ppo", "evaluate"):
             rows = self.config[stage].batch_size
             if stage in self.stages and rows % shards:
                 raise InputError(
@@ -67,18 +77,59 @@ class Run:
                     f" use a multiple of {shards}"
                 )
 
+    def _check_keywords(self) -> None:
+        """A step's config section holds keywords that the step takes, and all that it cannot do without."""
+        for name, sections in configs.STEP_SECTIONS.items():
+            parameters = inspect.signature(self.steps[name]).parameters
+            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue
+            needed = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+            for section in sections:
+                stage, _, part = section.partition(".")
+                given = self.config[stage][part]
+                dotted = self.config.steps[name]
+                for key in given:
+                    if key not in parameters:
+                        near = difflib.get_close_matches(key, parameters, n=1)
+                        hint = f"; did you mean config.{section}.{near[0]}?" if near else ""
+                        raise InputError(f"config.{section}.{key}: {dotted} takes no keyword {key!r}{hint}")
+                missing = sorted(needed - set(given) - FROM_THE_LOOP)
+                if missing and stage in self.stages:
+                    raise InputError(f"config.{section}.{missing[0]}: not set; {dotted} needs this keyword")
+
+    def _check_sources(self) -> None:
+        """Model folders, the tokenizer and the reward function exist: better known now than after hours."""
+        for stage in self.stages:
+            for key, name in configs.model_sources(self.config, stage).items():
+                if name not in configs.STAGES:
+                    self.source(key, name)
+        for key in ("model.init_from", "tokenizer.path"):
+            section, _, part = key.partition(".")
+            path = self.config[section][part]
+            if path and not Path(path).exists():
+                raise InputError(f"config.{key}: {path}: no such file or folder; correct the path")
+        if "ppo" in self.stages and configs.is_function(self.config.ppo.reward):
+            self.resolve("ppo.reward", self.config.ppo.reward)
+
     def _open_workdir(self) -> None:
-        """Writes config.json, or refuses a directory that belongs to another config."""
+        """Writes config.json, or refuses a directory that belongs to another config.
+
+        Before a new directory is made, the data is read: what is wrong with it leaves nothing behind.
+        """
         resolved = configs.to_plain(self.config)
         path = self.workdir / "config.json"
         if self.workdir.exists() and not self.workdir.is_dir():
             raise InputError(f"--workdir={self.workdir}: a file, not a folder; choose another --workdir")
+        begun = any((self.workdir / name).exists() for name in ("checkpoints", "models", METRICS))
         if path.exists():
-            differs = configs.difference(read_json(path), resolved)
-            if differs:
+            before = read_json(path)
+            differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
+            if not differs:
+                return
+            if begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(f"{path}: the run was started with another config ({shown}); use another --workdir")
-            return
+        _ = self.records
         if jax.process_index() == 0:
             try:
                 self.workdir.mkdir(parents=True, exist_ok=True)
@@ -86,16 +137,21 @@ class Run:
                 raise InputError(
                     f"--workdir={self.workdir}: {error.strerror}; choose a folder you may write"
                 ) from error
-            write_json(path, resolved)
             self._keep_forks()
+            write_json(path, resolved)
 
     def _keep_forks(self) -> None:
         """Copies the source of steps that are not lfjax's own into the run directory."""
         for name, step in self.steps.items():
-            source = inspect.getsourcefile(step)
-            if source and not step.__module__.startswith("lfjax."):
+            function = inspect.unwrap(getattr(step, "func", step))
+            source = inspect.getsourcefile(function)
+            if source and not function.__module__.startswith("lfjax."):
                 (self.workdir / "steps").mkdir(exist_ok=True)
                 shutil.copyfile(source, self.workdir / "steps" / f"{name}.py")
+
+    def resolve(self, key: str, dotted: str) -> Callable:
+        """The function behind "module:function" of `config.<key>`; the config's folder is searched too."""
+        return resolve(f"config.{key}", dotted, self.search)
 
     @functools.cached_property
     def config_hash(self) -> str:
@@ -107,6 +163,12 @@ class Run:
     def records(self):
         """The feedback records: train, validation, test, and counts of what was left out."""
         return load_records(self.config.data)
+
+    def data_file(self, split: str) -> str:
+        """Where the records of a split come from, for messages."""
+        data = self.config.data
+        own = None if split == "train" else data[f"{split}_path"]
+        return f"config.data.path {own or data.path}" if data.path else f"config.data.source {data.source!r}"
 
     @functools.cached_property
     def tokenizer(self):
@@ -135,7 +197,9 @@ class Run:
                 )
             return folder
         if not Path(name).is_dir():
-            raise InputError(f"config.{key}: no such stage or folder: {name!r}")
+            near = difflib.get_close_matches(name, configs.STAGES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "name a stage or a model folder"
+            raise InputError(f"config.{key}: no such stage or folder: {name!r}; {hint}")
         return Path(name)
 
     @property
@@ -145,12 +209,36 @@ class Run:
         return math.lcm(self.config.model.vocab_multiple, 128 if tensor > 1 else 1, tensor)
 
     def load_model(self, key: str, name: str) -> hf.Loaded:
-        """Reads a stage's (or a folder's) model onto the mesh."""
-        return hf.load(self.source(key, name), mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
+        """Reads a stage's (or a folder's) model onto the mesh.
+
+        Raises:
+          InputError: token ids do not mean the same to the model as to the run's tokenizer.
+        """
+        folder = self.source(key, name)
+        loaded = hf.load(folder, mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
+        size, own, other = loaded.model.config.vocab_size, self.tokenizer, loaded.tokenizer
+        if size < own.vocab_size:
+            raise InputError(
+                f"config.{key}: {folder} has {size} tokens, the run's tokenizer ({self.tokenizer_folder})"
+                f" {own.vocab_size}; use a model trained with that tokenizer"
+            )
+        ids = range(own.vocab_size)
+        if other is not None and (other.vocab_size != own.vocab_size or other.pieces(ids) != own.pieces(ids)):
+            raise InputError(
+                f"config.{key}: {folder} has another vocabulary than the run's tokenizer ({self.tokenizer_folder});"
+                " set config.tokenizer.path to that folder, or use a model trained with the run's tokenizer"
+            )
+        return loaded
 
     def save_model(self, stage: str, model, params) -> None:
         """Writes models/<stage>, whole or not at all; all processes call it, process 0 writes."""
-        hf.save(self.models(stage), hf.loaded_from(model, params, self.tokenizer))
+        try:
+            hf.save(self.models(stage), hf.loaded_from(model, params, self.tokenizer))
+        except SafetensorError as error:
+            raise InputError(
+                f"{self.models(stage)}: cannot write the model: {error}; free some space, then start the same command"
+                " again"
+            ) from error
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -205,18 +293,21 @@ def resolve(key: str, dotted: str, search: tuple[Path, ...] = ()) -> Callable:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
+        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
             raise InputError(f"{key}: {dotted!r} imports {error.name!r}, which is not installed") from error
         raise InputError(
-            f"{key}: no module {module_name!r}; tried {', '.join(folders)} and the installed packages"
+            f"{key}: no module {module_name!r}; tried {', '.join(folders)} and the installed packages; correct the name"
         ) from error
     except Exception as error:  # the user's module fails while it is imported
-        raise InputError(f"{key}: importing {module_name!r} fails: {type(error).__name__}: {error}") from error
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{key}: importing {module_name!r} fails: {cause}; mend that file") from error
     finally:
         sys.path[:] = [folder for folder in sys.path if folder not in added]
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"{key}: {module.__file__} has no function {name!r}")
+        near = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "correct the name"
+        raise InputError(f"{key}: {module.__file__ or module_name} has no function {name!r}; {hint}")
     return function
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import optim_section
+from lfjax.config import InputError, optim_section
 from lfjax.data.batching import PackedRows
 from lfjax.data.examples import pretraining_documents, sft_documents
 from lfjax.loops.run import Run
@@ -66,9 +66,10 @@ def model_config(run: Run):
 
 def new_or_loaded(run: Run, stage: str):
     """(model config, parameters on the mesh) that a language-model stage starts from."""
-    init_from = run.config.model.init_from if stage == "pretrain" else run.config[stage].init_from
+    section = "model" if stage == "pretrain" else stage
+    init_from = run.config[section].init_from
     if init_from:
-        loaded = run.load_model(f"{stage}.init_from", init_from)
+        loaded = run.load_model(f"{section}.init_from", init_from)
         return compute_settings(run, loaded.model.config), loaded.params
     config = model_config(run)
 
@@ -128,6 +129,13 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     section = run.config[stage]
     convert = pretraining_documents if stage == "pretrain" else sft_documents
     documents = {split: convert(getattr(run.records, split), run.tokenizer) for split in ("train", "validation")}
+    for split, found in documents.items():
+        if not found:
+            what = "text" if stage == "pretrain" else "`edit` feedback, and no record without feedback,"
+            raise InputError(
+                f"stage {stage}: {run.data_file(split)}: the {split} split holds no {what} to learn from; add some,"
+                f' or leave "{stage}" out of config.stages'
+            )
     rows = {"seq_len": section.seq_len, "batch_size": section.batch_size, "pad_id": run.tokenizer.pad_id}
     packed, validation = (PackedRows(documents[s], seed=run.config.seed, **rows) for s in ("train", "validation"))
     total = total_steps(section, packed.steps_per_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,8 @@ def train(
         extra = {"step": done, "figures": figures, "row": row, "seconds": seconds, "pending": window.pending()}
         checkpoints.save(done, state, extra)
 
-    with Progress(stage, total, start=start, shown=jax.process_index() == 0) as progress:
+    progress = Progress(stage, total, start=start, shown=jax.process_index() == 0)
+    with contextlib.closing(checkpoints), progress:  # whatever ends the loop, saves under way are finished
         for index in range(start, total):
             state, metrics = step(state, index)
             window.add(metrics)
@@ -80,9 +82,7 @@ def train(
                 save(done)
             if (run.stop_requested or jax.process_count() > 1) and run.stopping() and done < total:
                 save(done)
-                checkpoints.close()
                 raise Interrupted(f"stage {stage} stopped and saved at step {done} of {total}")
-    checkpoints.close()
     last_row = {name: value for name, value in row.items() if not name.startswith("optim/")}
     return state, {**last_row, **figures, "seconds_before": spent}
 

@@ -86,7 +86,7 @@ def chunked_token_stats(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
-    if unembed.vocab_size == unembed.weight.shape[1]:
+    if isinstance(unembed.vocab_size, int) and unembed.vocab_size >= unembed.weight.shape[1]:
         unembed = unembed._replace(vocab_size=None)
     return _chunked(chunk_size, hidden, unembed, targets, jnp.float32(temperature))
 
@@ -101,8 +101,9 @@ def _raw_logits(hidden, weight):
     return jnp.einsum("...d,dv->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _finish(logits, bias, softcap, vocab_size, temperature):
+def _finish(logits, unembed, temperature):
     """hidden @ weight -> the logits the softmax sees: bias, softcap, temperature, padded columns."""
+    _, bias, softcap, vocab_size = unembed
     if bias is not None:
         logits = logits + bias.astype(jnp.float32).reshape((1,) * (logits.ndim - 1) + bias.shape)
     if softcap is not None:
@@ -151,7 +152,7 @@ def _chunked(chunk_size, hidden, unembed, targets, temperature):
 
     def chunk(_, slices):
         h, y = slices
-        return None, _stats(_finish(_raw_logits(h, unembed.weight), *unembed[1:], temperature), y)
+        return None, _stats(_finish(_raw_logits(h, unembed.weight), unembed, temperature), y)
 
     _, stats = jax.lax.scan(chunk, None, (_split(hidden, chunk_size, axis), _split(targets, chunk_size, axis)))
     return jax.tree.map(lambda x: _join(x, targets.shape[-1], axis), stats)
@@ -169,7 +170,7 @@ def _chunked_backward(chunk_size, residuals, cotangents):
     def chunk(totals, slices):
         h, y, log_z, ent, (d_logprob, d_entropy, d_log_z) = slices
         # The two matmuls are written out: autodiff's would come out transposed, which is twice as slow on a CPU.
-        logits, to_raw = jax.vjp(lambda raw: _finish(raw, *unembed[1:], temperature), _raw_logits(h, unembed.weight))
+        logits, to_raw = jax.vjp(lambda raw: _finish(raw, unembed, temperature), _raw_logits(h, unembed.weight))
         logprobs = jnp.minimum(logits - log_z[..., None], 0.0)  # also where T is padded and log_z means nothing
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         hit = column == jnp.clip(y, 0, logits.shape[-1] - 1)[..., None]

@@ -13,7 +13,7 @@ def regression_losses(scores: Float[Array, "*B"], ratings: Float[Array, "*B"]) -
 
 
 def ordinal_losses(
-    scores: Float[Array, "*B"], cutpoints: Float[Array, " K-1"], ratings: Int[Array, "*B"]
+    scores: Float[Array, "*B"], cutpoints: Float[Array, " bounds"], ratings: Int[Array, "*B"]
 ) -> Float[Array, "*B"]:
     """Negative log-likelihood of a rating among K ordered classes, with P(rating <= k) = sigmoid(cutpoint_k - score).
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pair_accuracy(scores: Sequence[float] | np.ndarray, ratings: Sequence[float] | np.ndarray, min_gap: float = 1.0):
+def pair_accuracy(
+    scores: Sequence[float] | np.ndarray, ratings: Sequence[float] | np.ndarray, min_gap: float = 1.0
+) -> tuple[float, int]:
     """How often the higher rated of two texts also has the higher score, over all pairs rated `min_gap` apart or more.
 
     Equal scores count half.
@@ -30,7 +32,7 @@ def pair_accuracy(scores: Sequence[float] | np.ndarray, ratings: Sequence[float]
     for i in range(len(ratings)):
         below = scores[: np.searchsorted(ratings, ratings[i] - min_gap + 1e-9, side="right")]
         below = below[: i if min_gap > 0 else np.searchsorted(ratings, ratings[i], side="left")]
-        right += np.count_nonzero(below < scores[i]) + 0.5 * np.count_nonzero(below == scores[i])
+        right += int(np.count_nonzero(below < scores[i])) + 0.5 * int(np.count_nonzero(below == scores[i]))
         pairs += len(below)
     return (right / pairs if pairs else float("nan")), pairs
 

@@ -28,22 +28,21 @@ def distinct2(texts: Iterable[str]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
-def matched_distinct2(
-    texts: Sequence[str], *, bigrams: int = MATCHED_BIGRAMS, min_samples: int = MIN_SAMPLES
-) -> float | None:
+def matched_distinct2(texts: Sequence[str], *, bigrams: int = MATCHED_BIGRAMS, min_samples: int = MIN_SAMPLES) -> float:
     """Unique bigrams among the first `bigrams` of the pooled texts, over `bigrams`: comparable whatever the length.
+
+    Texts too short to fill the number are measured over it all the same, so a collapse to a word or two shows.
 
     Args:
       texts: samples in a fixed order, such as one of each held-out prompt.
       bigrams: how many are looked at.
       min_samples: how many texts there must be.
     Returns:
-      A share in [0, 1], or None where the texts are too few or hold fewer bigrams: not comparable.
+      A share in [0, 1]; nan with fewer than `min_samples` texts, which would not be comparable.
     """
     if len(texts) < min_samples:
-        return None
-    first = list(itertools.islice(_bigrams(texts), bigrams))
-    return len(set(first)) / bigrams if len(first) == bigrams else None
+        return float("nan")
+    return len(set(itertools.islice(_bigrams(texts), bigrams))) / bigrams
 
 
 def unique_share(texts: Sequence[str]) -> float:

@@ -81,12 +81,15 @@ def sample_tokens(
     """
     greedy = isinstance(temperature, (int, float)) and temperature == 0
     scaled = logits if greedy else filters.scale_temperature(logits, temperature)
+    top = jnp.max(scaled, axis=-1, keepdims=True)
+    weights = jnp.exp(scaled - top)
     if greedy:
         tokens = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
     else:
-        tokens = inverse_cdf(filters.top_p(filters.top_k(scaled, top_k), top_p), uniforms)
-    picked = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-    return tokens, picked - jax.nn.logsumexp(scaled, axis=-1)
+        kept = filters.top_p(filters.top_k(scaled, top_k), top_p)
+        tokens = inverse_cdf(weights if kept is scaled else jnp.where(kept > -jnp.inf, weights, 0.0), uniforms)
+    picked = jnp.take_along_axis(scaled, tokens[:, None], axis=-1) - top
+    return tokens, picked[:, 0] - jnp.log(jnp.sum(weights, axis=-1))
 
 
 def row_uniforms(rng: Array, row_ids: Array, count: int) -> Array:
@@ -98,18 +101,18 @@ def row_uniforms(rng: Array, row_ids: Array, count: int) -> Array:
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(count), row_ids)
 
 
-def inverse_cdf(logits: Array, uniforms: Array) -> Array:
-    """Samples softmax(logits) [B V] by two uniforms a row [B 2]: one picks a block of tokens, one a token in it.
+def inverse_cdf(weights: Array, uniforms: Array) -> Array:
+    """Samples in proportion to weights [B V] >= 0 by two uniforms a row [B 2]: one picks a block, one a token in it.
 
-    Costs one pass over V and no noise a token, where `jax.random.categorical` draws V Gumbels. -inf is never sampled.
+    Costs one pass over V and no noise a token, where `jax.random.categorical` draws V Gumbels. A weight of 0 is never
+    picked. Returns [B] int32.
     """
-    batch, vocab = logits.shape
+    batch, vocab = weights.shape
     size = max(1, round(vocab**0.5))
     count = -(-vocab // size)
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, count * size - vocab))).reshape(batch, count, size)
-    block = _pick(jnp.sum(weights, axis=-1), uniforms[:, 0])
-    inside = _pick(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    blocks = jnp.pad(weights, ((0, 0), (0, count * size - vocab))).reshape(batch, count, size)
+    block = _pick(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    inside = _pick(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
     return (block * size + inside).astype(jnp.int32)
 
 

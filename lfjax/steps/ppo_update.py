@@ -27,7 +27,7 @@ def ppo_update(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     value_clip: float = 0.2,
-    value_coef: float = 0.5,
+    value_coef: float = 1.0,
     entropy_coef: float = 0.0,
     kl_target: float = 0.0,
     kl_horizon: float = 10000.0,

@@ -7,7 +7,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -187,7 +186,7 @@ def test_padded_vocabulary_rows_never_leave_and_come_back_as_zeros(tmp_path, sav
 
 
 def test_half_precision_files_round_trip_until_training_needs_more(tmp_path, saved):
-    edit_tensors(saved, lambda tensors: tensors.update({k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}))
+    edit_tensors(saved, lambda tensors: tensors.update({k: v.astype(jnp.bfloat16) for k, v in tensors.items()}))
     edit_config(saved, dtype="bfloat16", torch_dtype="bfloat16")
     loaded = hf.load(saved)
     assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {np.dtype(np.float32)}

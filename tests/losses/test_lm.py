@@ -11,7 +11,7 @@ B, T, D, V = 2, 7, 5, 11
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(B, T, D)).astype(np.float32)
 WEIGHT = RNG.normal(size=(D, V)).astype(np.float32)
-BIAS = RNG.normal(size=V).astype(np.float32)
+BIAS = jnp.asarray(RNG.normal(size=V), jnp.float32)
 TARGETS = RNG.integers(0, 8, size=(B, T)).astype(np.int32)
 MASK = np.arange(T)[None, :] < np.array([[4], [7]])
 FORMS = {
@@ -40,9 +40,7 @@ def test_stats_equal_float64(form, temperature):
     stats = call_checked(
         lm.chunked_token_stats,
         jnp.asarray(HIDDEN),
-        lm.Unembed(jnp.asarray(WEIGHT), **jax.tree.map(jnp.asarray, FORMS[form]))._replace(
-            **{k: v for k, v in FORMS[form].items() if k != "bias"}
-        ),
+        lm.Unembed(jnp.asarray(WEIGHT), **FORMS[form]),
         jnp.asarray(TARGETS),
         chunk_size=3,
         temperature=temperature,
@@ -135,9 +133,7 @@ def test_bf16_hidden_states_give_float32_stats_and_gradients_of_their_own_dtypes
     (d_hidden, d_weight), stats = jax.grad(loss, (0, 1), has_aux=True)(hidden, weight)
     assert (d_hidden.dtype, d_weight.dtype) == (jnp.bfloat16, jnp.float32)
     assert all(x.dtype == jnp.float32 for x in stats)
-    np.testing.assert_allclose(
-        stats.logprobs, reference.token_stats(HIDDEN, WEIGHT, TARGETS)[0], rtol=0.05, atol=0.05
-    )
+    np.testing.assert_allclose(stats.logprobs, reference.token_stats(HIDDEN, WEIGHT, TARGETS)[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("label_smoothing, z_loss", [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])

@@ -1,4 +1,4 @@
-"""Advantages in float64 NumPy: from the papers (`gae`, `grpo`, `rloo`), and as TRL's trainer computes them (`trl_*`)."""
+"""Advantages in float64 NumPy: from the papers (gae, grpo, rloo), and as TRL's trainer computes them (trl_*)."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def grpo(scores, size, scale):
 
 
 def trl_rewards_and_masks(kl, scores, lengths, kl_coef):
-    """TRL 1.x ppo_trainer: the score one token after the response's last, the value mask one token longer (PEERS 17, 22).
+    """As TRL's ppo_trainer: the score one token after the response's last, the value mask one token longer.
 
     kl [B R] per token, lengths [B] response tokens with EOS. Returns (rewards [B R], value mask [B R]).
     """

@@ -140,34 +140,39 @@ def test_a_row_ends_at_its_first_stop_token_and_the_others_go_on(form):
     assert out.mask.sum(1).min() < R, "no row met a stop token: the test shows nothing"
 
 
-def test_decoding_ends_when_every_row_has_stopped():
-    model, params = build(FORMS["gpt2"])
-    calls = []
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """A model and its own decoder: row r says `script[r]` in turn; every decoding step is reported to `calls`."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Counting:
-        inner: object
+    script: tuple[tuple[int, ...], ...]
+    calls: list = dataclasses.field(default_factory=list, hash=False)
+    config: object = FORMS["gpt2"]
 
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
+    def decoder(self, params):
+        return self
 
-        def decode(self, tokens, cache):
-            jax.debug.callback(lambda: calls.append(1))
-            return self.inner.decode(tokens, cache)
+    def prefill(self, tokens, mask, cache_size):
+        return jnp.zeros((*tokens.shape, 1)), jnp.int32(0)
 
-    class Counted(Transformer):
-        def decoder(self, params):
-            return Counting(super().decoder(params))
+    def decode(self, tokens, cache):
+        jax.debug.callback(lambda: self.calls.append(1))
+        return jnp.full((*tokens.shape, 1), cache + 1), cache + 1
 
-    counted = Counted(model.config)
-    tokens, mask = prompts_of(4)
-    run(counted, params, tokens, mask)
+    def logits(self, hidden):
+        says = jnp.asarray(self.script)[jnp.arange(len(self.script)), hidden[:, 0].astype(jnp.int32)]
+        return 9.0 * jax.nn.one_hot(says, 10)
+
+
+@pytest.mark.parametrize(
+    "eos_ids, lengths, steps", [((), (5, 5), 4), ((7,), (2, 3), 2), ((3, 7), (1, 3), 2), ((1, 3), (1, 1), 0)]
+)
+def test_decoding_ends_when_every_row_has_stopped(eos_ids, lengths, steps):
+    model = Scripted(((3, 7, 4, 4, 4), (1, 2, 7, 7, 4)))
+    tokens, mask = prompts_of(2)
+    out = run(model, {}, tokens, mask, max_new_tokens=5, temperature=0, eos_ids=eos_ids)
     jax.effects_barrier()
-    assert len(calls) == R - 1
-    calls.clear()
-    out = run(counted, params, tokens, mask, eos_ids=tuple(range(SIZE["vocab_size"])))
-    jax.effects_barrier()
-    assert calls == [] and out.mask.sum() == 4
+    assert len(model.calls) == steps
+    np.testing.assert_array_equal(out.mask.sum(1), lengths)
 
 
 def test_padded_vocabulary_rows_are_never_sampled():
@@ -204,7 +209,7 @@ def test_frequencies_of_samples_fit_the_softmax(vocab):
     logits = 2 * jax.random.normal(jax.random.key(vocab), (1, vocab)).at[0, 0].set(-jnp.inf)
     n = 200_000
     uniforms = jax.random.uniform(jax.random.key(1), (n, 2))
-    draws = jax.jit(lambda u: inverse_cdf(jnp.broadcast_to(logits, (n, vocab)), u))(uniforms)
+    draws = jax.jit(lambda u: inverse_cdf(jnp.broadcast_to(jnp.exp(logits), (n, vocab)), u))(uniforms)
     counts = np.bincount(draws, minlength=vocab)
     expected = n * np.asarray(jax.nn.softmax(logits[0]), np.float64)
     assert counts[0] == 0
@@ -232,10 +237,10 @@ def test_frequencies_of_generated_tokens_fit_the_models_probabilities():
 
 
 def test_extreme_uniforms_never_pick_a_removed_token():
-    logits = jnp.full((4, 30), -jnp.inf).at[:, jnp.array([3, 17])].set(jnp.array([0.0, -80.0]))
+    weights = jnp.zeros((4, 30)).at[:, jnp.array([3, 17])].set(jnp.array([1.0, 1e-30]))
     edge = 1 - 2.0**-24
     uniforms = jnp.array([[0.0, 0.0], [edge, edge], [0.0, edge], [edge, 0.0]], jnp.float32)
-    assert set(np.asarray(inverse_cdf(logits, uniforms)).tolist()) <= {3, 17}
+    assert set(np.asarray(inverse_cdf(weights, uniforms)).tolist()) <= {3, 17}
 
 
 def test_uniforms_are_those_of_the_documented_fold_in():

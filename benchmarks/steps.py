@@ -1,0 +1,134 @@
+"""Speed of the steps on this machine: the 12 M-parameter GPT-2 form, float32.
+
+    python benchmarks/steps.py [--repeats=5] [--json=FILE]
+
+SFT step: B=16 T=256. Generation: B=32, 64 + 64 tokens, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1 epoch of 4
+minibatches, separate reward, value and reference networks. Every program is compiled before it is timed; medians.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lfjax.models import presets
+from lfjax.models.transformer import Transformer
+from lfjax.optim import make_optimizer
+from lfjax.state import LMState, PPOState, RewardNorm, ValueState
+from lfjax.steps.ppo_experience import ppo_experience
+from lfjax.steps.ppo_forward import PPOModels
+from lfjax.steps.ppo_rollout import ppo_rollout
+from lfjax.steps.ppo_score import ppo_score
+from lfjax.steps.ppo_update import ppo_update
+from lfjax.steps.sft import sft_step
+from lfjax.types import PromptBatch, SftBatch
+
+KEY = jax.random.key(1)
+
+
+def median_seconds(function, repeats: int) -> float:
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def parameters(model):
+    return jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])(KEY)
+
+
+def matmul_peak(repeats: int) -> float:
+    """FLOP/s of XLA's float32 matmul, 1536 x 1536: what the steps' FLOP/s are compared to."""
+    x = jax.random.normal(KEY, (1536, 1536))
+    product = jax.jit(jnp.matmul)
+    return 2 * 1536**3 / min(median_seconds(lambda: product(x, x), 3) for _ in range(repeats))
+
+
+def sft(model, params, repeats: int) -> dict[str, float]:
+    batch, length = 16, 256
+    tx = make_optimizer(1e-4)
+    tokens = jax.random.randint(KEY, (batch, length + 1), 0, model.config.vocab_size)
+    data = SftBatch(tokens, jnp.ones((batch, length), bool), jnp.ones((batch, length), jnp.int32))
+    step = jax.jit(functools.partial(sft_step, model=model, tx=tx), donate_argnums=0)
+    state = LMState.create(jax.tree.map(jnp.copy, params), tx)
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, data, KEY)
+        return metrics
+
+    seconds = median_seconds(run, repeats)
+    count = sum(x.size for x in jax.tree.leaves(params)) - params["embed"]["positions"].size
+    c = model.config
+    flops = batch * length * (6 * count + 6 * c.layers * c.width * length)  # causal attention: half of 12 L D T
+    return {"sft/tokens_per_s": batch * length / seconds, "sft/flop_per_s": flops / seconds}
+
+
+def ppo(model, params, repeats: int) -> dict[str, float]:
+    import dataclasses
+
+    rows, prompt, response = 32, 64, 64
+    value_model = Transformer(dataclasses.replace(model.config, num_labels=1, head_bias=True))
+    value_params, reward_params = parameters(value_model), parameters(value_model)
+    models, tx = PPOModels(model, value_model, model), make_optimizer(1e-5)
+    tokens = jax.random.randint(KEY, (rows, prompt), 0, model.config.vocab_size)
+    prompts = PromptBatch(tokens, jnp.ones((rows, prompt), bool), jnp.arange(rows))
+    rollout = jax.jit(functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=response))
+    score = jax.jit(functools.partial(ppo_score, model=value_model))
+    experience = jax.jit(functools.partial(ppo_experience, models=models, eos_ids=(0,), kl_coef=0.1, minibatches=4))
+    update = jax.jit(
+        functools.partial(ppo_update, models=models, txs=(tx, tx), epochs=1, minibatches=4), donate_argnums=0
+    )
+    copies = jax.tree.map(jnp.copy, (params, value_params))
+    state = PPOState(
+        policy=LMState.create(copies[0], tx),
+        value=ValueState.create(copies[1], tx),
+        kl_coef=jnp.float32(0.1),
+        reward_norm=RewardNorm.identity(),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+    def run():
+        nonlocal state
+        written = rollout(state.policy.params, prompts, KEY)
+        scores = score(reward_params, written)
+        made = experience(state.policy.params, state.value.params, params, written, scores)
+        state, metrics = update(state, made, KEY)
+        return metrics
+
+    generation = median_seconds(lambda: rollout(params, prompts, KEY), repeats)
+    seconds = median_seconds(run, repeats)
+    return {"generate/tokens_per_s": rows * response / generation, "ppo/episodes_per_s": rows / seconds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    model = Transformer(presets.gpt2_12m())
+    params = parameters(model)
+    figures = {"matmul/flop_per_s": matmul_peak(arguments.repeats)}
+    figures |= sft(model, params, arguments.repeats) | ppo(model, params, arguments.repeats)
+    figures["sft/flop_utilisation"] = figures["sft/flop_per_s"] / figures["matmul/flop_per_s"]
+    device = jax.devices()[0]
+    print(
+        f"{platform.processor() or platform.machine()}, {device.platform} {device.device_kind}, jax {jax.__version__}"
+    )
+    for name, value in figures.items():
+        print(f"{name:24s} {value:12.4g}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What a run's figures say: before and after, the words that gained, a verdict in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lfjax.report.charts import number, percent
+from lfjax.report.rundir import RunDir
+
+PAIRS_FOR_WORDS = 8  # before/after samples below which words are not counted
+
+STOP_WORDS = frozenset(
+    (
+        *("all", "and", "are", "been", "but", "can", "for", "from", "had", "has", "have", "her", "him", "his", "into"),
+        *("its", "not", "one", "out", "she", "than", "that", "the", "their", "there", "they", "this", "very", "was"),
+        *("were", "what", "when", "which", "who", "will", "with", "would", "you"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One figure before and after. `interim`: from the training batches, as no evaluation has run yet."""
+
+    key: str
+    title: str
+    unit: str
+    before: float
+    after: float
+    form: Callable[[float | None], str] = number
+    mark: float | None = None
+    interim: bool = False
+
+    @property
+    def change(self) -> str:
+        """The change in the figure's own form, with its sign."""
+        difference = self.after - self.before
+        text = self.form(difference).replace(" %", " points")
+        return ("+" if difference > 0 else "") + text
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word and the shares of answers that hold it."""
+
+    text: str
+    before: float
+    after: float
+
+
+def comparisons(run: RunDir) -> dict[str, Comparison]:
+    """Every before/after figure that the run has, by key, in reading order."""
+    human = run.summary.get("judge/positive_human")
+    table = (
+        ("ppo/score", "Reward model's score", "as it says it; PPO was trained on this", number, None),
+        ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),
+        ("judge/positive_response", "Answer alone positive", "share; the same judge on the answer only", percent, None),
+        ("diversity/distinct2", "Variety, matched distinct-2", "new word pairs in equal amounts of text", number, None),
+        ("diversity/unique", "Different answers", "share of answers that are not copies", percent, None),
+        ("ppo/length", "Length", "tokens an answer", number, None),
+        ("ppo/eos_share", "Answers that end", "share that ends before the limit", percent, None),
+    )  # fmt: skip
+    found = {}
+    for key, title, unit, form, mark in table:
+        before, after = (figure(run, f"{key}_{which}") for which in ("before", "after"))
+        interim = before is None or after is None
+        if interim:
+            points = run.points(key)
+            if len(points) < 2:
+                continue
+            before, after = points[0][1], points[-1][1]
+            unit = "normalised" if key == "ppo/score" else unit
+        found[key] = Comparison(key, title, unit, before, after, form, mark, interim)  # type: ignore[arg-type]
+    kl, interim = _kl(run)
+    if kl is not None:
+        found["ppo/kl"] = Comparison(
+            "ppo/kl", "Distance from the start (KL)", "nats a sequence", 0.0, kl, interim=interim
+        )
+    return found
+
+
+def figure(run: RunDir, key: str) -> float | None:
+    """A number of summary.json, None where there is none."""
+    value = run.summary.get(key)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _kl(run: RunDir) -> tuple[float | None, bool]:
+    final = figure(run, "ppo/kl")
+    if final is not None:
+        return final, False
+    points = run.points("ppo/kl")
+    return (points[-1][1], True) if points else (None, True)
+
+
+def score_rose(found: dict[str, Comparison]) -> bool:
+    """Whether the reward rose by more than noise: a twentieth of a standard score or of a rating point."""
+    score = found.get("ppo/score")
+    return score is not None and score.after - score.before > 0.05
+
+
+def sample_pairs(samples: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows marked "before" and "after" of the same prompt, in file order; the n-th of a prompt with its n-th."""
+    waiting: dict[str, list[dict[str, Any]]] = {}
+    for row in samples:
+        if row.get("set") == "before":
+            waiting.setdefault(str(row.get("prompt", "")), []).append(row)
+    pairs = []
+    for row in samples:
+        if row.get("set") == "after" and waiting.get(str(row.get("prompt", ""))):
+            pairs.append((waiting[str(row.get("prompt", ""))].pop(0), row))
+    return pairs
+
+
+def risen_words(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], most: int = 8) -> list[Word]:
+    """The words whose share of answers rose most; [] where there are too few pairs to count."""
+    if len(pairs) < PAIRS_FOR_WORDS:
+        return []
+    counts = [Counter(word for pair in pairs for word in _word_set(pair[side].get("response"))) for side in (0, 1)]
+    size = len(pairs)
+    words = [Word(word, counts[0][word] / size, counts[1][word] / size) for word in counts[1]]
+    words = [word for word in words if word.after - word.before >= 2 / size]
+    return sorted(words, key=lambda word: (word.before - word.after, word.text))[:most]
+
+
+def _word_set(text: Any) -> set[str]:
+    return {w for w in re.findall(r"[^\W\d_]+", str(text or "").lower()) if len(w) > 2} - STOP_WORDS
+
+
+def verdict(run: RunDir, found: dict[str, Comparison], alarms: int) -> tuple[str, str]:
+    """(headline, paragraph): what changed, in plain words."""
+    score, judge, kl = (found.get(key) for key in ("ppo/score", "judge/positive", "ppo/kl"))
+    if score is None and judge is None:
+        done = [stage.name for stage in run.stages if stage.state == "done"]
+        so_far = f"Done so far: {', '.join(done)}." if done else "No stage is done yet."
+        return "Nothing has been steered yet", f"The figures before and after PPO are not there yet. {so_far}"
+    parts = []
+    if score is not None:
+        parts.append(f"The reward model's score went from {number(score.before)} to {number(score.after)}.")
+    if kl is not None:
+        parts.append(f"The price is a KL of {number(kl.after)} nats a sequence from the model it started as.")
+    if score is not None and score.interim:
+        parts.append("These are figures of the training batches; the held-out comparison is still to come.")
+    if alarms:
+        kind = "warning of possible reward hacking" if score_rose(found) else "warning"
+        parts.append(f"One {kind} is explained below." if alarms == 1 else f"{alarms} warnings are explained below.")
+    headline, opening = _headline(score, judge, score_rose(found))
+    return headline, " ".join([*opening, *parts])
+
+
+def _headline(score: Comparison | None, judge: Comparison | None, rose: bool) -> tuple[str, list[str]]:
+    if score is not None and not rose:
+        return "The reward did not rise", ["PPO changed the model without raising the score it was trained on."]
+    if judge is None:
+        return "The reward rose", []
+    judged = (
+        f"an independent judge, a word lexicon, calls positive: {percent(judge.after)}, before {percent(judge.before)}."
+    )
+    if judge.after <= judge.before:
+        return "The reward rose, the judge does not agree", [f"Share of continuations that {judged}"]
+    says = "Share of continuations of held-out prompts that an independent judge, a word lexicon, calls positive."
+    return f"From {whole(judge.before)} to {whole(judge.after)} positive", [says]
+
+
+def whole(share: float) -> str:
+    """A share as "46 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def what_it_is(run: RunDir) -> str:
+    """A calm word on what can be expected of a model of this size."""
+    count = parameters(run)
+    if count is not None and count > 3e8:
+        return (
+            "This run steers a language model towards a learned reward. The figures show the direction and the price; "
+            "they do not show that the model has become better at anything else."
+        )
+    tone = ", which here is a pleased tone" if setting(run.config, "data.source") == "vader" else ""
+    millions = "" if count is None else f" ({'about ' + number(round(count / 1e6, 1)) if count >= 1e5 else 'under 0.1'}"
+    size = f"{millions} million parameters)" if millions else ""
+    return (
+        f"What this is: the steering of a very small language model{size}. Its sentences are often ungrammatical, "
+        "before and after. PPO teaches it nothing about the world; it moves the odds towards what the reward model "
+        f"scores high{tone}. Whether that is good writing is another question, which these figures do not answer."
+    )
+
+
+def parameters(run: RunDir) -> float | None:
+    """Approximate number of parameters of the decoder described by the config, None where it starts from a folder."""
+    model = run.config.get("model") or {}
+    vocab = run.summary.get("tokenizer/vocab_size") or setting(run.config, "tokenizer.vocab_size")
+    width, layers, heads, mlp = (int(model.get(name) or 0) for name in ("width", "layers", "heads", "mlp_width"))
+    if model.get("init_from") or not vocab or min(width, layers, heads, mlp) <= 0:
+        return None
+    kv_share = (model.get("kv_heads") or heads) / heads
+    matrices = 3 if model.get("form", "llama") == "llama" else 2
+    block = width * width * (2 + 2 * kv_share) + matrices * width * mlp
+    return float(vocab * width * (1 if model.get("tied", True) else 2) + layers * block)
+
+
+def setting(config: dict[str, Any], path: str) -> Any:
+    """config["a"]["b"] for "a.b", None where there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None  # type: ignore[assignment]
+    return config

@@ -1,0 +1,374 @@
+"""Puts a run's figures, charts and samples on one page. Everything from the run is escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from lfjax.config import InputError
+from lfjax.report import catalogue, findings, rundir
+from lfjax.report import checks as watching
+from lfjax.report.charts import Line, Mark, bar, dumbbell, line_chart, number, percent, smooth
+from lfjax.report.checks import KL_LIMIT, Check
+from lfjax.report.findings import Comparison, Word
+from lfjax.report.rundir import RunDir
+from lfjax.report.style import CSS, SCRIPT
+
+PAIRS_SHOWN = 8  # the others are behind a click
+SMOOTHED_FROM = 40  # points from which a moving mean is drawn over the raw curve
+PILL = {"alarm": "⚠ ", "watch": "", "ok": "✓ ", "unknown": ""}
+
+
+def build(workdir: str | os.PathLike) -> pathlib.Path:
+    """Writes WORKDIR/report.html from the files of the run directory; a run under way gives a partial report.
+
+    Returns:
+      The report's path. The file needs nothing else: no script, style, font or picture from elsewhere.
+    Raises:
+      InputError: not a run directory, a broken file in it, or the report cannot be written.
+    """
+    run = rundir.read(workdir)
+    path = pathlib.Path(workdir) / "report.html"
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(page(run), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}; free some space") from error
+    return path
+
+
+def page(run: RunDir) -> str:
+    """The whole document."""
+    found = findings.comparisons(run)
+    pairs = findings.sample_pairs(run.samples)
+    words = findings.risen_words(pairs)
+    checks = watching.checks(run, found, words)
+    body = (
+        _head(run, found, checks),
+        _comparison_table(run, found),
+        _checks(checks),
+        _pairs(pairs),
+        _frontier(run, words),
+        *(_stage_charts(run, stage) for stage in run.series),
+        _time(run),
+        _everything(run),
+    )
+    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_e(run.name)}: run report</title><style>{CSS}</style></head><body><main>"
+        f"{''.join(body)}<footer>Made by lfjax from the files of this run directory alone.</footer></main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _e(text: Any) -> str:
+    """Escaped for text and attributes. Control characters, which no browser shows, become their visible pictures."""
+    visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(text))
+    return html.escape(visible.encode("utf-8", "replace").decode(), quote=True)
+
+
+def _section(title: str, content: str, intro: str = "") -> str:
+    lead = f'<p class="soft">{intro}</p>' if intro else ""
+    return f"<section><h2>{title}</h2>{lead}{content}</section>"
+
+
+def _head(run: RunDir, found: dict[str, Comparison], checks: Sequence[Check]) -> str:
+    headline, text = findings.verdict(run, found, sum(check.level == "alarm" for check in checks))
+    marks = {"done": "done", "started": "under way or stopped", "missing": "not run yet"}
+    stages = "".join(
+        f'<li class="{s.state}">{_e(s.name)}{"" if s.state == "done" else f" ({marks[s.state]})"}</li>'
+        for s in run.stages
+    )
+    missing = [stage.name for stage in run.stages if stage.state != "done"]
+    partial = (
+        f'<p class="note">The run is not complete. Missing: {_e(", ".join(missing))}. '
+        "The same train command goes on where it stopped.</p>"
+        if missing
+        else ""
+    )
+    seed = run.config.get("seed")
+    about = f"Run report · <b>{_e(run.name)}</b>" + ("" if seed is None else f" · seed {_e(seed)}")
+    return (
+        f'<header><div class="eyebrow">{about}</div><h1>{_e(headline)}</h1><p class="lead">{_e(text)}</p>'
+        f'<p class="note">{_e(findings.what_it_is(run))}</p>{partial}<ul class="stages">{stages}</ul></header>'
+    )
+
+
+def _comparison_table(run: RunDir, found: dict[str, Comparison]) -> str:
+    if not found:
+        return ""
+    rows = "".join(_comparison_row(item) for item in found.values())
+    columns = "".join(f'<th class="num">{name}</th>' for name in ("Before", "After", "Change"))
+    head = f"<tr><th>Figure</th>{columns}<th></th></tr>"
+    human = run.summary.get("judge/positive_human")
+    intro = "The same held-out prompts, the same sampling noise, the model before PPO and after."
+    if any(item.interim for item in found.values()):
+        intro = "Figures marked “training” are the first and the last logged batch, as no evaluation has run yet."
+    if isinstance(human, (int, float)):
+        intro += f" The dashed tick marks people's own test sentences: {percent(human)} positive."
+    table = f'<div class="card compare"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    return _section("Before and after", table + _foundation(run), intro)
+
+
+def _comparison_row(item: Comparison) -> str:
+    unit = item.unit + (" · training" if item.interim else "")
+    low, high = (0.0, 1.0) if item.form is percent else _span(item)
+    before = "0" if item.key == "ppo/kl" else item.form(item.before)
+    change = "" if item.key == "ppo/kl" else item.change
+    return (
+        f'<tr><th scope="row">{_e(item.title)}<small>{_e(unit)}</small></th>'
+        f'<td class="num before" data-label="before">{before}</td>'
+        f'<td class="num after" data-label="after">{item.form(item.after)}</td>'
+        f'<td class="num soft" data-label="change">{change}</td>'
+        f'<td class="shape">{dumbbell(item.before, item.after, low, high, item.mark)}</td></tr>'
+    )
+
+
+def _span(item: Comparison) -> tuple[float, float]:
+    low, high = min(item.before, item.after, 0.0), max(item.before, item.after)
+    return low * 1.1, high * 1.1 or 1.0
+
+
+def _foundation(run: RunDir) -> str:
+    """The language model and the reward model under it, in one sentence each."""
+    s, parts = run.summary, []
+    perplexity, unigram = s.get("pretrain/perplexity"), s.get("pretrain/unigram_perplexity")
+    if perplexity:
+        bits = s.get("pretrain/bits_per_byte")
+        size = f", {number(bits)} bits a byte" if bits else ""
+        beside = f"; guessing by word frequency alone reaches {number(unigram)}" if unigram else ""
+        parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
+    accuracy = s.get("reward/pair_accuracy")
+    if accuracy:
+        names = {"lexicon": "a word lexicon", "ridge": "ridge regression on words and pairs of words"}
+        known = [(name, s.get(f"reward/pair_accuracy_{key}")) for key, name in names.items()]
+        beside = "".join(f"; {name} {percent(value)}" for name, value in known if value is not None)
+        gap = findings.setting(run.config, "reward.min_gap")
+        apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap else ""
+        parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do{beside}.")
+    return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)
+
+
+def _checks(checks: Sequence[Check]) -> str:
+    if all(check.level == "unknown" for check in checks):
+        return ""
+    items = "".join(
+        f'<li class="{c.level}"><div><h3>{_e(c.title)}</h3>'
+        f'<span class="pill {c.level}">{PILL[c.level]}{_e(c.verdict)}</span></div><p>{_e(c.text)}</p></li>'
+        for c in checks
+    )
+    intro = (
+        "A policy trained on a score finds whatever the score overlooks. A rising score with a falling independent "
+        "figure is the sign of it, so these are compared on every run; the limits are fixed beforehand."
+    )
+    return _section("Watched for reward hacking", f'<ul class="checks card">{items}</ul>', intro)
+
+
+def _pairs(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    if not pairs:
+        return ""
+    blocks = [
+        f'<div class="pair">{_sample(before, "before", "Before")}{_sample(after, "is-after", "After")}</div>'
+        for before, after in pairs
+    ]
+    shown = f'<div class="pairs card">{"".join(blocks[:PAIRS_SHOWN])}</div>'
+    more = blocks[PAIRS_SHOWN:]
+    rest = (
+        f'<details><summary>{len(more)} more</summary><div class="pairs card">{"".join(more)}</div></details>'
+        if more
+        else ""
+    )
+    intro = "Held-out prompts in the order of the file, none picked; the prompt is grey, the model wrote the rest."
+    return _section("The same prompts, before and after", shown + rest, intro)
+
+
+def _sample(row: dict[str, Any], kind: str, tag: str) -> str:
+    names = (("score", "score"), ("judge", "judge"), ("kl", "KL"), ("length", "tokens"))
+    figures = "".join(
+        f"<span>{label} <b>{number(row[key])}</b></span>"
+        for key, label in names
+        if isinstance(row.get(key), (int, float))
+    )
+    prompt, answer = _e(row.get("prompt") or ""), _e(row.get("response") or "")
+    answer = answer if answer.strip() else '<span class="soft">(nothing)</span>'
+    return (
+        f'<div class="{kind}"><p class="tag">{tag}</p><p class="text"><span class="prompt">{prompt}</span>'
+        f'<span class="answer">{answer}</span></p><div class="figures">{figures}</div></div>'
+    )
+
+
+def _frontier(run: RunDir, words: Sequence[Word]) -> str:
+    """Score against KL over the updates, and the words that gained."""
+    scores, kls = dict(run.points("ppo/score")), dict(run.points("ppo/kl"))
+    steps = sorted(scores.keys() & kls.keys())
+    cards = ""
+    if len(steps) > 1:
+        points = [(kls[step], scores[step]) for step in steps]
+        chart = line_chart(
+            [Line("score", points, "path", dots=True)],
+            label="Score against KL, one point an update",
+            x_label="KL from the start, nats a sequence",
+            marks=[Mark(KL_LIMIT, "limit 15", "x")] if max(kls.values()) > 0.6 * KL_LIMIT else [],
+            log=False,
+            path_ends=(f"update {steps[0]}", f"update {steps[-1]}"),
+        )
+        cards += _figure(
+            "Score against distance", chart, "normalised score; one point a logged update", number(points[-1][1])
+        )
+    if words:
+        cards += _word_card(words)
+    if not cards:
+        return ""
+    intro = (
+        "Every point of score is paid for in KL, the distance from the model before PPO. Where the curve flattens, "
+        "further updates buy distance without score."
+    )
+    return _section("What the score cost, and the words that gained", f'<div class="two">{cards}</div>', intro)
+
+
+def _word_card(words: Sequence[Word]) -> str:
+    rows = "".join(
+        f'<tr><td>{_e(word.text)}</td><td class="bars">{bar(word.before, style="was")}{bar(word.after)}</td>'
+        f'<td class="num">{percent(word.before)} → {percent(word.after)}</td></tr>'
+        for word in words
+    )
+    return (
+        '<figure class="card words"><figcaption><h3>Words that gained most</h3></figcaption>'
+        '<p class="unit">share of the compared answers that hold the word, before (grey) and after</p>'
+        f'<div class="scroll"><table><tbody>{rows}</tbody></table></div></figure>'
+    )
+
+
+def _figure(title: str, chart: str, unit: str, last: str, legend: str = "") -> str:
+    return (
+        f'<figure class="card"><figcaption><h3>{_e(title)}</h3><span class="last">{last}</span></figcaption>'
+        f'<div class="unit"><span>{_e(unit)}</span>{legend}</div>{chart}</figure>'
+    )
+
+
+def _stage_charts(run: RunDir, stage: str) -> str:
+    """A chart for every metric of the stage with at least two points; single figures are in the list of all figures."""
+    metrics = dict(run.series[stage])
+    speed = [(int(r["step"]), float(r["tokens_per_s"])) for r in run.timing.get(stage, ()) if r.get("tokens_per_s")]
+    if len(speed) > 1:
+        metrics["timing/tokens_per_s"] = speed
+    cards = [
+        _chart_card(key, [(label, metrics[name]) for name, label in names], _baselines(run, key))
+        for key, names in catalogue.families(name for name, points in metrics.items() if len(points) > 1).items()
+    ]
+    if not cards:
+        return ""
+    steps = max(points[-1][0] for points in metrics.values())
+    intro = f"{number(steps)} {'updates' if stage == 'ppo' else 'steps'}. Touch or point at a curve to read it."
+    return _section(f"Curves: {_e(stage)}", f'<div class="charts">{"".join(cards)}</div>', intro)
+
+
+def _baselines(run: RunDir, key: str) -> list[Mark]:
+    """Final figures of simpler methods ("reward/pair_accuracy_ridge") as lines in the chart of the metric itself."""
+    found = ((name, run.summary.get(f"{key}_{name}")) for name in ("lexicon", "ridge"))
+    return [Mark(float(value), name) for name, value in found if isinstance(value, (int, float))]
+
+
+def _chart_card(key: str, named: list[tuple[str, list[tuple[int, float]]]], baselines: list[Mark]) -> str:
+    shown = catalogue.entry(key)
+    styles = ("main", "second", "third")
+    lines = []
+    for (label, points), style in zip(named, styles, strict=False):
+        if style == "main" and shown.noisy and len(points) >= SMOOTHED_FROM:
+            lines.append(Line(f"{label} (raw)", points, "faint"))
+            lines.append(Line(label, smooth(points), style))
+        else:
+            lines.append(Line(label, points, style, dots=len(points) <= 12))
+    legend = ""
+    if len(named) > 1:
+        keys = "".join(f'<span><i class="{s}"></i>{_e(n)}</span>' for (n, _), s in zip(named, styles, strict=False))
+        legend = f'<span class="legend">{keys}</span>'
+    marks = [*shown.marks, *baselines]
+    chart = line_chart(lines, label=shown.title, marks=marks, form=shown.form, log=shown.log)
+    unit = shown.unit + (f" · {shown.better} is better" if shown.better else "")
+    last = " · ".join(shown.form(points[-1][1]) for _, points in named[:3])
+    return _figure(shown.title, chart, unit or key, last, legend)
+
+
+def _time(run: RunDir) -> str:
+    known = [stage for stage in run.stages if stage.seconds]
+    if not known:
+        return ""
+    total = sum(stage.seconds or 0.0 for stage in known)
+    rows = "".join(
+        f"<tr><td>{_e(stage.name)}</td><td class='bars'>{bar((stage.seconds or 0.0) / total)}</td>"
+        f'<td class="num">{_clock(stage.seconds or 0.0)}</td>'
+        f'<td class="num soft">{"" if stage.programs is None else stage.programs}</td></tr>'
+        for stage in known
+    )
+    programs = run.summary.get("compile/count")
+    compiled = (
+        "" if programs is None else f" {number(programs)} programs were compiled, each once and before its first use."
+    )
+    whole = run.summary.get("time/total_s")
+    spent = f"{_clock(whole)} in all." if isinstance(whole, (int, float)) else f"{_clock(total)} in the stages so far."
+    head = "<thead><tr><th>Stage</th><th></th><th class='num'>Time</th><th class='num'>Programs</th></tr></thead>"
+    table = f'<div class="card words scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
+    return _section("Time", table, spent + compiled)
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return (f"{hours} h " if hours else "") + f"{rest // 60} min {rest % 60:02d} s"
+
+
+def _everything(run: RunDir) -> str:
+    """All final figures, samples of training and the resolved config, folded away."""
+    parts = ""
+    if run.summary:
+        figures = {k: number(v) if isinstance(v, float) else v for k, v in sorted(run.summary.items())}
+        parts += _details(f"All {len(figures)} final figures (summary.json)", _key_table(figures))
+    during = [row for row in run.samples if row.get("set") not in ("before", "after")]
+    if during:
+        parts += _details("Answers during training", _during(during))
+    if run.config:
+        flat = dict(_flat(run.config))
+        parts += _details(f"The resolved config ({len(flat)} settings)", _key_table(flat))
+    return _section("Everything else", parts) if parts else ""
+
+
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{_e(title)}</summary>{content}</details>"
+
+
+def _key_table(values: dict[str, Any]) -> str:
+    rows = "".join(f'<tr><th scope="row">{_e(key)}</th><td>{_e(value)}</td></tr>' for key, value in values.items())
+    return f'<div class="card keys scroll"><table><tbody>{rows}</tbody></table></div>'
+
+
+def _during(rows: Sequence[dict[str, Any]], most: int = 30) -> str:
+    """A few answers of every logged step, evenly spread, at most `most`."""
+    steps = sorted({(row["stage"], row["step"]) for row in rows}, key=lambda key: key[1])
+    chosen = steps if len(steps) <= 10 else [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
+    blocks = []
+    for stage, step in chosen:
+        here = [row for row in rows if (row["stage"], row["step"]) == (stage, step)][: max(1, most // len(chosen))]
+        blocks += [
+            f'<div class="pair" style="display:block">{_sample(r, "", _e(f"{stage}, step {step}"))}</div>' for r in here
+        ]
+    return f'<div class="pairs card">{"".join(blocks)}</div>'
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        items += _flat(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
+    return items

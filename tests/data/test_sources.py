@@ -1,0 +1,174 @@
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from lfjax.config import InputError
+from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of, text_key
+from lfjax.data.sources import load_records, rating_scale, read_text
+from lfjax.records import Label, Rating, Record, write_records
+
+
+def section(**changes):
+    defaults = {"source": "jsonl", "path": None, "validation_path": None, "test_path": None}
+    defaults |= {"validation_fraction": 0.2, "test_fraction": 0.2, "max_records": 0, "seed": 0}
+    return ConfigDict(defaults | changes)
+
+
+def rated(text, value=1.0, prompt="", **fields):
+    return Record(prompt, [text], [Rating(0, value, (-4.0, 4.0))], **fields)
+
+
+def write(path, texts):
+    write_records(path, [rated(text) for text in texts])
+    return str(path)
+
+
+TEXTS = [f"Sentence number {i} is here." for i in range(200)]
+
+
+def test_a_jsonl_file_is_split_whole_and_the_same_for_every_seed(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    splits = load_records(section(path=path))
+    found = [record.responses[0] for name in SPLITS for record in splits[name]]
+    assert sorted(found) == sorted(TEXTS)
+    assert all(20 <= len(splits[name]) <= 60 for name in ("validation", "test"))
+    assert splits.counts["rows"] == 200 and splits.counts["train/records"] == len(splits.train)
+    assert load_records(section(path=path, seed=7)).test == splits.test
+
+
+def test_adding_records_moves_none_to_another_split(tmp_path):
+    few = load_records(section(path=write(tmp_path / "a.jsonl", TEXTS[:100])))
+    many = load_records(section(path=write(tmp_path / "b.jsonl", TEXTS)))
+    for name in SPLITS:
+        texts = {record.responses[0] for record in many[name]}
+        assert {record.responses[0] for record in few[name]} <= texts
+
+
+def test_split_shares_are_the_fractions():
+    fractions = {"validation_fraction": 0.1, "test_fraction": 0.05}
+    names = [split_of(str(i), **fractions) for i in range(20_000)]
+    assert abs(names.count("validation") / 20_000 - 0.1) < 0.01 and abs(names.count("test") / 20_000 - 0.05) < 0.01
+
+
+def test_near_identical_texts_share_a_key_and_different_words_do_not():
+    assert text_key("It's GREAT!!") == text_key("its great") == "itsgreat"
+    assert text_key("की") != text_key("का")  # vowel signs are marks, not letters, and decide the word
+    assert text_key(":-)") != text_key(":-(")
+    assert text_key(" \n") == ""
+    one_prompt = [Record("Why?", ["because"]), Record("why", ["no idea"])]
+    assert record_key(one_prompt[0]) == record_key(one_prompt[1])
+
+
+def test_duplicates_become_one_record_with_the_mean_rating():
+    records = [rated("Good!", 1.0, id=1), rated("other", 0.0), rated("good", 4.0, id=3), rated("GOOD.", 1.0)]
+    merged, removed, gap = merge_rated_duplicates(records)
+    assert [record.responses[0] for record in merged] == ["Good!", "other"]
+    assert merged[0].feedback == [Rating(0, 2.0, (-4.0, 4.0))] and merged[0].extra == {"duplicates": 2}
+    assert merged[0].id == 1 and (removed, gap) == (2, 3.0)
+    assert merged[1] is records[1] and records[0].feedback[0].value == 1.0
+
+
+def test_what_says_different_things_is_not_merged():
+    other_scale = Record("", ["good"], [Rating(0, 1.0, (0.0, 5.0))])
+    labelled = Record("", ["good"], [Label(0, True)])
+    records = [rated("good"), rated("good", prompt="Is it?"), other_scale, labelled, Record("", ["good", "good"])]
+    assert merge_rated_duplicates(records) == (records, 0, 0.0)
+
+
+def test_explicit_splits_are_kept_and_training_loses_what_is_held_out(tmp_path):
+    paths = {
+        "path": write(tmp_path / "train.jsonl", [*TEXTS[:50], "Held OUT"]),
+        "validation_path": write(tmp_path / "validation.jsonl", TEXTS[60:70]),
+        "test_path": write(tmp_path / "test.jsonl", ["held out!", *TEXTS[70:75]]),
+    }
+    splits = load_records(section(**paths))
+    assert [record.responses[0] for record in splits.train] == TEXTS[:50]
+    assert (len(splits.validation), len(splits.test)) == (10, 6)
+    assert splits.counts["train_also_held_out"] == 1
+
+
+def test_one_explicit_split_leaves_the_other_to_be_cut_from_the_training_file(tmp_path):
+    test = write(tmp_path / "test.jsonl", ["held out"])
+    splits = load_records(section(path=write(tmp_path / "train.jsonl", TEXTS), test_path=test))
+    assert len(splits.test) == 1 and len(splits.validation) > 20
+    assert len(splits.train) + len(splits.validation) == 200
+
+
+def test_max_records_keeps_every_splits_share_in_order(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    everything = load_records(section(path=path))
+    some = load_records(section(path=path, max_records=50))
+    for name in SPLITS:
+        assert abs(len(some[name]) - len(everything[name]) / 4) <= 1
+        positions = [everything[name].index(record) for record in some[name]]
+        assert positions == sorted(positions)
+    assert load_records(section(path=path, max_records=50, seed=1)).train != some.train
+
+
+def test_empty_texts_and_duplicates_are_counted(tmp_path):
+    splits = load_records(section(path=write(tmp_path / "a.jsonl", [*TEXTS, "", " ", TEXTS[0].upper()])))
+    assert (splits.counts["rows"], splits.counts["empty"], splits.counts["duplicates"]) == (203, 2, 1)
+    assert sum(len(splits[name]) for name in SPLITS) == 200
+
+
+def test_plain_text_is_one_record_a_paragraph(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfFirst line\r\nsecond  line\r\n\r\n \t\r\nThird\n\n\n\n  Fourth\n")
+    records = list(read_text(str(file)))
+    assert [record.responses[0] for record in records] == ["First line\nsecond  line", "Third", "  Fourth"]
+    assert [record.where for record in records] == [f"{file}:1", f"{file}:5", f"{file}:9"]
+    assert all(record.feedback == [] for record in records)
+
+
+def test_plain_text_loads_as_splits(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(TEXTS))
+    splits = load_records(section(source="text", path=str(file)))
+    assert sum(len(splits[name]) for name in SPLITS) == 200
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"source": "csv"}, r"data.source: found 'csv'; allowed: vader \| jsonl \| text"),
+        ({}, "data.path: found nothing"),
+        ({"path": "absent.jsonl"}, "absent.jsonl: no such file"),
+        ({"path": "a.jsonl", "test_fraction": 0.9}, "data.test_fraction: found 0.9; allowed"),
+        ({"path": "a.jsonl", "max_records": -1}, "data.max_records: found -1"),
+        ({"path": "one.jsonl"}, "data: the .* split is empty"),
+        ({"path": "a.jsonl", "validation_path": "absent.jsonl"}, "absent.jsonl: no such file"),
+        ({"source": "text", "path": "absent.txt"}, "absent.txt: no such file"),
+        ({"source": "text", "path": "blank.txt"}, "is empty"),
+        ({"source": "text", "path": "latin.txt"}, r"latin.txt:2: not UTF-8 \(byte 0xe9\)"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_clear_line(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    write("a.jsonl", TEXTS)
+    write("one.jsonl", ["only one"])
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
+    with pytest.raises(InputError, match=message) as error:
+        load_records(section(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_one_scale_for_a_run():
+    records = [Record("", ["no rating"]), rated("a", where="f:1"), rated("b", where="f:2")]
+    assert rating_scale(records) == (-4.0, 4.0) and rating_scale(records[:1]) is None
+    records.append(Record("", ["c"], [Rating(0, 1.0, (1.0, 5.0))], where="f:3"))
+    with pytest.raises(InputError, match=r"f:3: field 'scale': found \[1.0, 5.0\], but f:1 has \[-4.0, 4.0\]"):
+        rating_scale(records)
+
+
+def test_a_file_of_somebody_s_own_ratings_loads_like_the_built_in_source(tmp_path, shared):
+    file = next((shared / "data" / "vader_gt").glob("*_GroundTruth.txt"))
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.count("\t") == 2]
+    records = [rated(text, float(value), id=identity) for identity, value, text in rows]
+    write_records(tmp_path / "mine.jsonl", records)
+    first = json.loads((tmp_path / "mine.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    assert first["feedback"][0] == {"kind": "rating", "response": 0, "value": records[0].feedback[0].value,
+                                    "scale": [-4.0, 4.0]}  # fmt: skip
+    splits = load_records(section(path=str(tmp_path / "mine.jsonl")))
+    assert sum(len(splits[name]) for name in SPLITS) + splits.counts["duplicates"] == len(rows) > 3000

@@ -1,0 +1,236 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from reference import losses as reference
+from tiny import close_trees
+
+from lfjax.optim import make_optimizer
+from lfjax.steps.ppo_score import ppo_score
+from lfjax.steps.reward import reward_pairs, reward_step
+from lfjax.types import RewardBatch
+
+MODEL = tiny.scorer()
+RECORDER = tiny.recorder()
+KEY = jax.random.key(0)
+WEIGHTS = {
+    "regression": 0.5,
+    "bradley_terry": 1.0,
+    "hinge": 0.7,
+    "listwise_hinge": 0.3,
+    "plackett_luce": 0.2,
+    "softmax": 0.4,
+    "centering": 0.1,
+}
+
+
+@functools.cache
+def compiled(**options):
+    options = {"model": MODEL, "tx": RECORDER, **options}
+    return tiny.jit(functools.partial(reward_step, **options))
+
+
+def scores_of(params, batch: RewardBatch) -> np.ndarray:
+    flat = batch.tokens.reshape(-1, tiny.LENGTH), batch.mask.reshape(-1, tiny.LENGTH)
+    scores = tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])(params, *flat)
+    return np.asarray(scores, np.float64).reshape(batch.tokens.shape[:2])
+
+
+def pairs_by_loop(batch: RewardBatch, *, across_records, min_gap, margin_scale):
+    """{(better answer, worse answer): margin}, answers as (record, candidate)."""
+    rows, candidates = batch.ratings.shape
+    answers = [(b, c) for b in range(rows) for c in range(candidates)]
+    pairs = {}
+    for i in answers:
+        for j in answers:
+            same = i[0] == j[0]
+            if same and batch.ranked[i] and batch.ranked[j]:
+                if batch.ranks[i] < batch.ranks[j]:
+                    pairs[i, j] = margin_scale * float(batch.margin[i[0]])
+            elif batch.rated[i] and batch.rated[j] and (same or across_records):
+                gap = float(batch.ratings[i]) - float(batch.ratings[j])
+                if gap > 0 and gap >= min_gap:
+                    pairs[i, j] = margin_scale * gap
+    return pairs
+
+
+def loss_by_loop(scores, batch: RewardBatch, weights, **rules):
+    """(loss, pair accuracy, mean squared error) in float64."""
+    pairs = pairs_by_loop(batch, **rules)
+    gaps = [(scores[i] - scores[j], margin) for (i, j), margin in pairs.items()]
+    errors = [(scores[i] - float(batch.ratings[i])) ** 2 for i in zip(*np.nonzero(batch.rated), strict=True)]
+    lists = {"listwise_hinge": [], "plackett_luce": [], "softmax": []}
+    for b in range(len(scores)):
+        here = batch.ranked[b]
+        if here.sum() >= 2:
+            s, r = scores[b][here], batch.ranks[b][here]
+            lists["listwise_hinge"].append(reference.listwise_hinge(s, r, 1.0))
+            lists["plackett_luce"].append(reference.plackett_luce(s, r))
+            best = (r == 0) / max((r == 0).sum(), 1)
+            lists["softmax"].append(-sum(best * np.log(reference.softmax(s))))
+    real = batch.mask.any(-1)
+    terms = {
+        "regression": errors,
+        "bradley_terry": [reference.bradley_terry(gap, 0.0, margin) for gap, margin in gaps],
+        "hinge": [max(0.0, 1.0 + margin - gap) for gap, margin in gaps],
+        "centering": [scores[b][real[b]].sum() ** 2 for b in range(len(scores)) if real[b].any()],
+        **lists,
+    }
+    mean = lambda xs: float(np.mean(xs)) if len(xs) else 0.0  # noqa: E731
+    loss = sum(weights[name] * mean(terms[name]) for name in weights)
+    return loss, mean([gap > 0 for gap, _ in gaps]), mean(errors)
+
+
+RULES = [
+    {"across_records": True, "min_gap": 1.0, "margin_scale": 0.0},
+    {"across_records": False, "min_gap": 0.5, "margin_scale": 0.3},
+    {"across_records": True, "min_gap": 0.0, "margin_scale": 1.0},
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("candidates", [1, 2, 3])
+def test_pairs_are_those_of_a_loop_over_all_answers(candidates, rules):
+    batch = tiny.reward_batch(candidates=candidates)
+    scores = np.random.default_rng(0).normal(size=(tiny.ROWS, candidates)).astype(np.float32)
+    chosen, rejected, margin, counts = (np.asarray(x) for x in reward_pairs(scores, batch, **rules))
+    expected = pairs_by_loop(batch, **rules)
+    flat = lambda answer: answer[0] * candidates + answer[1]  # noqa: E731
+    assert {(flat(i), flat(j)) for i, j in expected} == set(zip(*np.nonzero(counts), strict=True))
+    for (i, j), wanted in expected.items():
+        place = flat(i), flat(j)
+        np.testing.assert_allclose(
+            [chosen[place], rejected[place], margin[place]], [scores[i], scores[j], wanted], rtol=1e-6
+        )
+
+
+def test_equal_ratings_make_no_pair_whatever_the_gap():
+    batch = tiny.reward_batch()
+    batch = batch._replace(ratings=np.ones_like(batch.ratings), rated=np.ones_like(batch.rated))
+    for min_gap in (0.0, 1.0):
+        options = {"across_records": True, "min_gap": min_gap, "margin_scale": 0.0}
+        assert not np.any(reward_pairs(np.zeros(batch.ratings.shape), batch, **options)[3])
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3])
+def test_the_loss_is_a_float64_loops(candidates):
+    batch, state = tiny.reward_batch(candidates=candidates), tiny.reward_state(MODEL, RECORDER)
+    rules = {"across_records": True, "min_gap": 1.0, "margin_scale": 0.3}
+    after, metrics = compiled(**WEIGHTS, **rules)(state, batch, KEY)
+    loss, accuracy, mse = loss_by_loop(scores_of(state.params, batch), batch, WEIGHTS, **rules)
+    np.testing.assert_allclose(metrics["reward/loss"].value, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward/pair_accuracy"].value, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(metrics["reward/mse"].value, mse, rtol=1e-5)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(after.opt_state.grads))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_weight_switches_its_own_term(name):
+    batch, params = tiny.reward_batch(candidates=3), tiny.init(MODEL)
+    weights = {other: 0.0 for other in WEIGHTS} | {name: 2.0}
+    rules = {"across_records": False, "min_gap": 1.0, "margin_scale": 0.0}
+
+    def loss_alone(state, batch):
+        return reward_step(state, batch, KEY, model=_Table(), tx=RECORDER, **weights, **rules)[1]["reward/loss"].value
+
+    scores = scores_of(params, batch)
+    state = tiny.RewardState.create({"scores": jnp.float32(scores.reshape(-1))}, RECORDER)
+    expected, *_ = loss_by_loop(scores, batch, weights, **rules)
+    assert expected > 0
+    np.testing.assert_allclose(loss_alone(state, batch), expected, rtol=1e-5)
+
+
+class _Table:
+    """A reward model that is a table of scores: steps see nothing of a model but `apply` and `config`."""
+
+    config = tiny.CONFIG
+
+    def apply(self, variables, tokens, attention_mask=None, rngs=None):
+        return variables["params"]["scores"][:, None]
+
+
+def test_what_is_not_rated_ranked_or_real_may_hold_anything():
+    batch, state = tiny.reward_batch(candidates=3), tiny.reward_state(MODEL, RECORDER)
+    junk = batch._replace(
+        tokens=np.where(batch.mask, batch.tokens, 17),
+        ratings=np.where(batch.rated, batch.ratings, -1e9).astype(np.float32),
+        ranks=np.where(batch.ranked, batch.ranks, -5).astype(np.int32),
+    )
+    step = compiled(**WEIGHTS, across_records=True, min_gap=1.0, margin_scale=0.3)
+    (a, _), (b, _) = (step(state, x, KEY) for x in (batch, junk))
+    close_trees(b.opt_state.grads, a.opt_state.grads, rtol=1e-6)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_microbatches_are_one_big_batch_though_pairs_cross_them(candidates):
+    batch, state = tiny.reward_batch(candidates=candidates), tiny.reward_state(MODEL, RECORDER)
+    options = {**WEIGHTS, "across_records": True, "min_gap": 1.0, "margin_scale": 0.3}
+    (whole, a), (parts, b) = (
+        f(state, batch, KEY) for f in (compiled(**options), compiled(**options, num_microbatches=4))
+    )
+    close_trees(parts.opt_state.grads, whole.opt_state.grads)
+    for name in a:
+        np.testing.assert_allclose(a[name].value, b[name].value, rtol=1e-5)
+
+
+def test_a_batch_in_which_nobody_said_anything_has_zero_loss_and_changes_nothing():
+    batch, tx = tiny.reward_batch(candidates=2), make_optimizer(0.1)
+    silent = batch._replace(rated=np.zeros_like(batch.rated), ranked=np.zeros_like(batch.ranked))
+    state = tiny.reward_state(MODEL, tx)
+    after, metrics = compiled(tx=tx)(state, silent, KEY)
+    assert metrics["reward/loss"].value == 0 and after.skipped == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+def test_learns_ratings_by_heart():
+    batch, tx = tiny.reward_batch(), make_optimizer(0.02)
+    step, state = compiled(tx=tx, bradley_terry=0.0), tiny.reward_state(MODEL, tx)
+    for _ in range(80):
+        state, metrics = step(state, batch, KEY)
+    assert metrics["reward/mse"].value < 0.05 and metrics["reward/pair_accuracy"].value == 1.0
+
+
+def test_learns_preferences_by_heart():
+    batch = tiny.reward_batch(candidates=2)
+    batch = batch._replace(
+        ranked=batch.mask.any(-1), ranks=np.tile(np.int32([0, 1]), (tiny.ROWS, 1)), rated=np.zeros_like(batch.rated)
+    )
+    tx = make_optimizer(0.02)
+    step, state = compiled(tx=tx), tiny.reward_state(MODEL, tx)
+    for _ in range(40):
+        state, metrics = step(state, batch, KEY)
+    pairs = (batch.ranked.sum(1) == 2).sum()
+    assert metrics["reward/pair_accuracy"].value == 1.0 and metrics["reward/pair_accuracy"].weight == pairs
+    assert metrics["reward/loss"].value < 0.1 * math.log(2)
+
+
+def test_an_eos_inside_a_dialogue_is_not_its_end():
+    """The score is read at the last real token, wherever EOS ids stand, and padding on the left moves nothing."""
+    batch, params = tiny.reward_batch(), tiny.init(MODEL)
+    tokens = batch.tokens[:, 0].copy()
+    tokens[:, 1] = tiny.EOS
+    mask = batch.mask[:, 0]
+    values = MODEL.apply({"params": params}, tokens, attention_mask=mask, method="values")[..., 0]
+    expected = np.asarray(values)[np.arange(tiny.ROWS), mask.sum(1) - 1]
+    scores = scores_of(params, batch._replace(tokens=tokens[:, None]))[:, 0]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    turned = [np.stack([np.roll(row, -m.sum()) for row, m in zip(x, mask, strict=True)]) for x in (tokens, mask)]
+    left = scores_of(params, batch._replace(tokens=turned[0][:, None], mask=turned[1][:, None]))[:, 0]
+    np.testing.assert_allclose(left, expected, atol=1e-5)
+
+
+def test_ppo_scores_read_prompt_and_response_as_training_does():
+    """A generation's score is that of the same text as one right-padded training row."""
+    gen, params = tiny.generation(), tiny.init(MODEL)
+    scores = tiny.jit(functools.partial(ppo_score, model=MODEL))(params, gen)
+    length = tiny.PROMPT + tiny.RESPONSE
+    tokens, mask = np.zeros((tiny.ROWS, length), np.int32), np.zeros((tiny.ROWS, length), bool)
+    for b in range(tiny.ROWS):
+        ids = [*gen.prompts[b][gen.prompt_mask[b]], *gen.tokens[b][gen.mask[b]]]
+        tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+    expected = tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])(params, tokens, mask)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)

@@ -1,0 +1,205 @@
+"""Run configs: every leaf can be overridden, what is wrong is said with the right key, the resolved config is plain."""
+
+import json
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from lfjax import config as configs
+from lfjax.config import InputError, apply_override, base_config, difference, flatten, load, to_plain, validate
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def leaves(config: ConfigDict, prefix: str = ""):
+    """("section.key", the leaf's type, its value) of every leaf."""
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from leaves(config[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", config.get_type(key), config[key]
+
+
+def value_at(config, dotted: str):
+    for part in dotted.split("."):
+        config = config[part]
+    return config
+
+
+LEAVES = list(leaves(base_config()))
+# Of each type a text to write on the command line, and the value that it means.
+EXAMPLES = {int: ("37", 37), float: ("0.125", 0.125), str: ("a text", "a text"), tuple: ("('a', 3)", ("a", 3))}
+
+
+@pytest.mark.parametrize("dotted, kind, value", LEAVES, ids=[dotted for dotted, *_ in LEAVES])
+def test_every_leaf_can_be_overridden_with_a_value_of_its_own_type(dotted, kind, value):
+    text, expected = (str(not value), not value) if kind is bool else EXAMPLES[kind]
+    config = base_config()
+    apply_override(config, f"--config.{dotted}={text}")
+    found = value_at(config, dotted)
+    assert type(found) is kind and found == expected
+    changed = [line.partition(":")[0] for line in difference(to_plain(base_config()), to_plain(config))]
+    assert changed == [f"config.{dotted}"]
+
+
+def test_every_kind_of_leaf_is_among_those_overridden():
+    assert {kind for _, kind, _ in LEAVES} == {int, float, str, bool, tuple}
+    assert sum(value is None for *_, value in LEAVES) > 20  # optional ones
+
+
+@pytest.mark.parametrize("dotted", [dotted for dotted, _, value in LEAVES if value is None])
+def test_an_optional_leaf_can_be_emptied_again(dotted):
+    config = base_config()
+    kind = dict((name, kind) for name, kind, _ in LEAVES)[dotted]
+    apply_override(config, f"--config.{dotted}={EXAMPLES[kind][0]}")
+    apply_override(config, f"--config.{dotted}=none")
+    assert to_plain(config) == to_plain(base_config())
+
+
+def test_none_is_a_text_like_any_other_where_a_leaf_is_not_optional():
+    config = base_config()
+    apply_override(config, "--config.model.remat=none")
+    assert config.model.remat == "none"
+    with pytest.raises(InputError, match="config.seed: 'none' is not int"):
+        apply_override(config, "--config.seed=none")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("(32, 64)", (32, 64)),
+        ("[32, 64]", (32, 64)),
+        ("32,64", (32, 64)),
+        ("32", (32,)),
+        ("(32,)", (32,)),
+        ("()", ()),
+        ("tokenizer,pretrain", ("tokenizer", "pretrain")),
+        ("('tokenizer','pretrain')", ("tokenizer", "pretrain")),
+        ("tokenizer", ("tokenizer",)),
+    ],
+)
+def test_a_tuple_is_written_in_python_or_with_commas(text, expected):
+    config = base_config()
+    dotted = "stages" if "tokenizer" in text else "reward.buckets"
+    apply_override(config, f"--config.{dotted}={text}")
+    assert value_at(config, dotted) == expected
+
+
+def test_a_whole_number_will_do_for_a_float_and_keeps_its_type():
+    config = base_config()
+    apply_override(config, "--config.ppo.kl_coef=1")
+    assert type(config.ppo.kl_coef) is float and config.ppo.kl_coef == 1.0
+
+
+def test_an_equals_sign_belongs_to_the_value():
+    config = base_config()
+    apply_override(config, "--config.data.path=a=b.jsonl")
+    assert config.data.path == "a=b.jsonl"
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ("--config.sede=1", "config.sede: no such key; did you mean config.seed?"),
+        ("--config.ppo.kl_coeff=1", "config.ppo.kl_coeff: no such key; did you mean config.ppo.kl_coef?"),
+        ("--config.optin.b1=0.5", "config.optin: no such key; did you mean config.optim?"),
+        ("--config.ppo.update_step.clip=1", "config.ppo.update_step.clip: no such key; did you mean"),
+        ("--config.seed.x=1", "config.seed.x: no such key"),
+        ("--config.mesh.zzzzz=1", "config.mesh.zzzzz: no such key; known keys: data, fsdp, tensor, rules"),
+        ("--config.ppo=1", "config.ppo: a section; set one of its keys: steps, "),
+        ("--config.seed", "--config.seed: not an override; write --config.section.key=value"),
+        ("--config.seed=1.5", "config.seed: '1.5' is not int; give a value such as 16"),
+        ("--config.seed=True", "config.seed: 'True' is not int"),
+        ("--config.ppo.kl_coef=high", "config.ppo.kl_coef: 'high' is not float; give a value such as 1e-4"),
+        ("--config.ppo.kl_coef=nan", "config.ppo.kl_coef: 'nan' is not float"),
+        ("--config.run.tensorboard=1", "config.run.tensorboard: '1' is not bool; give a value such as True"),
+        ("--config.reward.buckets={1: 2}", "config.reward.buckets: '{1: 2}' is not tuple; give a value such as (1, 2)"),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_is_right(item, message):
+    config = base_config()
+    with pytest.raises(InputError) as caught:
+        apply_override(config, item)
+    assert message in str(caught.value)
+    assert to_plain(config) == to_plain(base_config())
+
+
+def test_a_loaded_config_is_locked(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("from lfjax.config import base_config as get_config\n")
+    with pytest.raises(AttributeError, match="locked"):
+        load(file).ppo.kl_coeff = 1.0
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.ppo.kl_coeff = 0.2", "config.ppo.kl_coeff: no such key; did you mean config.ppo.kl_coef?"),
+        ("config.pretrain.update(step=3)", "get_config() fails"),
+        ("config.steps.sfft = 'a:b'", "config.steps.sfft: no such key; did you mean config.steps.sft?"),
+        ("config.ppo.steps = 'many'", "(line 4)"),
+        ("print(config.ppo.kl_coeff)", 'Did you mean "kl_coef"'),
+        ("del config.ppo.kl_coef", "config.ppo.kl_coef: missing; start from lfjax.config.base_config()"),
+        ("config.seed = undefined", "NameError: name 'undefined' is not defined (line 4)"),
+        ("raise OSError('two\\nlines')", "OSError: two lines (line 4)"),
+    ],
+)
+def test_a_config_file_that_sets_what_does_not_exist_is_refused(tmp_path, line, message):
+    file = tmp_path / "c.py"
+    file.write_text(
+        f"from lfjax.config import base_config\ndef get_config():\n    config = base_config()\n    {line}\n"
+    )
+    file.write_text(file.read_text() + "    return config\n")
+    with pytest.raises(InputError) as caught:
+        load(file)
+    assert message in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_file_may_add_and_delete_the_keywords_of_its_own_step(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from lfjax.config import base_config\ndef get_config():\n    config = base_config()\n"
+        "    config.ppo.update_step.dual_clip = 3.0\n    del config.ppo.update_step.value_clip\n    return config\n"
+    )
+    config = load(file, ["--config.ppo.update_step.dual_clip=2.5"])
+    validate(config)
+    assert config.ppo.update_step.dual_clip == 2.5 and "value_clip" not in config.ppo.update_step
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_every_config_of_the_project_loads_is_valid_and_says_what_it_is(file):
+    config = load(file)
+    validate(config)
+    docstring = file.read_text().split('"""')[1]
+    assert f"lfjax train --config=configs/{file.name}" in docstring
+
+
+def test_the_resolved_config_survives_json_and_nothing_in_it_is_hidden():
+    config = base_config()
+    apply_override(config, "--config.data.path=a.jsonl")
+    plain = to_plain(config)
+    assert json.loads(json.dumps(plain)) == plain
+    assert {f"config.{dotted}" for dotted, *_ in LEAVES} == flatten(plain).keys()
+    assert plain["data"]["path"] == "a.jsonl" and plain["stages"] == list(configs.STAGES)
+
+
+def test_the_difference_names_each_leaf_that_changed_or_is_absent():
+    old, new = to_plain(base_config()), to_plain(base_config())
+    new["seed"], new["ppo"]["kl_coef"] = 3, 0.5
+    del new["run"]["tensorboard"]
+    assert difference(old, new) == [
+        "config.ppo.kl_coef: 0.1 -> 0.5",
+        'config.run.tensorboard: true -> "(absent)"',
+        "config.seed: 0 -> 3",
+    ]
+    assert difference(old, old) == []
+
+
+def test_a_stage_takes_from_the_common_optimiser_what_it_does_not_set():
+    config = base_config()
+    config.optim.update(learning_rate=3.0, b1=0.5)
+    config.ppo.optim.b1 = 0.0  # a value, though false
+    found = configs.optim_section(config, "ppo")
+    assert (found["learning_rate"], found["b1"]) == (3.0, 0.0)
+    assert configs.optim_section(config, "ppo", "value_optim")["b1"] == 0.5

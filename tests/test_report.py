@@ -1,0 +1,513 @@
+import html.parser
+import json
+import math
+import re
+import subprocess
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from lfjax import report
+from lfjax.config import InputError
+from lfjax.metrics import RunLog, write_json
+from lfjax.report import catalogue, charts, checks, findings, picture, rundir
+
+SUMMARY = {
+    "compile/count": 14,
+    "data/duplicates": 252.0,
+    "data/empty": 4.0,
+    "diversity/distinct2_after": 0.676,
+    "diversity/distinct2_before": 0.824,
+    "diversity/unique_after": 0.992,
+    "diversity/unique_before": 1.0,
+    "judge/positive_after": 0.941,
+    "judge/positive_before": 0.465,
+    "judge/positive_human": 0.526,
+    "judge/positive_response_after": 0.918,
+    "judge/positive_response_before": 0.41,
+    "ppo/eos_share_after": 0.998,
+    "ppo/eos_share_before": 0.6,
+    "ppo/kl": 10.03,
+    "ppo/length_after": 11.9,
+    "ppo/length_before": 21.1,
+    "ppo/score_after": 1.87,
+    "ppo/score_before": 0.06,
+    "pretrain/bits_per_byte": 1.713,
+    "pretrain/perplexity": 59.2,
+    "pretrain/unigram_perplexity": 432.4,
+    "reward/pair_accuracy": 0.8191,
+    "reward/pair_accuracy_lexicon": 0.7402,
+    "reward/pair_accuracy_ridge": 0.8433,
+    "time/total_s": 331.7,
+    "tokenizer/tokens_per_text": 32.7,
+    "tokenizer/vocab_size": 2000.0,
+}
+CONFIG = {
+    "seed": 0,
+    "stages": ["tokenizer", "pretrain", "reward", "ppo", "evaluate"],
+    "data": {"source": "vader", "path": None},
+    "model": {"form": "llama", "width": 128, "layers": 2, "heads": 4, "kv_heads": 4, "mlp_width": 352, "tied": True},
+    "reward": {"min_gap": 1.0},
+    "ppo": {"kl_coef": 0.1, "experience_step": {"min_length": 8}},
+    "mesh": {"rules": []},
+}
+OPENINGS = (
+    "The movie is",
+    "i bought this for",
+    "@anonymous just saw",
+    "Mr. Obama has said",
+    "It 's a film",
+    "My phone",
+)
+BEFORE = (
+    " a little too long and the plot of the first half is not so much as it was in the",
+    " been a problem with the battery, and it does not work with my computer.",
+    " the worst thing in the country, the president said.",
+    " not a good , but it has a lot of the time to be a new way of the",
+    " to be in the same time, it would have been a few days.",
+)
+AFTER = (
+    " a great film with a wonderful cast.",
+    " very easy to use, and the sound is excellent and works great.",
+    " one of the best, and I love it.",
+    " a beautiful and funny story, great for the whole family.",
+    " happy with the quality of this great product!",
+)
+
+
+def write_stage(log, stage, steps, every, metrics):
+    for step in range(every, steps + 1, every):
+        log.metrics(stage, step, {name: float(f(step / steps)) for name, f in metrics.items()})
+        log.timing(stage, step, seconds=every * 0.03, tokens_per_s=21_000.0 + 900 * math.sin(step))
+
+
+def synthetic_run(folder, *, stages=CONFIG["stages"], summary=SUMMARY):
+    """A run directory with curves like those of a real quickstart run."""
+    rng = np.random.default_rng(0)
+    noise = lambda size: rng.normal() * size  # noqa: E731
+    log = RunLog(folder, tensorboard=False)
+    write_json(folder / "config.json", CONFIG)
+    if "pretrain" in stages:
+        write_stage(log, "pretrain", 4000, 50, {
+            "pretrain/loss": lambda t: 3.95 + 2.9 * math.exp(-6 * t) - 0.2 * t + noise(0.04),
+            "optim/learning_rate": lambda t: 4e-3 * min(1, 20 * t) * (0.05 + 0.95 * (1 + math.cos(math.pi * t)) / 2),
+            "optim/grad_norm": lambda t: 0.5 + 0.6 * math.exp(-9 * t) + abs(noise(0.05)),
+        })  # fmt: skip
+        for step, loss in ((1000, 4.42), (2000, 4.23), (3000, 4.12), (4000, 4.081)):
+            row = {"pretrain/validation_loss": loss, "pretrain/perplexity": math.exp(loss)}
+            log.metrics("pretrain", step, row)
+    if "reward" in stages:
+        write_stage(log, "reward", 1980, 50, {
+            "reward/loss": lambda t: 1.1 + 1.6 * math.exp(-7 * t) - 0.3 * t + noise(0.06),
+            "reward/mse": lambda t: 0.8 + 1.4 * math.exp(-7 * t) - 0.2 * t + noise(0.05),
+            "reward/pair_accuracy": lambda t: 0.86 - 0.3 * math.exp(-5 * t) + noise(0.01),
+            "optim/grad_norm": lambda t: 2 + abs(noise(0.4)),
+        })  # fmt: skip
+        for step, accuracy in ((650, 0.787), (1300, 0.813), (1950, 0.819)):
+            log.metrics("reward", step, {"reward/validation_pair_accuracy": accuracy})
+    if "ppo" in stages:
+        write_stage(log, "ppo", 40, 1, {
+            "ppo/score": lambda t: 1.55 * (1 - math.exp(-3 * t)) + noise(0.05),
+            "ppo/kl": lambda t: 10.4 * (1 - math.exp(-2.4 * t)) + abs(noise(0.2)),
+            "ppo/entropy": lambda t: 4.4 - 1.1 * t + noise(0.03),
+            "ppo/clip_fraction": lambda t: 0.3 * math.exp(-2 * t) + abs(noise(0.01)),
+            "ppo/explained_variance": lambda t: 0.2 + 0.45 * t + noise(0.03),
+            "ppo/length": lambda t: 12 + 9 * math.exp(-5 * t) + noise(0.3),
+            "ppo/eos_share": lambda t: 1 - 0.4 * math.exp(-9 * t),
+            "ppo/rollout_train_gap": lambda t: 4e-6 + abs(noise(1e-6)),
+            "optim/learning_rate": lambda t: 6e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2),
+            "ppo/wholly_new_metric": lambda t: t**2,
+        })  # fmt: skip
+        for step in (10, 20, 30, 40):
+            log.samples("ppo", step, sample_rows(rng, BEFORE if step < 20 else AFTER, 4))
+    if "evaluate" in stages:
+        log.metrics("evaluate", 0, {"judge/positive_after": summary["judge/positive_after"]})
+        for which, texts in (("before", BEFORE), ("after", AFTER)):
+            log.samples("evaluate", 0, [{**row, "set": which} for row in sample_rows(rng, texts, 24)])
+        log.summary(summary)
+        for stage, seconds, programs in zip(
+            CONFIG["stages"], (4.6, 124.0, 108.0, 87.0, 8.1), (0, 2, 5, 6, 1), strict=True
+        ):
+            (folder / "checkpoints" / stage).mkdir(parents=True)
+            done = {"figures": {}, "seconds": seconds, "programs": programs, "config": "0"}
+            write_json(folder / "checkpoints" / stage / "FINISHED", done)
+    return folder
+
+
+def sample_rows(rng, texts, count):
+    return [
+        {
+            "prompt": OPENINGS[i % len(OPENINGS)],
+            "response": texts[(i * 7 + i // len(OPENINGS)) % len(texts)],
+            "score": float(rng.normal() + (1.8 if texts is AFTER else 0.0)),
+            "logprob": float(-30 + rng.normal()),
+            "kl": float(abs(rng.normal()) + (9.0 if texts is AFTER else 0.0)),
+            "length": 12 if texts is AFTER else 21,
+            "judge": float(np.tanh(rng.normal() + (1.0 if texts is AFTER else 0.0))),
+        }
+        for i in range(count)
+    ]
+
+
+def build(folder, **options):
+    return report.build(synthetic_run(folder / "quickstart", **options)).read_text(encoding="utf-8")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, attributes and visible text of a page; fails where tags are not closed in order."""
+
+    VOID = frozenset(("meta", "link", "img", "br", "hr", "input"))
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.text, self._open = [], "", []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("run"))
+
+
+def level(run_folder, title):
+    run = rundir.read(run_folder)
+    found = findings.comparisons(run)
+    words = findings.risen_words(findings.sample_pairs(run.samples))
+    (check,) = [c for c in checks.checks(run, found, words) if c.title == title]
+    return check
+
+
+# The page
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(whole):
+    page = Page(whole)
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "base"), tag
+        assert not {"src", "href", "srcset"} & attrs.keys(), (tag, attrs)
+    assert not re.search(r"url\(|@import|https?://", whole)
+    for svg in re.findall(r"<svg.*?</svg>", whole, flags=re.S):
+        xml.etree.ElementTree.fromstring(svg)
+
+
+def test_the_headline_figures_stand_in_the_text(whole):
+    text = Page(whole).text
+    for said in ("From 46 % to 94 % positive", "46.5 %", "94.1 %", "52.6 %", "10.0", "0.676", "21.1", "11.9", "81.9 %"):
+        assert said in text, said
+    for said in ("74.0 %", "84.3 %", "59.2", "432", "5 min 32 s", "14 programs", "ppo.experience_step.min_length"):
+        assert said in text, said
+    assert "very small language model" in text and "0.7 million" in text
+
+
+def test_every_logged_metric_has_a_curve(whole):
+    page = Page(whole)
+    drawn = " ".join(svg.get("aria-label", "") for svg in page.all("svg"))
+    titles = ("Loss", "Perplexity", "Pair accuracy", "Score", "KL from the start", "Entropy", "Clip fraction", "Length")
+    for title in (*titles, "Explained variance", "Answers that end", "Learning rate", "Gradient norm"):
+        assert f"{title}: " in drawn, title
+    assert "Wholly new metric: training from" in drawn  # nobody told the report of it
+    assert "held out from 4.42 at step 1\u202f000 to 4.08 at 4\u202f000" in drawn  # beside the training loss
+
+
+def test_samples_stand_side_by_side_in_file_order(whole):
+    texts = re.findall(r'class="prompt">(.*?)</span><span class="answer">(.*?)</span>', whole)
+    assert texts[0] == ("The movie is", BEFORE[0])
+    assert texts[1] == ("The movie is", AFTER[0])
+    assert texts[2][0] == texts[3][0] == "i bought this for"
+
+
+def test_two_builds_give_the_same_bytes(tmp_path):
+    folder = synthetic_run(tmp_path / "run")
+    first = report.build(folder).read_bytes()
+    assert report.build(folder).read_bytes() == first
+
+
+HOSTILE = '</span><script>alert(1)</script><img src=x onerror="alert(2)">\x00\x1b[31m \ud800 & "\' ${{x}}'
+
+
+def test_what_a_model_wrote_cannot_become_markup(tmp_path):
+    folder = synthetic_run(tmp_path / "<b>run")
+    log = RunLog(folder, tensorboard=False)
+    rows = [{"prompt": HOSTILE.replace("\ud800", ""), "response": HOSTILE.replace("\ud800", ""), "score": 1.0, "set": s}
+            for s in ("before", "after")]  # fmt: skip
+    log.samples("evaluate", 1, rows)
+    log.metrics("<i>stage", 1, {"<u>/<script>": 1.0})
+    log.metrics("<i>stage", 2, {"<u>/<script>": 2.0})
+    write_json(folder / "config.json", {**CONFIG, "data": {"path": "<script>alert(3)</script>"}})
+    with open(folder / "samples.jsonl", "a") as file:  # a lone surrogate, escaped, as other writers may leave it
+        file.write('{"stage": "ppo", "step": 1, "prompt": "\\ud800", "response": "\\ud800"}\n')
+    text = report.build(folder).read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.all("script")) == 1
+    assert not page.all("img") and not page.all("u")
+    assert all("class" in attrs for attrs in page.all("i"))  # the legends' own
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "alert(1)" in page.text and "␀␛[31m" in page.text
+
+
+def test_the_policy_forbids_any_script_but_the_pages_own(whole):
+    import base64
+    import hashlib
+
+    (policy,) = [m["content"] for m in Page(whole).all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    (script,) = re.findall(r"<script>(.*?)</script>", whole, flags=re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+# Partial and broken runs
+
+
+@pytest.mark.parametrize("done", [(), ("pretrain",), ("pretrain", "reward"), ("pretrain", "reward", "ppo")])
+def test_a_partial_run_says_what_is_missing(tmp_path, done):
+    text = Page(build(tmp_path, stages=done)).text
+    missing = [stage for stage in CONFIG["stages"] if stage not in done[:-1]]
+    if done:
+        missing.remove("tokenizer")  # a later stage has begun, so it is done
+    assert f"Missing: {', '.join(missing)}." in text
+    assert ("Nothing has been steered yet" in text) == ("ppo" not in done)
+    if "ppo" in done:
+        assert "The reward rose" in text and "figures of the training batches" in text
+
+
+def test_a_run_of_other_stages_and_metrics_is_shown(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        log.metrics("distil", step, {"distil/divergence": 1.0 / step, "flat": 2.0, "gone": float("nan")})
+    text = Page(report.build(tmp_path).read_text(encoding="utf-8")).text
+    assert "Curves: distil" in text and "Divergence" in text and "0.333" in text
+
+
+def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path):
+    folder = synthetic_run(tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write('{"stage": "ppo", "st')
+    report.build(folder)
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([lines[0], "oops\n", *lines[1:]]))
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a row of this log"):
+        report.build(folder)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (None, "no such run directory"),
+        ({}, "not a run directory"),
+        ({"config.json": "{"}, r"config\.json: not JSON"),
+        ({"summary.json": "[]"}, r"summary\.json: a list; a JSON object is expected"),
+        ({"metrics.jsonl": '{"stage": 1, "step": 0}\n{"stage": "a", "step": 0}\n'}, r"metrics\.jsonl:1: "),
+    ],
+)
+def test_what_is_no_run_is_one_clear_line(tmp_path, files, message):
+    folder = tmp_path / "run"
+    if files is not None:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        report.build(folder)
+    assert "\n" not in str(caught.value)
+
+
+# Findings
+
+
+@pytest.mark.parametrize(
+    "title, changes, expected",
+    [
+        ("An independent judge", {}, "ok"),
+        ("An independent judge", {"judge/positive_after": 0.40}, "alarm"),
+        ("An independent judge", {"judge/positive_after": 0.47}, "watch"),
+        ("Variety", {"diversity/distinct2_after": 0.76 * 0.824}, "ok"),
+        ("Variety", {"diversity/distinct2_after": 0.74 * 0.824}, "alarm"),
+        ("Length", {"ppo/length_after": 13.0}, "ok"),
+        ("Length", {"ppo/length_after": 12.5}, "alarm"),
+        ("Length", {"ppo/length_before": 9.0, "ppo/length_after": 7.9}, "alarm"),
+        ("Endings", {"ppo/eos_share_after": 0.5}, "alarm"),
+        ("Endings", {}, "ok"),
+        ("Distance from the start", {"ppo/kl": 15.1}, "alarm"),
+        ("Distance from the start", {"ppo/kl": 14.9}, "ok"),
+        ("Compared with people", {}, "watch"),
+        ("Compared with people", {"judge/positive_after": 0.6}, "ok"),
+        ("The reward model", {}, "watch"),
+        ("The reward model", {"reward/pair_accuracy": 0.85}, "ok"),
+        ("Sampler and trainer", {}, "ok"),
+    ],
+)
+def test_each_check_fires_on_its_own_side_of_the_limit(tmp_path, title, changes, expected):
+    check = level(synthetic_run(tmp_path / "run", summary={**SUMMARY, **changes}), title)
+    assert check.level == expected
+    if expected == "alarm":
+        assert check.verdict == "possible reward hacking"
+
+
+def test_a_falling_figure_without_a_rising_reward_is_no_hack(tmp_path):
+    folder = synthetic_run(tmp_path / "run", summary={**SUMMARY, "ppo/score_after": 0.0, "ppo/length_after": 5.0})
+    check = level(folder, "Length")
+    assert (check.level, check.verdict) == ("alarm", "got worse")
+    assert "The reward did not rise" in Page(report.build(folder).read_text(encoding="utf-8")).text
+
+
+def test_a_word_in_most_answers_is_noticed(tmp_path):
+    check = level(synthetic_run(tmp_path / "run"), "Praise words")
+    assert check.level == "watch" and "“great” 0.0 % → " in check.text
+
+
+def test_word_shares_count_answers_not_words():
+    pairs = [({"response": "the film"}, {"response": "great great GREAT film"})] * 6
+    pairs += [({"response": "great"}, {"response": ""})] * 2
+    (great,) = findings.risen_words(pairs)
+    assert (great.text, great.before, great.after) == ("great", 2 / 8, 6 / 8)
+    assert findings.risen_words(pairs[:3]) == []
+
+
+def test_pairs_match_by_prompt_and_order():
+    def row(prompt, response, which):
+        return {"prompt": prompt, "response": response, "set": which}
+
+    rows = [row("a", "1", "before"), row("b", "2", "before"), row("a", "3", "before")]
+    rows += [row("b", "5", "after"), row("a", "4", "after"), row("c", "7", "after"), row("a", "6", "after")]
+    found = [(before["response"], after["response"]) for before, after in findings.sample_pairs(rows)]
+    assert found == [("2", "5"), ("1", "4"), ("3", "6")]
+
+
+def test_parameters_are_those_of_the_described_decoder(tmp_path):
+    run = rundir.read(synthetic_run(tmp_path / "run"))
+    matrices = 2000 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 352)
+    assert findings.parameters(run) == matrices
+
+
+# Charts
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 7.9), (0.001, 0.0042), (0, 4000), (98.5, 99.1), (-1e-9, 1e-9)])
+def test_ticks_are_round_inside_and_evenly_spaced(low, high):
+    found = charts.ticks(low, high)
+    assert 3 <= len(found) <= 8
+    assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in found)
+    step = found[1] - found[0]
+    assert np.allclose(np.diff(found), step, rtol=1e-3)
+
+
+def test_a_chart_keeps_every_point_inside_its_frame():
+    rng = np.random.default_rng(0)
+    cases = [
+        [(0, 1.0)],
+        [(5, 0.0), (5, 0.0)],
+        [(i, 10.0 ** rng.uniform(-8, 8)) for i in range(50)],
+        [(i, -float(i)) for i in range(9)],
+        [(0, 3.0), (1, 3.0)],
+    ]
+    for points in cases:
+        svg = charts.line_chart([charts.Line("x", points, dots=True)], label="x", marks=[charts.Mark(3.0, "m")])
+        root = xml.etree.ElementTree.fromstring(svg)
+        data = json.loads(root.get("data-lines"))
+        for x, y, *_ in data[0]["points"]:
+            assert charts.LEFT <= x <= charts.WIDTH - charts.RIGHT
+            assert charts.TOP <= y <= charts.HEIGHT - charts.BOTTOM
+
+
+def test_higher_values_are_drawn_higher():
+    svg = charts.line_chart([charts.Line("x", [(0, 1.0), (1, 2.0), (2, 1.5)])], label="x")
+    points = json.loads(xml.etree.ElementTree.fromstring(svg).get("data-lines"))[0]["points"]
+    assert points[1][1] < points[2][1] < points[0][1]
+    assert points[0][0] < points[1][0] < points[2][0]
+
+
+def test_the_moving_mean_keeps_the_ends_and_straight_lines():
+    line = [(i, 2.0 * i) for i in range(100)]
+    assert np.allclose(charts.smooth(line), line)
+    noisy = [(i, float(i % 2)) for i in range(100)]
+    smoothed = charts.smooth(noisy)
+    assert smoothed[0] == noisy[0] and smoothed[-1] == noisy[-1]
+    assert np.std([y for _, y in smoothed[5:-5]]) < 0.5 * np.std([y for _, y in noisy])
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.0, "0"), (12, "12"), (40000, "40\u202f000"), (0.4652, "0.465"), (59.24, "59.2"), (432.4, "432"), (-1.5, "−1.5"),
+     (20384.6, "20\u202f385"), (2e-4, "2.0e−4"), (float("nan"), "–"), (None, "–")],
+)  # fmt: skip
+def test_figures_are_written_to_be_read(value, text):
+    assert charts.number(value) == text
+
+
+def test_variants_of_a_metric_share_its_chart():
+    names = ["reward/validation_pair_accuracy", "reward/pair_accuracy", "optim/grad_norm", "x/zeta", "reward/loss"]
+    assert catalogue.families(names) == {
+        "reward/loss": [("reward/loss", "training")],
+        "reward/pair_accuracy": [
+            ("reward/pair_accuracy", "training"),
+            ("reward/validation_pair_accuracy", "held out"),
+        ],
+        "x/zeta": [("x/zeta", "training")],
+        "optim/grad_norm": [("optim/grad_norm", "training")],
+    }
+
+
+# In a browser
+
+
+@pytest.mark.slow
+def test_a_narrow_window_never_scrolls_sideways(tmp_path):
+    """Chromium lays the page out 380 pixels wide; nothing may stick out."""
+    browser = picture.find_browser()
+    if browser is None:
+        pytest.skip("no Chromium on this machine: the page was not laid out")
+    text = build(tmp_path)
+    measure = "(e=>[e.scrollWidth-e.clientWidth,innerWidth].join(' over '))(document.documentElement)"
+    probe = f"<script>document.title={measure}</script>"
+    text = (
+        re.sub(r"<meta http-equiv.*?>", "", text)
+        .replace("</body>", f"{probe}</body>")
+        .replace("<details>", "<details open>")
+    )
+    page = tmp_path / "page.html"
+    page.write_text(text, encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe src="{page.name}" style="width:380px;height:800px;border:0"></iframe>'
+        "<script>onload=()=>document.body.append(frames[0].document.title)</script>"
+    )
+    command = [
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--dump-dom",
+    ]
+    out = subprocess.run([*command, frame.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert ">0 over 380<" in out, out
+
+
+@pytest.mark.slow
+def test_a_picture_of_a_report_can_be_taken(tmp_path):
+    if picture.find_browser() is None:
+        pytest.skip("no Chromium on this machine: no picture was taken")
+    folder = synthetic_run(tmp_path / "run")
+    out = picture.take(report.build(folder), tmp_path / "report.png", width=800, height=600)
+    data = out.read_bytes()
+    assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20]) == 800 and int.from_bytes(data[20:24]) == 600
