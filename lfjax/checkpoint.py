@@ -34,7 +34,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it touches
+        for name in ("absl", "asyncio", "concurrent.futures"):  # Orbax logs every file and, at a failure that is
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # raised all the same, a traceback from each thread
         self.folder = pathlib.Path(folder).absolute()
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
@@ -133,6 +134,9 @@ class Checkpoints:
         except Exception as error:
             if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
                 raise
+            with _quiet_failures():
+                time.sleep(0.2)  # for the writes under way
+                gc.collect()
             raise InputError(
                 f"{self.folder}: cannot write a checkpoint: {_one_line(error)}; free some space or choose another "
                 "--workdir, then start the same command again"
@@ -151,7 +155,7 @@ _DISK_SIGNS = (
 
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
-    """A failed restore leaves reads under way, coroutines and an event loop; their own complaints would be noise."""
+    """A failed read or write leaves others under way, coroutines and an event loop; their complaints would be noise."""
     previous = sys.unraisablehook
     sys.unraisablehook = lambda _unraisable: None
     with warnings.catch_warnings():

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("workdir")
     report.set_defaults(run=_report)
     commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
+    arguments = argparse.Namespace(command="")
     try:
         arguments, rest = parser.parse_known_args(argv)
         if rest and arguments.command != "train":
@@ -38,10 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(
-            f"error: {error.filename or ''}: {error.strerror}; mend that and start the same command again",
-            file=sys.stderr,
-        )
+        place = error.filename or getattr(arguments, "workdir", f"lfjax {arguments.command}")
+        fix = "free some space or mend what stands in the way, then start the same command again"
+        print(f"error: {place}: {error.strerror}; {fix}", file=sys.stderr)
         return 2
 
 

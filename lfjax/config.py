@@ -117,6 +117,7 @@ def base_config() -> ConfigDict:
             head_init="normal",  # "normal": std 1/sqrt(D+1); "zero"
             step=_section(
                 regression=1.0,  # weights of the losses; 0 leaves one out
+                every_token=0.0,
                 bradley_terry=1.0,
                 hinge=0.0,
                 listwise_hinge=0.0,

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from lfjax import config as configs
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import InputError
-from lfjax.data.sources import load_records
+from lfjax.data.sources import load_records, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.transformer import Transformer
@@ -129,6 +129,8 @@ class Run:
             if begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(f"{path}: the run was started with another config ({shown}); use another --workdir")
+        if "reward" in self.stages:
+            rating_scale([*self.records.train, *self.records.validation, *self.records.test])
         _ = self.records
         if jax.process_index() == 0:
             try:

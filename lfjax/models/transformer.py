@@ -321,14 +321,14 @@ def default_positions(length: int, mask: Array | None, segment_ids: Array | None
 
     With left or right padding alone this is max(cumsum(mask) - 1, 0).
     """
-    if mask is None and segment_ids is None:
-        return jnp.arange(length, dtype=jnp.int32)[None]
-    real = mask if segment_ids is None else (segment_ids != 0 if mask is None else mask & (segment_ids != 0))
+    if segment_ids is None:
+        if mask is None:
+            return jnp.arange(length, dtype=jnp.int32)[None]
+        return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    real = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-    if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        count = count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1)
-    return jnp.maximum(count - 1, 0)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.maximum(count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1) - 1, 0)
 
 
 def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, token_type_ids=None) -> Array:

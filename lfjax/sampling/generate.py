@@ -36,7 +36,7 @@ def generate(
     Args:
       model: has `decoder(params)` with `prefill`, `decode` and `logits`, as `lfjax.models.transformer.Transformer`.
       prompts, prompt_mask: [B P], left-padded; padding may hold any id.
-      rng: key of the whole call.
+      rng: key of the whole call; temperature 0 does not use it.
       max_new_tokens: R, at least 1.
       temperature, top_k, top_p: see `sample_tokens`.
       eos_ids: tokens that end a row; each is kept as the row's last token.
@@ -71,9 +71,10 @@ def generate(
 def sample_tokens(
     logits: Array, uniforms: Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Array, Array]:
-    """Draws one token a row: logits [B V], uniforms [B 2] in [0, 1) -> tokens [B] int32, logprobs [B] float32.
+    """Draws one token a row: logits [B V] -> tokens [B] int32, logprobs [B] float32.
 
     Args:
+      uniforms: [B 2] in [0, 1); not used at temperature 0.
       temperature: divides the logits; 0 takes the most probable token (the lowest id of a tie).
       top_k, top_p: 0 and 1.0 are off; see `filters`. Applied after temperature, top-k first.
     Returns:

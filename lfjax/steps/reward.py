@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lfjax.losses import ranking, ratings
+from lfjax.masking import last_true_index
 from lfjax.optim import Optimizer, coupled_grads
 from lfjax.state import RewardState
 from lfjax.types import Mean, RewardBatch
@@ -20,6 +21,7 @@ def reward_step(
     model,
     tx: Optimizer,
     regression: float = 1.0,
+    every_token: float = 0.0,
     bradley_terry: float = 1.0,
     hinge: float = 0.0,
     listwise_hinge: float = 0.0,
@@ -36,7 +38,9 @@ def reward_step(
     Pair losses couple the rows of a batch; `coupled_grads` keeps microbatches equal to one big batch.
 
     Args:
-      regression .. centering: weights of the losses; 0 leaves one out.
+      regression .. centering: weights of the losses; 0 leaves one out. `every_token` is the squared error of the
+        rating at each token, not the last alone (target replication, Dai and Le 2015, arXiv:1511.01432): it makes the
+        score of a beginning a forecast of the whole's, which is what a value network starts from.
       across_records: pair answers of different records by their ratings, where these lie `min_gap` points apart.
       margin_scale: a pair's margin is this times its rating gap (or its stated margin).
     Returns:
@@ -47,17 +51,22 @@ def reward_step(
         tokens, mask = rows  # [b C T]
         flat = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
         rngs = {"dropout": key} if model.config.dropout else None
-        return model.apply({"params": params}, flat[0], attention_mask=flat[1], rngs=rngs).reshape(tokens.shape[:2])
+        values = model.apply({"params": params}, flat[0], attention_mask=flat[1], rngs=rngs, method="values")
+        return values.reshape(tokens.shape)
 
-    def batch_loss(scores):  # [B C]
+    def batch_loss(values):  # [B C T]
+        last = last_true_index(batch.mask)  # [B C]
+        scores = jnp.take_along_axis(values, last[..., None], axis=-1)[..., 0]  # [B C]
         pairs = reward_pairs(scores, batch, across_records=across_records, min_gap=min_gap, margin_scale=margin_scale)
         chosen, rejected, margin, counts = pairs
         real = jnp.any(batch.mask, axis=-1)  # [B C]
         listed = jnp.sum(batch.ranked, axis=-1) >= 2  # [B]: a record that ranks its answers
+        rated_tokens = batch.mask & batch.rated[..., None]
         best = batch.ranked & (batch.ranks == 0)
         best = best / jnp.maximum(jnp.sum(best, axis=-1, keepdims=True), 1)
         terms = (
             (regression, Mean.over(ratings.regression_losses(scores, batch.ratings), batch.rated)),
+            (every_token, Mean.over(ratings.regression_losses(values, batch.ratings[..., None]), rated_tokens)),
             (bradley_terry, Mean.over(ranking.bradley_terry_losses(chosen, rejected, margin=margin), counts)),
             (hinge, Mean.over(ranking.pairwise_hinge_losses(chosen, rejected, margin=1.0 + margin), counts)),
             (listwise_hinge, Mean.over(ranking.listwise_hinge_losses(scores, batch.ranks, where=batch.ranked), listed)),
@@ -91,7 +100,8 @@ def reward_pairs(scores, batch: RewardBatch, *, across_records: bool, min_gap: f
     same = record[:, None] == record[None, :]
     by_rank = same & ranked[:, None] & ranked[None, :]
     gap = rating[:, None] - rating[None, :]
-    by_rating = ~by_rank & rated[:, None] & rated[None, :] & (gap >= min_gap) & (same | across_records)
+    apart = (gap > 0) & (gap >= min_gap)  # equal ratings, an answer and itself among them, are no pair
+    by_rating = ~by_rank & rated[:, None] & rated[None, :] & apart & (same | across_records)
     better = (by_rank & (rank[:, None] < rank[None, :])) | by_rating
     margins = margin_scale * jnp.where(by_rank, margin[:, None], jnp.maximum(gap, 0.0))
     shape = better.shape

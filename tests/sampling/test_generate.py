@@ -53,17 +53,17 @@ def full_logits(model, params, out):
     return jax.jit(lambda p: model.apply({"params": p}, tokens, mask))(params)[:, P - 1 : -1]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_the_full_forwards_at_the_sampling_temperature(form, temperature):
-    model, params = form
+@pytest.mark.parametrize("name, temperature", [("gpt2", 1.0), ("llama", 0.7)])
+def test_logprobs_are_the_full_forwards_at_the_sampling_temperature(name, temperature):
+    model, params = build(FORMS[name])
     out = run(model, params, *prompts_of(8), temperature=temperature, eos_ids=(5, 9))
     logits = full_logits(model, params, out)
     expected = jnp.where(out.mask, lm.token_logprobs(logits / temperature, out.tokens), 0.0)
     np.testing.assert_allclose(out.logprobs, expected, atol=1e-5 * max(1.0, float(jnp.abs(logits).max())))
 
 
-def test_logprobs_are_those_before_the_filters(form):
-    model, params = form
+def test_logprobs_are_those_before_the_filters():
+    model, params = build(FORMS["llama"])
     out = run(model, params, *prompts_of(4), top_k=3, top_p=0.8)
     expected = lm.token_logprobs(full_logits(model, params, out), out.tokens)
     np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
@@ -77,15 +77,15 @@ def test_greedy_takes_the_most_probable_token_of_the_full_forward(form):
     np.testing.assert_allclose(out.logprobs, lm.token_logprobs(logits, out.tokens), atol=1e-4)
 
 
-def test_top_k_1_is_greedy(form):
-    model, params = form
+def test_top_k_1_is_greedy():
+    model, params = build(FORMS["llama"])
     tokens, mask = prompts_of(4)
     greedy = run(model, params, tokens, mask, temperature=0)
     np.testing.assert_array_equal(run(model, params, tokens, mask, top_k=1).tokens, greedy.tokens)
 
 
-def test_a_rows_sample_depends_on_its_id_alone_not_on_the_batch(form):
-    model, params = form
+def test_a_rows_sample_depends_on_its_id_alone_not_on_the_batch():
+    model, params = build(FORMS["llama"])
     tokens, mask = prompts_of(8)
     ids = jnp.arange(100, 108)
     whole = run(model, params, tokens, mask, row_ids=ids)
@@ -98,8 +98,8 @@ def test_a_rows_sample_depends_on_its_id_alone_not_on_the_batch(form):
     np.testing.assert_array_equal(more_padding.tokens, whole.tokens)
 
 
-def test_samples_are_the_same_on_a_mesh(form):
-    model, params = form
+def test_samples_are_the_same_on_a_mesh():
+    model, params = build(FORMS["llama"])
     tokens, mask = prompts_of(8)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
@@ -107,8 +107,8 @@ def test_samples_are_the_same_on_a_mesh(form):
     np.testing.assert_array_equal(placed.tokens, run(model, params, tokens, mask).tokens)
 
 
-def test_rows_with_the_same_prompt_and_other_ids_or_keys_differ(form):
-    model, params = form
+def test_rows_with_the_same_prompt_and_other_ids_or_keys_differ():
+    model, params = build(FORMS["llama"])
     tokens, mask = prompts_of(1)
     tokens, mask = jnp.repeat(tokens, 4, 0), jnp.repeat(mask, 4, 0)
     out = run(model, params, tokens, mask).tokens
@@ -118,15 +118,15 @@ def test_rows_with_the_same_prompt_and_other_ids_or_keys_differ(form):
     assert not np.array_equal(run(model, params, tokens, mask, seed=4).tokens, out)
 
 
-def test_padding_of_prompts_may_hold_any_id(form):
-    model, params = form
+def test_padding_of_prompts_may_hold_any_id():
+    model, params = build(FORMS["llama"])
     tokens, mask = prompts_of(4)
     other = jnp.where(mask, tokens, -7)
     np.testing.assert_array_equal(run(model, params, other, mask).tokens, run(model, params, tokens, mask).tokens)
 
 
-def test_a_row_ends_at_its_first_stop_token_and_the_others_go_on(form):
-    model, params = form
+def test_a_row_ends_at_its_first_stop_token_and_the_others_go_on():
+    model, params = build(FORMS["llama"])
     tokens, mask = prompts_of(8)
     free = run(model, params, tokens, mask)
     stops = tuple(int(t) for t in np.unique(np.asarray(free.tokens)[:, 3:5])[:3])
@@ -183,8 +183,8 @@ def test_padded_vocabulary_rows_are_never_sampled():
         assert run(model, params, *prompts_of(8), **options).tokens.max() < SIZE["vocab_size"]
 
 
-def test_one_token_and_no_stop_token(form):
-    model, params = form
+def test_one_token_and_no_stop_token():
+    model, params = build(FORMS["llama"])
     out = run(model, params, *prompts_of(2), max_new_tokens=1)
     assert out.tokens.shape == (2, 1) and out.mask.all()
 

@@ -10,6 +10,7 @@ from reference import losses as reference
 from tiny import close_trees
 
 from lfjax.optim import make_optimizer
+from lfjax.state import RewardState
 from lfjax.steps.ppo_score import ppo_score
 from lfjax.steps.reward import reward_pairs, reward_step
 from lfjax.types import RewardBatch
@@ -19,6 +20,7 @@ RECORDER = tiny.recorder()
 KEY = jax.random.key(0)
 WEIGHTS = {
     "regression": 0.5,
+    "every_token": 0.6,
     "bradley_terry": 1.0,
     "hinge": 0.7,
     "listwise_hinge": 0.3,
@@ -34,10 +36,22 @@ def compiled(**options):
     return tiny.jit(functools.partial(reward_step, **options))
 
 
-def scores_of(params, batch: RewardBatch) -> np.ndarray:
-    flat = batch.tokens.reshape(-1, tiny.LENGTH), batch.mask.reshape(-1, tiny.LENGTH)
-    scores = tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])(params, *flat)
-    return np.asarray(scores, np.float64).reshape(batch.tokens.shape[:2])
+@functools.cache
+def values_at():
+    return tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m, method="values")[..., 0])
+
+
+def values_of(params, batch: RewardBatch) -> np.ndarray:
+    """[B C T] float64: the head on every position."""
+    flat = (x.reshape(-1, tiny.LENGTH) for x in (batch.tokens, batch.mask))
+    return np.asarray(values_at()(params, *flat), np.float64).reshape(batch.tokens.shape)
+
+
+def last_of(values, mask):
+    """[B C]: the value at each answer's last real token, 0 where there is no answer."""
+    return np.asarray(
+        [[v[m][-1] if m.any() else 0.0 for v, m in zip(*row, strict=True)] for row in zip(values, mask, strict=True)]
+    )
 
 
 def pairs_by_loop(batch: RewardBatch, *, across_records, min_gap, margin_scale):
@@ -58,11 +72,17 @@ def pairs_by_loop(batch: RewardBatch, *, across_records, min_gap, margin_scale):
     return pairs
 
 
-def loss_by_loop(scores, batch: RewardBatch, weights, **rules):
+def loss_by_loop(values, batch: RewardBatch, weights, **rules):
     """(loss, pair accuracy, mean squared error) in float64."""
+    scores = last_of(values, batch.mask)
     pairs = pairs_by_loop(batch, **rules)
     gaps = [(scores[i] - scores[j], margin) for (i, j), margin in pairs.items()]
     errors = [(scores[i] - float(batch.ratings[i])) ** 2 for i in zip(*np.nonzero(batch.rated), strict=True)]
+    everywhere = [
+        (value - float(batch.ratings[i])) ** 2
+        for i in zip(*np.nonzero(batch.rated), strict=True)
+        for value in values[i][batch.mask[i]]
+    ]
     lists = {"listwise_hinge": [], "plackett_luce": [], "softmax": []}
     for b in range(len(scores)):
         here = batch.ranked[b]
@@ -75,6 +95,7 @@ def loss_by_loop(scores, batch: RewardBatch, weights, **rules):
     real = batch.mask.any(-1)
     terms = {
         "regression": errors,
+        "every_token": everywhere,
         "bradley_terry": [reference.bradley_terry(gap, 0.0, margin) for gap, margin in gaps],
         "hinge": [max(0.0, 1.0 + margin - gap) for gap, margin in gaps],
         "centering": [scores[b][real[b]].sum() ** 2 for b in range(len(scores)) if real[b].any()],
@@ -121,36 +142,34 @@ def test_the_loss_is_a_float64_loops(candidates):
     batch, state = tiny.reward_batch(candidates=candidates), tiny.reward_state(MODEL, RECORDER)
     rules = {"across_records": True, "min_gap": 1.0, "margin_scale": 0.3}
     after, metrics = compiled(**WEIGHTS, **rules)(state, batch, KEY)
-    loss, accuracy, mse = loss_by_loop(scores_of(state.params, batch), batch, WEIGHTS, **rules)
+    loss, accuracy, mse = loss_by_loop(values_of(state.params, batch), batch, WEIGHTS, **rules)
     np.testing.assert_allclose(metrics["reward/loss"].value, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["reward/pair_accuracy"].value, accuracy, rtol=1e-6)
     np.testing.assert_allclose(metrics["reward/mse"].value, mse, rtol=1e-5)
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(after.opt_state.grads))
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_each_weight_switches_its_own_term(name):
-    batch, params = tiny.reward_batch(candidates=3), tiny.init(MODEL)
-    weights = {other: 0.0 for other in WEIGHTS} | {name: 2.0}
-    rules = {"across_records": False, "min_gap": 1.0, "margin_scale": 0.0}
-
-    def loss_alone(state, batch):
-        return reward_step(state, batch, KEY, model=_Table(), tx=RECORDER, **weights, **rules)[1]["reward/loss"].value
-
-    scores = scores_of(params, batch)
-    state = tiny.RewardState.create({"scores": jnp.float32(scores.reshape(-1))}, RECORDER)
-    expected, *_ = loss_by_loop(scores, batch, weights, **rules)
-    assert expected > 0
-    np.testing.assert_allclose(loss_alone(state, batch), expected, rtol=1e-5)
-
-
-class _Table:
-    """A reward model that is a table of scores: steps see nothing of a model but `apply` and `config`."""
+class Table:
+    """A reward model that is a table of values: steps see nothing of a model but `apply` and `config`."""
 
     config = tiny.CONFIG
 
-    def apply(self, variables, tokens, attention_mask=None, rngs=None):
-        return variables["params"]["scores"][:, None]
+    def apply(self, variables, tokens, attention_mask=None, rngs=None, method=None):
+        assert method == "values"
+        return variables["params"][..., None]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_weight_switches_its_own_term(name):
+    batch = tiny.reward_batch(candidates=3)
+    weights = {other: 0.0 for other in WEIGHTS} | {name: 2.0}
+    rules = {"across_records": False, "min_gap": 1.0, "margin_scale": 0.0}
+    values = np.random.default_rng(2).normal(size=batch.tokens.shape).astype(np.float32)
+    state = RewardState.create(jnp.asarray(values.reshape(-1, tiny.LENGTH)), RECORDER)
+    _, metrics = reward_step(state, batch, KEY, model=Table(), tx=RECORDER, **weights, **rules)
+    expected, *_ = loss_by_loop(values, batch, weights, **rules)
+    assert expected > 0
+    np.testing.assert_allclose(metrics["reward/loss"].value, expected, rtol=1e-5)
 
 
 def test_what_is_not_rated_ranked_or_real_may_hold_anything():
@@ -169,9 +188,7 @@ def test_what_is_not_rated_ranked_or_real_may_hold_anything():
 def test_microbatches_are_one_big_batch_though_pairs_cross_them(candidates):
     batch, state = tiny.reward_batch(candidates=candidates), tiny.reward_state(MODEL, RECORDER)
     options = {**WEIGHTS, "across_records": True, "min_gap": 1.0, "margin_scale": 0.3}
-    (whole, a), (parts, b) = (
-        f(state, batch, KEY) for f in (compiled(**options), compiled(**options, num_microbatches=4))
-    )
+    (whole, a), (parts, b) = (compiled(**options, num_microbatches=n)(state, batch, KEY) for n in (1, 4))
     close_trees(parts.opt_state.grads, whole.opt_state.grads)
     for name in a:
         np.testing.assert_allclose(a[name].value, b[name].value, rtol=1e-5)
@@ -211,16 +228,19 @@ def test_learns_preferences_by_heart():
 def test_an_eos_inside_a_dialogue_is_not_its_end():
     """The score is read at the last real token, wherever EOS ids stand, and padding on the left moves nothing."""
     batch, params = tiny.reward_batch(), tiny.init(MODEL)
-    tokens = batch.tokens[:, 0].copy()
+    tokens, mask = batch.tokens[:, 0].copy(), batch.mask[:, 0]
     tokens[:, 1] = tiny.EOS
-    mask = batch.mask[:, 0]
-    values = MODEL.apply({"params": params}, tokens, attention_mask=mask, method="values")[..., 0]
-    expected = np.asarray(values)[np.arange(tiny.ROWS), mask.sum(1) - 1]
-    scores = scores_of(params, batch._replace(tokens=tokens[:, None]))[:, 0]
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    expected = np.asarray(values_at()(params, tokens, mask))[np.arange(tiny.ROWS), mask.sum(1) - 1]
+    score = tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])
     turned = [np.stack([np.roll(row, -m.sum()) for row, m in zip(x, mask, strict=True)]) for x in (tokens, mask)]
-    left = scores_of(params, batch._replace(tokens=turned[0][:, None], mask=turned[1][:, None]))[:, 0]
-    np.testing.assert_allclose(left, expected, atol=1e-5)
+    for rows in ((tokens, mask), turned):
+        np.testing.assert_allclose(score(params, *rows), expected, atol=1e-5)
+    only_rating = {"regression": 1.0, "bradley_terry": 0.0}
+    moved = batch._replace(tokens=tokens[:, None]), batch._replace(tokens=turned[0][:, None], mask=turned[1][:, None])
+    for rows in moved:
+        _, metrics = compiled(**only_rating)(tiny.reward_state(MODEL, RECORDER), rows, KEY)
+        errors = np.square(expected - batch.ratings[:, 0])[batch.rated[:, 0]]
+        np.testing.assert_allclose(metrics["reward/loss"].value, errors.mean(), rtol=1e-5)
 
 
 def test_ppo_scores_read_prompt_and_response_as_training_does():

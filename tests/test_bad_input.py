@@ -1,0 +1,558 @@
+"""What a user can get wrong: each gives one line that names the place and the fix, exit code 2, and no half-made files.
+
+Everything goes through `lfjax.cli.main`, as the command does.
+"""
+
+import os
+import pathlib
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smallest
+
+from lfjax import cli
+from lfjax.interop import hf
+from lfjax.loops import chain
+from lfjax.models import presets
+from lfjax.models.transformer import Transformer
+from lfjax.tokenizers import sentencepiece
+
+pytestmark = pytest.mark.xdist_group("stages")
+FOLDER = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> pathlib.Path:
+    return smallest.write_records(tmp_path_factory.mktemp("data") / "rated.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, records) -> pathlib.Path:
+    """A finished run of the stages tokenizer and pretrain, not to be changed."""
+    workdir = tmp_path_factory.mktemp("run") / "trained"
+    assert train(workdir, records, PRETRAINING) == 0
+    return workdir
+
+
+@pytest.fixture
+def command(capfd):
+    """Runs a command that has to be refused; gives its one line without "error: "."""
+
+    def refused(*argv: object, progress: bool = False) -> str:
+        capfd.readouterr()
+        code = cli.main([str(part) for part in argv])
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        assert code == 2, err
+        assert lines[-1].startswith("error: ") and out == ""
+        assert progress or len(lines) == 1, err
+        return lines[-1].removeprefix("error: ")
+
+    return refused
+
+
+PRETRAINING = "--config.stages=tokenizer,pretrain"
+
+
+def arguments(workdir, records, *overrides: str, config: pathlib.Path = smallest.PATH) -> list[str]:
+    given = () if records is None else (f"--config.data.path={records}",)
+    return ["train", f"--config={config}", f"--workdir={workdir}", *given, *overrides]
+
+
+def train(workdir, records, *overrides: str) -> int:
+    return cli.main(arguments(workdir, records, *overrides))
+
+
+def same_model(a: pathlib.Path, b: pathlib.Path) -> bool:
+    name = "models/pretrain/model.safetensors"
+    return (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def untouched(workdir: pathlib.Path) -> bool:
+    """Whether a run that could not start has left no more than its config."""
+    return not workdir.exists() or [entry.name for entry in workdir.iterdir()] == ["config.json"]
+
+
+OVERRIDES = {
+    "a misspelt key": ("--config.ppo.kl_coeff=1", "config.ppo.kl_coeff", "did you mean config.ppo.kl_coef?"),
+    "a wrong type": ("--config.ppo.steps=few", "config.ppo.steps", "give a value such as 16"),
+    "a section set to a value": ("--config.ppo.update_step=3", "config.ppo.update_step", "set one of its keys: "),
+    "no override": ("--config.seed", "--config.seed", "write --config.section.key=value"),
+    "another argument": ("--steps=3", "--steps=3", "overrides are --config.section.key=value"),
+    "an unknown stage": ("--config.stages=tokenizer,pretrian", "config.stages", "did you mean 'pretrain'?"),
+    "a stage twice": ("--config.stages=tokenizer,tokenizer", "config.stages", "each once"),
+    "no stage": ("--config.stages=()", "config.stages", "one or more stages"),
+    "no tokenizer": ("--config.stages=pretrain,reward", "config.stages", 'put "tokenizer" before it'),
+    "reward without its start": ("--config.stages=tokenizer,reward", "config.reward.init_from", "put it there"),
+    "ppo without reward": ("--config.stages=tokenizer,pretrain,sft,ppo", "config.ppo.reward", "put it there"),
+    "stages in the wrong order": ("--config.stages=tokenizer,sft,pretrain", "config.sft.init_from", "put it there"),
+    "evaluate without a result": ("--config.stages=tokenizer,pretrain,evaluate", "config.stages", "before it"),
+    "an unknown source": ("--config.data.source=json", "config.data.source", "did you mean 'jsonl'?"),
+    "a source without a path": ("--config.data.path=none", "config.data.path", "needs the file's path"),
+    "a fraction of 2": ("--config.data.test_fraction=2.0", "config.data.test_fraction", "between 0 and 0.5"),
+    "a mesh that does not multiply": ("--config.mesh.data=3", "config.mesh", "set one to -1"),
+    "a mesh axis of 0": ("--config.mesh.tensor=0", "config.mesh.tensor", "a positive size, or -1"),
+    "two axes of -1": ("--config.mesh.fsdp=-1", "config.mesh", "only one axis"),
+    "rules that are none": ("--config.mesh.rules=(('embed','model'),)", "config.mesh.rules", "a row is (regex"),
+    "microbatches": ("--config.pretrain.step.num_microbatches=3", "config.pretrain.batch_size", "do not divide"),
+    "minibatches": ("--config.ppo.update_step.minibatches=0", "config.ppo.batch_size", "do not divide"),
+    "a batch that devices cannot share": ("--config.reward.batch_size=12", "config.reward.batch_size", "a multiple of 8"),
+    "an evaluation batch, likewise": ("--config.evaluate.batch_size=9", "config.evaluate.batch_size", "a multiple of 8"),
+    "heads": ("--config.model.heads=3", "config.model.heads", "does not divide model.width 16"),
+    "kv_heads": ("--config.model.kv_heads=4", "config.model.kv_heads", "does not divide model.heads 2"),
+    "a width of 0": ("--config.model.width=0", "config.model.width", "at least 1"),
+    "a context shorter than the rows": ("--config.model.context=24", "config.pretrain.seq_len", "model.context = 24"),
+    "buckets beyond the context": ("--config.reward.buckets=48,96", "config.reward.buckets", "model.context = 64"),
+    "no bucket": ("--config.reward.buckets=()", "config.reward.buckets", "such as (32, 64)"),
+    "buckets below the rows": ("--config.reward.buckets=24,32", "config.reward.seq_len", "at most the largest"),
+    "top_p in PPO": ("--config.ppo.rollout_step.top_p=0.9", "config.ppo.rollout_step.top_k/top_p", "top_p=1.0"),
+    "temperature 0 in PPO": ("--config.ppo.rollout_step.temperature=0", "rollout_step.temperature", "at least"),
+    "a clip of 1": ("--config.ppo.update_step.clip_low=1.0", "config.ppo.update_step.clip_low", "between 0 and 1"),
+    "a lambda of 2": ("--config.ppo.experience_step.lam=2.0", "config.ppo.experience_step.lam", "0 to 1"),
+    "a KL kind": ("--config.ppo.experience_step.kl_kind=k9", "experience_step.kl_kind", "allowed: k1, k2, k3, abs"),
+    "prompt and response": ("--config.ppo.rollout_step.max_new_tokens=60", "config.ppo.prompt_len", "at most model.context"),
+    "prompts longer than their room": ("--config.ppo.prompt_max=8", "config.ppo.prompt_max", "from prompt_min"),
+    "a negative learning rate": ("--config.sft.optim.learning_rate=-1", "config.sft.optim.learning_rate", "above 0"),
+    "an infinite learning rate": ("--config.optim.learning_rate=1e999", "config.optim.learning_rate", "finite"),
+    "an unknown optimiser": ("--config.ppo.value_optim.name=sgd", "config.ppo.value_optim.name", "adamw, adafactor"),
+    "an unknown schedule": ("--config.optim.schedule=step", "schedule", "constant, linear, cosine"),
+    "a momentum of 1": ("--config.optim.b1=1.0", "optim.b1", "0 up to, not including, 1"),
+    "groups that are none": ("--config.optim.groups=(('(',1.0,0.0),)", "config.optim.groups", "a row is (regex"),
+    "a dropout of 1": ("--config.reward.dropout=1.0", "config.reward.dropout", "not including, 1"),
+    "not module:function": ("--config.steps.sft=my_step", "config.steps.sft", 'write "module:function"'),
+    "an unknown step module": ("--config.steps.sft=no_such_module:f", "config.steps.sft", "tried "),
+    "an unknown step function": ("--config.steps.sft=lfjax.steps.sft:sft_stepp", "config.steps.sft", "did you mean 'sft_step'?"),
+    "a step of another stage": ("--config.steps.sft=lfjax.steps.reward:reward_step", "chunk_size", "takes no keyword"),
+    "a reward module that is not there": ("--config.ppo.reward=no_such_module:f", "config.ppo.value_init", "policy"),
+    "a model folder that is not there": ("--config.model.init_from=nowhere", "config.model.init_from", "nowhere"),
+    "a reward folder that is not there": ("--config.ppo.reward=rewrad", "config.ppo.reward", "did you mean 'reward'?"),
+    "a tokenizer that is not there": ("--config.tokenizer.path=nowhere", "config.tokenizer.path", "correct the path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OVERRIDES)
+def test_a_wrong_override_is_refused_before_anything_is_written(kind, command, tmp_path, records):
+    override, key, fix = OVERRIDES[kind]
+    line = command(*arguments(tmp_path / "w", records, override))
+    assert key in line and fix in line
+    assert not (tmp_path / "w").exists()
+
+
+CONFIGS = {
+    "a syntax error": ("def get_config(:\n", "SyntaxError", "line 1"),
+    "no get_config": ("config = 3\n", "no get_config()", "defines one that returns a ConfigDict"),
+    "get_config raises": ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError", "line 2"),
+    "get_config gives a dict": ("def get_config():\n    return {}\n", "returned dict", "has to return a ConfigDict"),
+    "the file raises": ("import no_such_module\n", "no_such_module", "line 1"),
+    "not text": ("\0\1\2", "mend the config file", "null bytes"),
+    "a misspelt key": (
+        "from smallest import *\nold = get_config\n"
+        "def get_config():\n    config = old()\n    config.ppo.kl_coeff = 1.0\n    return config\n",
+        "config.ppo.kl_coeff",
+        "did you mean config.ppo.kl_coef?",
+    ),
+    "a misspelt keyword of a step": (
+        "from smallest import *\nold = get_config\n"
+        "def get_config():\n    config = old()\n    config.sft.step.chunk_sise = 8\n    return config\n",
+        "config.sft.step.chunk_sise",
+        "did you mean config.sft.step.chunk_size?",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_broken_config_file_is_refused(kind, command, tmp_path, records):
+    text, found, fix = CONFIGS[kind]
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    line = command(*arguments(tmp_path / "w", records, config=file))
+    assert found in line and fix in line
+    assert str(file) in line or "config.sft" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_config_that_is_missing_or_a_folder_is_refused(command, tmp_path, records):
+    assert f"{tmp_path}/no.py: no such file" in command(*arguments(tmp_path / "w", records, config=tmp_path / "no.py"))
+    assert f"{tmp_path}: a folder; give a Python file" in command(*arguments(tmp_path / "w", records, config=tmp_path))
+    assert "--workdir" in command("train", f"--config={smallest.PATH}")
+    assert not (tmp_path / "w").exists()
+
+
+FORKS = {
+    "fails when imported": ("1 / 0\n", "sft_step", "importing 'a_fork' fails: ZeroDivisionError", "mend that file"),
+    "imports what is missing": ("import no_such_package\n", "sft_step", "no_such_package", "not installed"),
+    "lacks the function": ("def other(): ...\n", "sft_step", "has no function 'sft_step'", "correct the name"),
+    "misses a keyword that the config has": (
+        "def sft_step(state, batch, rng, *, model, tx, num_microbatches=1, chunk_sise=64, z_loss=0.0): ...\n",
+        "sft_step", "config.pretrain.step.chunk_size", "did you mean config.pretrain.step.chunk_sise?",
+    ),
+    "needs a keyword that the config misses": (
+        "def sft_step(state, batch, rng, *, model, tx, num_microbatches, chunk_size, z_loss, alpha): ...\n",
+        "sft_step", "config.pretrain.step.alpha", "needs this keyword",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORKS)
+def test_a_fork_that_does_not_fit_is_refused(kind, command, tmp_path, records, monkeypatch):
+    text, name, found, fix = FORKS[kind]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "a_fork", raising=False)
+    (tmp_path / "a_fork.py").write_text(text)
+    line = command(*arguments(tmp_path / "w", records, f"--config.steps.sft=a_fork:{name}"))
+    assert "a_fork" in line and found in line and fix in line
+    assert not (tmp_path / "w").exists()
+
+
+def broken(**changes) -> list[dict]:
+    """Good records, of which the seventh is changed: a field set, or left out where the value is None."""
+    rows = smallest.records()
+    rows[6] = {key: value for key, value in {**rows[6], **changes}.items() if value is not None}
+    return rows
+
+
+def rating(**changes) -> list[dict]:
+    return [{"kind": "rating", "response": 0, "value": 1, "scale": [-4, 4], **changes}]
+
+
+DATA = {
+    "no prompt": (broken(prompt=None), ":7: field 'prompt': found nothing", "required"),
+    "a prompt that is a number": (broken(prompt=3), ":7: field 'prompt': found 3", "a string or a list"),
+    "responses that are text": (broken(responses="text"), ":7: field 'responses'", "a list of one or more"),
+    "a rating outside its scale": (broken(feedback=rating(value=9)), ":7: field 'feedback[0].value': found 9", "[-4, 4]"),
+    "a rating that is text": (broken(feedback=rating(value="good")), ":7: field 'feedback[0].value'", "a number"),
+    "an index out of range": (broken(feedback=rating(response=1)), ":7: field 'feedback[0].response': found 1", "0 to 0"),
+    "an unknown kind": (broken(feedback=[{"kind": "star"}]), ":7: field 'feedback[0].kind'", "rating | ranking"),
+    "an id twice": (broken(id=5), ":7: field 'id': found 5, as on line 6", "each id once"),
+    "another scale": (broken(feedback=rating(scale=[1, 5])), "field 'scale'", "one scale"),
+    "not JSON": (b"\n{]\n", ":2: not JSON", "one JSON object a line"),
+    "not an object": (b"[1, 2]\n", ":1: found [1, 2]", "a record is a JSON object"),
+    "not UTF-8": (b'{"prompt": "\xff"}\n', ":1: not UTF-8", "save the file as UTF-8"),
+    "empty": (b"", ": is empty", "at least one record"),
+    "too few": (smallest.records(1), "split is empty (1 records in all)", "give more records"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_broken_data_is_named_by_file_line_and_field_before_a_run_directory_is_made(kind, command, tmp_path):
+    content, found, fix = DATA[kind]
+    file = tmp_path / "data.jsonl"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        smallest.write_records(file, content)
+    line = command(*arguments(tmp_path / "w", file))
+    assert found in line and fix in line
+    assert str(file) in line or "data.validation_path" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_data_that_is_missing_or_a_folder_is_refused(command, tmp_path):
+    for path, found in ((tmp_path / "no.jsonl", "no such file"), (tmp_path, "is a folder")):
+        for source in ("jsonl", "text"):
+            line = command(*arguments(tmp_path / "w", path, f"--config.data.source={source}"))
+            assert f"{path}: {found}" in line and "give a" in line
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("size, bound", [("5000", "at most"), ("20", "at least")])
+def test_a_vocabulary_that_the_texts_cannot_fill_names_the_bound(size, bound, command, tmp_path, records):
+    line = command(*arguments(tmp_path / "w", records, f"--config.tokenizer.vocab_size={size}"))
+    assert f"tokenizer.vocab_size: found {size}" in line and bound in line
+    assert untouched(tmp_path / "w")
+
+
+def test_a_run_that_stopped_before_it_began_takes_the_mended_config(command, tmp_path, records, trained):
+    line = command(*arguments(tmp_path / "w", records, PRETRAINING, "--config.tokenizer.vocab_size=5000"))
+    assert "tokenizer.vocab_size" in line
+    assert train(tmp_path / "w", records, PRETRAINING) == 0
+    assert same_model(tmp_path / "w", trained)
+
+
+@pytest.mark.parametrize("stage, what", [("reward", "rating, ranking, preference"), ("sft", "edit")])
+def test_a_stage_without_its_feedback_names_the_file_and_the_ways_out(stage, what, command, tmp_path, trained):
+    rows = [row | {"feedback": [{"kind": "critique", "response": 0, "text": "no"}]} for row in smallest.records()]
+    file = smallest.write_records(tmp_path / "unrated.jsonl", rows)
+    given = (
+        f"--config.{stage}.init_from={trained}/models/pretrain",
+        f"--config.tokenizer.path={trained}/models/tokenizer",
+    )
+    line = command(*arguments(tmp_path / "w", file, f"--config.stages={stage}", *given))
+    assert str(file) in line and what in line and f'leave "{stage}" out of config.stages' in line
+    assert untouched(tmp_path / "w")
+
+
+def test_a_prompt_longer_than_its_room_is_named_by_its_line(command, tmp_path, trained):
+    rows = [row | {"prompt": "one two three " * 9} if row["id"] == 30 else row for row in smallest.records()]
+    file = smallest.write_records(tmp_path / "long.jsonl", rows)
+    start = ("--config.ppo.value_init=policy", f"--config.ppo.init_from={trained}/models/pretrain")
+    given = (f"--config.tokenizer.path={trained}/models/tokenizer", "--config.ppo.reward=smallest:records", *start)
+    line = command(*arguments(tmp_path / "w", file, "--config.stages=ppo", *given))
+    assert f"{file}:31: field 'prompt': found" in line and "allowed: at most 8" in line
+    assert untouched(tmp_path / "w")
+
+
+def folder_of(trained: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(trained / "models" / "pretrain", into / "model"))
+
+
+def test_a_damaged_model_is_named(command, tmp_path, records, trained):
+    model = folder_of(trained, tmp_path)
+    file = model / "model.safetensors"
+    given = ("--config.stages=sft", f"--config.tokenizer.path={trained}/models/tokenizer")
+    file.write_bytes(file.read_bytes()[:-100])
+    line = command(*arguments(tmp_path / "w", records, *given, f"--config.sft.init_from={model}"))
+    assert str(file) in line and "fetch or export it again" in line
+    file.write_bytes(b"")
+    line = command(*arguments(tmp_path / "w", records, *given, f"--config.sft.init_from={model}"))
+    assert str(file) in line
+    file.unlink()
+    line = command(*arguments(tmp_path / "w", records, *given, f"--config.sft.init_from={model}"))
+    assert "model.safetensors" in line
+    assert untouched(tmp_path / "w")
+
+
+@pytest.mark.parametrize("size", [300, 310])
+def test_a_model_of_another_vocabulary_is_refused(size, command, tmp_path, records, trained):
+    """Also one of the same size: its ids mean other pieces."""
+    rows = smallest.records(200, seed=1)
+    sentencepiece.train([row["responses"][0][::-1] for row in rows], tmp_path / "other", vocab_size=size)
+    given = (f"--config.tokenizer.path={tmp_path}/other", f"--config.sft.init_from={trained}/models/pretrain")
+    line = command(*arguments(tmp_path / "w", records, "--config.stages=sft", *given))
+    assert "config.sft.init_from" in line and "vocabulary" in line and "config.tokenizer.path" in line
+    assert untouched(tmp_path / "w")
+
+
+def test_a_language_model_is_no_reward_and_no_value_network(command, tmp_path, records, trained):
+    model = trained / "models" / "pretrain"
+    given = ("--config.stages=ppo", f"--config.ppo.init_from={model}", f"--config.tokenizer.path={model}")
+    line = command(*arguments(tmp_path / "w", records, *given, f"--config.ppo.reward={model}"))
+    assert "config.ppo.reward" in line and "no head with one score" in line
+    given += (
+        f"--config.ppo.value_init={model}",
+        "--config.ppo.reward=test_bad_input:length",
+        "--config.ppo.norm_samples=0",
+    )
+    line = command(*arguments(tmp_path / "w", records, *given))
+    assert "config.ppo.value_init" in line and 'use "reward" or "policy"' in line
+    assert untouched(tmp_path / "w")
+
+
+def length(prompts, responses, records):
+    return [len(response) for response in responses]
+
+
+def fails(prompts, responses, records):
+    return {}["a key"]
+
+
+def too_few(prompts, responses, records):
+    return [1.0]
+
+
+def not_a_number(prompts, responses, records):
+    return [0.0] * (len(responses) - 1) + [float("nan")]
+
+
+def texts(prompts, responses, records):
+    return ["good"] * len(responses)
+
+
+REWARDS = {
+    "fails": ("fails: KeyError: a key (line ", "mend it"),
+    "too_few": ("gave scores of shape [1] for 8 responses", "return one number a response"),
+    "not_a_number": ("gave nan for the response", "return finite numbers"),
+    "texts": ("could not convert string to float", "mend it"),
+    "absent": ("has no function 'absent'", "correct the name"),
+}
+
+
+@pytest.mark.parametrize("function", REWARDS)
+def test_a_reward_function_that_does_not_do_is_named(function, command, tmp_path, records, trained):
+    found, fix = REWARDS[function]
+    model = trained / "models" / "pretrain"
+    given = ("--config.stages=ppo", f"--config.ppo.init_from={model}", f"--config.tokenizer.path={model}")
+    given += ("--config.ppo.value_init=policy", f"--config.ppo.reward=test_bad_input:{function}")
+    line = command(*arguments(tmp_path / "w", records, *given))
+    assert "config.ppo.reward" in line and "test_bad_input" in line and found in line and fix in line
+    assert untouched(tmp_path / "w")
+
+
+def test_a_workdir_that_is_a_file_or_below_one_is_refused(command, tmp_path, records):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "a file, not a folder; choose another --workdir" in command(*arguments(file, records))
+    assert f"--workdir={file}/w: Not a directory; choose" in command(*arguments(file / "w", records))
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere: no folder is closed to it")
+def test_a_workdir_that_may_not_be_written_is_refused(command, tmp_path, records):
+    tmp_path.chmod(0o500)
+    assert f"--workdir={tmp_path}/w: Permission denied; choose" in command(*arguments(tmp_path / "w", records))
+    tmp_path.chmod(0o700)
+
+
+def test_the_workdir_of_another_config_is_refused_with_the_difference(command, tmp_path, records, trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    line = command(*arguments(trained, records, PRETRAINING, "--config.pretrain.steps=11"))
+    assert (
+        f"{trained}/config.json" in line and "config.pretrain.steps: 10 -> 11" in line and "another --workdir" in line
+    )
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("text, found", [("{", ":1: not JSON"), ("[]", "no JSON object")])
+def test_a_broken_config_in_the_workdir_is_refused(text, found, command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    (workdir / "config.json").write_text(text)
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{workdir}/config.json" in line and found in line
+    assert (workdir / "config.json").read_text() == text
+
+
+def test_a_broken_log_in_the_workdir_is_refused_by_line(command, tmp_path, records, trained):
+    workdir = unfinished(trained, tmp_path)
+    (workdir / "metrics.jsonl").write_text("{}\n" + (workdir / "metrics.jsonl").read_text())
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{workdir}/metrics.jsonl:1: not a row of this log" in line and "mend or delete that line" in line
+
+
+def unfinished(trained: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
+    """A copy of the run, killed between pretraining's last checkpoint and its result."""
+    workdir = pathlib.Path(shutil.copytree(trained, into / "w"))
+    (workdir / "checkpoints" / "pretrain" / "FINISHED").unlink()
+    shutil.rmtree(workdir / "models" / "pretrain")
+    return workdir
+
+
+def damage(checkpoint: pathlib.Path) -> None:
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_corrupt_newest_checkpoint_costs_a_line_and_the_steps_since_the_one_before(tmp_path, records, trained, capfd):
+    workdir = unfinished(trained, tmp_path)
+    damage(workdir / "checkpoints" / "pretrain" / "10")
+    assert train(workdir, records, PRETRAINING) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "cannot be read" in line]
+    assert len(told) == 1 and f"{workdir}/checkpoints/pretrain/10" in told[0] and "going on from step 8" in told[0]
+    assert same_model(workdir, trained)
+    assert (workdir / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+def test_corrupt_checkpoints_throughout_are_an_error(command, tmp_path, records, trained):
+    workdir = unfinished(trained, tmp_path)
+    for step in ("8", "10"):
+        damage(workdir / "checkpoints" / "pretrain" / step)
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{workdir}/checkpoints/pretrain: no checkpoint can be read" in line and "delete this folder" in line
+
+
+@pytest.fixture
+def small_disk():
+    """Sets the largest size of a file, beyond which writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the writes that were under way
+@pytest.mark.parametrize(
+    "size, file", [(1000, "config.json"), (4000, ""), (25_000, "checkpoints/pretrain")]
+)
+def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
+    size, file, command, tmp_path, records, trained, small_disk
+):
+    workdir = tmp_path / "w"
+    given = [PRETRAINING]
+    if file == "":  # the tokenizer is the next to be written
+        workdir.mkdir()
+        shutil.copy(trained / "config.json", workdir)
+    if "checkpoints" in file:
+        given.append(f"--config.tokenizer.path={trained}/models/tokenizer")
+    small_disk(size)
+    line = command(*arguments(workdir, records, *given), progress=True)
+    small_disk()
+    assert f"{workdir}/{file}".removesuffix("/") in line and "free some space" in line
+    assert not list(workdir.glob("*.tmp")) and not (workdir / "models" / "pretrain").exists()
+    assert train(workdir, records, *given) == 0
+    assert same_model(workdir, trained)
+
+
+def test_a_full_disk_at_the_last_moment_leaves_no_half_written_model(command, tmp_path, records, trained, small_disk):
+    workdir = unfinished(trained, tmp_path)
+    small_disk(10_000)
+    line = command(*arguments(workdir, records, PRETRAINING), progress=True)
+    small_disk()
+    assert f"{workdir}/models/pretrain" in line and "free some space" in line
+    assert [entry.name for entry in (workdir / "models").iterdir()] == ["tokenizer"]
+    assert train(workdir, records, PRETRAINING) == 0
+    assert same_model(workdir, trained)
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory, trained) -> pathlib.Path:
+    """A reward model's folder."""
+    config = presets.llama(
+        vocab_size=310, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32, context=64, num_labels=1
+    )
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    folder = tmp_path_factory.mktemp("models") / "scorer"
+    hf.save(
+        folder,
+        hf.loaded_from(model, jax.tree.map(np.asarray, params), sentencepiece.load(trained / "models/tokenizer")),
+    )
+    return folder
+
+
+COMMANDS = {
+    "no command": ((), "COMMAND"),
+    "an unknown command": (("trian",), "trian"),
+    "sample without a model": (("sample",), "model"),
+    "sample of nothing": (("sample", "nowhere"), "nowhere: no such folder"),
+    "sample of a run without a model": (("sample", "{empty}"), "finish the pretrain stage first"),
+    "sample of a folder that is no model": (("sample", "{tmp}"), "config.json: not found"),
+    "sample of a reward model": (("sample", "{scorer}"), "not a language model; name another"),
+    "sample 0 times": (("sample", "{trained}", "--n=0"), "--n: 0; allowed: at least 1"),
+    "a number that is none": (("sample", "{trained}", "--n=many"), "--n"),
+    "a negative temperature": (("sample", "{trained}", "--temperature=-1"), "--temperature: -1.0; allowed: at least 0"),
+    "a temperature of nan": (("sample", "{trained}", "--temperature=nan"), "--temperature: nan"),
+    "a top_p of 2": (("sample", "{trained}", "--top-p=2"), "--top-p: 2.0; allowed: above 0, at most 1"),
+    "more tokens than the context": (("sample", "{trained}", "--max-new-tokens=99"), "64"),
+    "an unknown flag": (("sample", "{trained}", "--nn=3"), "unknown argument --nn=3"),
+    "report on nothing": (("report", "nowhere"), "nowhere: no such run directory"),
+    "report on an empty folder": (("report", "{tmp}"), "not a run directory"),
+}
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_command_that_cannot_be_done_is_refused(kind, command, tmp_path, trained, scorer):
+    argv, found = COMMANDS[kind]
+    (tmp_path / "empty" / "models").mkdir(parents=True)
+    places = {"tmp": tmp_path, "trained": trained, "scorer": scorer, "empty": tmp_path / "empty"}
+    assert found in command(*(part.format(**places) for part in argv))
+
+
+def test_the_run_directory_stands_for_its_last_model(trained, capfd):
+    assert cli.main(["sample", str(trained), "--prompt=the film", "--n=2", "--max-new-tokens=3", "--seed=1"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) >= 2 and lines[0].startswith("the film")
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug")]
+)
+def test_a_bug_of_our_own_is_not_dressed_up_as_bad_input(error, tmp_path, records, monkeypatch):
+    def stage(run):
+        raise error
+
+    monkeypatch.setitem(chain.STAGE_FUNCTIONS, "tokenizer", stage)
+    with pytest.raises(type(error), match="a bug"):
+        train(tmp_path / "w", records)
