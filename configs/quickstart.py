@@ -17,7 +17,7 @@ def get_config():
     config.pretrain.update(epochs=4.0, batch_size=16, seq_len=64, log_every=50, save_every=500)
     config.pretrain.optim.update(learning_rate=4e-3, warmup_steps=100, weight_decay=0.1, end_factor=0.05)
 
-    config.reward.update(epochs=4.0, batch_size=32, seq_len=96, buckets=(24, 32, 48, 64, 96), dropout=0.3)
+    config.reward.update(epochs=4.0, batch_size=32, seq_len=96, buckets=(24, 48, 96), dropout=0.3)
     config.reward.update(head_init="zero", log_every=50, save_every=500, eval_every=650)
     config.reward.optim.update(learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, end_factor=0.05)
     config.reward.step.update(every_token=2.0, bradley_terry=0.5)

@@ -463,9 +463,7 @@ def small_disk():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the writes that were under way
-@pytest.mark.parametrize(
-    "size, file", [(1000, "config.json"), (4000, ""), (25_000, "checkpoints/pretrain")]
-)
+@pytest.mark.parametrize("size, file", [(1000, "config.json"), (4000, ""), (25_000, "checkpoints/pretrain")])
 def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     size, file, command, tmp_path, records, trained, small_disk
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lfjax.losses.policy_gradient import clipped_policy_losses, clipped_value_losses
 from lfjax.masking import masked_mean
@@ -77,7 +78,9 @@ def ppo_update(
         v_loss, v_grads = weighted_grads(value_loss, value.params, batch, num_microbatches)
         policy = policy.apply_gradients(grads, txs[0], loss=loss.value, step=state.step)
         value = value.apply_gradients(v_grads, txs[1], loss=v_loss.value, step=state.step)
-        return (policy, value), {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux}
+        norms = {"optim/grad_norm": grads, "optim/value_grad_norm": v_grads}
+        norms = {name: Mean.of(optax.tree.norm(tree)) for name, tree in norms.items()}
+        return (policy, value), {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux, **norms}
 
     def shuffled(key):
         return jax.random.permutation(key, size).reshape(minibatches, size // minibatches)

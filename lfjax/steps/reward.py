@@ -47,44 +47,61 @@ def reward_step(
       (state, metrics): reward/loss, reward/pair_accuracy of the batch's pairs, reward/mse (squared rating points).
     """
 
-    def forward(params, rows, key):
-        tokens, mask = rows  # [b C T]
-        flat = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
-        rngs = {"dropout": key} if model.config.dropout else None
-        values = model.apply({"params": params}, flat[0], attention_mask=flat[1], rngs=rngs, method="values")
-        return values.reshape(tokens.shape)
+    weights = {
+        "regression": regression,
+        "every_token": every_token,
+        "bradley_terry": bradley_terry,
+        "hinge": hinge,
+        "listwise_hinge": listwise_hinge,
+        "plackett_luce": plackett_luce,
+        "softmax": softmax,
+        "centering": centering,
+    }
 
-    def batch_loss(values):  # [B C T]
-        last = last_true_index(batch.mask)  # [B C]
-        scores = jnp.take_along_axis(values, last[..., None], axis=-1)[..., 0]  # [B C]
-        pairs = reward_pairs(scores, batch, across_records=across_records, min_gap=min_gap, margin_scale=margin_scale)
-        chosen, rejected, margin, counts = pairs
-        real = jnp.any(batch.mask, axis=-1)  # [B C]
-        listed = jnp.sum(batch.ranked, axis=-1) >= 2  # [B]: a record that ranks its answers
-        rated_tokens = batch.mask & batch.rated[..., None]
-        best = batch.ranked & (batch.ranks == 0)
-        best = best / jnp.maximum(jnp.sum(best, axis=-1, keepdims=True), 1)
-        terms = (
-            (regression, Mean.over(ratings.regression_losses(scores, batch.ratings), batch.rated)),
-            (every_token, Mean.over(ratings.regression_losses(values, batch.ratings[..., None]), rated_tokens)),
-            (bradley_terry, Mean.over(ranking.bradley_terry_losses(chosen, rejected, margin=margin), counts)),
-            (hinge, Mean.over(ranking.pairwise_hinge_losses(chosen, rejected, margin=1.0 + margin), counts)),
-            (listwise_hinge, Mean.over(ranking.listwise_hinge_losses(scores, batch.ranks, where=batch.ranked), listed)),
-            (plackett_luce, Mean.over(ranking.plackett_luce_losses(scores, batch.ranks, where=batch.ranked), listed)),
-            (softmax, Mean.over(ranking.softmax_feedback_losses(scores, best, where=batch.ranked), listed)),
-            (centering, Mean.over(ranking.center_penalty(jnp.where(real, scores, 0.0)), jnp.any(real, axis=-1))),
-        )
-        loss = sum(weight * mean.value for weight, mean in terms if weight)
-        return loss, {
-            "reward/loss": Mean.of(loss),
-            "reward/mse": Mean.over((scores - batch.ratings) ** 2, batch.rated),
-            "reward/pair_accuracy": Mean.over((chosen > rejected).astype(jnp.float32), counts),
-        }
+    def forward(params, rows, key):
+        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in rows)  # [b C T] -> [b*C T]
+        rngs = {"dropout": key} if model.config.dropout else None
+        values = model.apply({"params": params}, tokens, attention_mask=mask, rngs=rngs, method="values")
+        return values.reshape(rows[0].shape)
+
+    def batch_loss(values):
+        pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
+        terms, metrics = reward_terms(values, batch, **pairs)
+        loss = sum(weights[name] * mean.value for name, mean in terms.items() if weights[name])
+        return loss, {"reward/loss": Mean.of(loss), **metrics}
 
     rows = (batch.tokens, batch.mask)
     (loss, metrics), grads = coupled_grads(forward, batch_loss, state.params, rows, num_microbatches, rng=rng)
     metrics["optim/grad_norm"] = Mean.of(optax.tree.norm(grads))
     return state.apply_gradients(grads, tx, loss=loss), metrics
+
+
+def reward_terms(values, batch: RewardBatch, *, across_records: bool, min_gap: float, margin_scale: float):
+    """Every loss of `reward_step` by name, and metrics, from the head's value at each token [B C T]."""
+    scores = jnp.take_along_axis(values, last_true_index(batch.mask)[..., None], axis=-1)[..., 0]  # [B C]
+    chosen, rejected, margin, counts = reward_pairs(
+        scores, batch, across_records=across_records, min_gap=min_gap, margin_scale=margin_scale
+    )
+    real = jnp.any(batch.mask, axis=-1)  # [B C]
+    listed = jnp.sum(batch.ranked, axis=-1) >= 2  # [B]: a record that ranks its answers
+    best = batch.ranked & (batch.ranks == 0)
+    best = best / jnp.maximum(jnp.sum(best, axis=-1, keepdims=True), 1)
+    at_tokens = ratings.regression_losses(values, batch.ratings[..., None])  # [B C T]
+    in_list = {"where": batch.ranked}
+    terms = {
+        "regression": Mean.over(ratings.regression_losses(scores, batch.ratings), batch.rated),
+        "every_token": Mean.over(at_tokens, batch.mask & batch.rated[..., None]),
+        "bradley_terry": Mean.over(ranking.bradley_terry_losses(chosen, rejected, margin=margin), counts),
+        "hinge": Mean.over(ranking.pairwise_hinge_losses(chosen, rejected, margin=1.0 + margin), counts),
+        "listwise_hinge": Mean.over(ranking.listwise_hinge_losses(scores, batch.ranks, **in_list), listed),
+        "plackett_luce": Mean.over(ranking.plackett_luce_losses(scores, batch.ranks, **in_list), listed),
+        "softmax": Mean.over(ranking.softmax_feedback_losses(scores, best, **in_list), listed),
+        "centering": Mean.over(ranking.center_penalty(jnp.where(real, scores, 0.0)), jnp.any(real, axis=-1)),
+    }
+    return terms, {
+        "reward/mse": Mean.over((scores - batch.ratings) ** 2, batch.rated),
+        "reward/pair_accuracy": Mean.over((chosen > rejected) * 1.0, counts),
+    }
 
 
 def reward_pairs(scores, batch: RewardBatch, *, across_records: bool, min_gap: float, margin_scale: float):

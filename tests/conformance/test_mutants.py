@@ -152,8 +152,8 @@ MUTANTS = {
     ),
     "reward trained at the last column": (
         reward,
-        "last = last_true_index(batch.mask)",
-        "last = jnp.full(batch.mask.shape[:2], batch.mask.shape[2] - 1)",
+        "last_true_index(batch.mask)[..., None]",
+        "jnp.full(batch.mask.shape[:2], batch.mask.shape[2] - 1)[..., None]",
         checks.reward_is_read_at_the_last_real_token,
     ),
     "EOS dropped where it is the pad": (
