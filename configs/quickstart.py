@@ -22,7 +22,7 @@ def get_config():
     config.reward.optim.update(learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, end_factor=0.05)
     config.reward.step.update(every_token=2.0, bradley_terry=0.5)
 
-    config.ppo.update(steps=40, batch_size=128, log_every=1, save_every=10, kl_coef=0.1)
+    config.ppo.update(steps=40, batch_size=128, log_every=1, save_every=10, kl_coef=0.075)
     config.ppo.optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95)
     config.ppo.value_optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95)
     config.ppo.experience_step.min_length = 8

@@ -49,6 +49,8 @@ def number(value: float | None) -> str:
         text = f"{value:.1f}"
     elif size >= 0.01 or size == 0:
         text = f"{value:.3g}"
+    elif size >= 0.001:
+        text = f"{value:.4f}"
     else:
         text = f"{value:.1e}".replace("e-0", "e-")
     return text.replace("-", "\u2212")

@@ -20,11 +20,11 @@ def records(tmp_path_factory) -> pathlib.Path:
 def train(records):
     """train(workdir, *overrides, devices=1) -> exit code of the command, on the first so many of the 8 devices."""
 
-    def command(workdir, *overrides: str, devices: int = 1) -> int:
+    def command(workdir, *overrides: str, devices: int = 1, config: pathlib.Path = smallest.PATH) -> int:
         with pytest.MonkeyPatch.context() as patch:
             on_some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
             patch.setattr(run, "make_mesh", on_some)
-            given = (f"--config={smallest.PATH}", f"--workdir={workdir}", f"--config.data.path={records}")
+            given = (f"--config={config}", f"--workdir={workdir}", f"--config.data.path={records}")
             return cli.main(["train", *given, *overrides])
 
     return command

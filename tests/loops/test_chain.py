@@ -11,7 +11,6 @@ import pytest
 import safetensors.numpy
 import smallest
 
-from lfjax import cli
 from lfjax.sharding import Step
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -171,13 +170,11 @@ def test_a_fork_named_in_the_config_is_used_and_its_source_kept(straight, train,
     ]
 
 
-def test_a_fork_beside_the_config_file_is_found_too(straight, records, tmp_path, monkeypatch):
+def test_a_fork_beside_the_config_file_is_found_too(straight, train, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    shutil.copy(smallest.PATH, tmp_path / "elsewhere" / "run.py")
+    config = pathlib.Path(shutil.copy(smallest.PATH, tmp_path / "elsewhere" / "run.py"))
     named = fork(tmp_path / "elsewhere", "fork_beside_the_config")
-    given = [f"--config={tmp_path}/elsewhere/run.py", f"--workdir={tmp_path}/w", f"--config.data.path={records}"]
-    given += [named, "--config.stages=pretrain", "--config.pretrain.steps=1", *from_models(straight)]
-    assert cli.main(["train", *given]) == 0
+    assert train(tmp_path / "w", named, "--config.stages=pretrain", *from_models(straight), config=config) == 0
     assert (tmp_path / "w" / "steps" / "sft.py").exists()
 
 

@@ -1,0 +1,138 @@
+"""A run that crashes, or is asked to stop, in every stage ends as the undisturbed run does, bit for bit."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import pytest
+
+from lfjax.loops import ppo, reward, supervised, training
+
+pytestmark = pytest.mark.xdist_group("stages")
+TRAINED = ("pretrain", "sft", "reward", "ppo")
+
+
+class Crash(Exception):
+    """Raised in the middle of a stage."""
+
+
+@pytest.fixture(scope="module")
+def disturb():
+    """disturb({(stage, step): what}) calls `what` once, when that step is about to be taken (steps count from 0)."""
+    plan: dict = {}
+
+    def train(run, stage, state, step, **options):
+        def disturbed(state, index):
+            plan.pop((stage, index), lambda: None)()
+            return step(state, index)
+
+        return training.train(run, stage, state, disturbed, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (supervised, reward, ppo):
+            patch.setattr(module, "train", train)
+        yield plan
+
+
+def crash():
+    raise Crash
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory, train, disturb) -> pathlib.Path:
+    """The run crashed in each stage between two checkpoints, and inside a log interval, and was started again."""
+    workdir = tmp_path_factory.mktemp("runs") / "crashed"
+    disturb.update({("pretrain", 2): crash, ("pretrain", 7): crash, ("reward", 7): crash, ("ppo", 5): crash})
+    while disturb:
+        before = len(disturb)
+        with pytest.raises(Crash):
+            train(workdir)
+        assert len(disturb) == before - 1
+    assert train(workdir) == 0
+    return workdir
+
+
+STOPS = {
+    ("pretrain", 4): signal.SIGTERM,
+    ("sft", 1): signal.SIGINT,
+    ("reward", 6): signal.SIGTERM,
+    ("ppo", 2): signal.SIGTERM,
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, train, disturb) -> tuple[pathlib.Path, list]:
+    """The run was asked to stop in each stage; with what it had saved by then and said."""
+    workdir = tmp_path_factory.mktemp("runs") / "stopped"
+    seen = []
+    for (stage, step), number in STOPS.items():
+        disturb[stage, step] = lambda number=number: os.kill(os.getpid(), number)
+        code = train(workdir)
+        saved = {int(path.name) for path in (workdir / "checkpoints" / stage).iterdir()}
+        seen.append((stage, step, code, saved))
+    assert train(workdir) == 0
+    return workdir, seen
+
+
+def same(a: pathlib.Path, b: pathlib.Path, name: str) -> bool:
+    return (a / name).read_bytes() == (b / name).read_bytes()
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_after_crashes_the_parameters_are_those_of_the_straight_run(stage, straight, crashed):
+    assert same(straight, crashed, f"models/{stage}/model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_after_crashes_the_logs_are_those_of_the_straight_run(name, straight, crashed):
+    assert same(straight, crashed, name)
+
+
+def test_after_crashes_the_summary_differs_in_nothing_but_the_clock_and_the_count_of_programs(straight, crashed):
+    one, other = (json.loads((workdir / "summary.json").read_text()) for workdir in (straight, crashed))
+    clock = {"time/total_s", "compile/count"}
+    assert {k: v for k, v in one.items() if k not in clock} == {k: v for k, v in other.items() if k not in clock}
+
+
+def test_a_stop_saves_at_that_step_and_exits_with_130(stopped):
+    for stage, step, code, saved in stopped[1]:
+        assert code == 130, stage
+        assert step + 1 in saved, f"{stage}: stopped in step {step + 1}, saved {saved}"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "samples.jsonl", *(f"models/{s}/model.safetensors" for s in TRAINED)]
+)
+def test_after_stops_everything_is_as_in_the_straight_run(name, straight, stopped):
+    assert same(straight, stopped[0], name)
+
+
+def test_signal_handlers_are_given_back(stopped):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(straight, train, tmp_path):
+    """Of every stage the result and what says that it is done are gone; the checkpoints are there."""
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
+    shutil.rmtree(workdir / "models")
+    for stage in (workdir / "checkpoints").iterdir():
+        (stage / "FINISHED").unlink()
+    (workdir / "summary.json").unlink()
+    assert train(workdir) == 0
+    names = ["metrics.jsonl", "samples.jsonl", *(f"models/{stage}/model.safetensors" for stage in TRAINED)]
+    assert all(same(straight, workdir, name) for name in names)
+    one, other = (json.loads((w / "summary.json").read_text()) for w in (straight, workdir))
+    assert one.keys() == other.keys()
+
+
+def test_a_torn_last_line_is_dropped(straight, train, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
+    for name in ("metrics.jsonl", "samples.jsonl", "timing.jsonl"):
+        with (workdir / name).open("a") as file:
+            file.write('{"stage": "evaluate", "st')
+    (workdir / "checkpoints" / "evaluate" / "FINISHED").unlink()
+    assert train(workdir) == 0
+    assert same(straight, workdir, "metrics.jsonl") and same(straight, workdir, "samples.jsonl")
