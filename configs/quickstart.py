@@ -23,8 +23,8 @@ def get_config():
     config.reward.step.update(every_token=2.0, bradley_terry=0.5)
 
     config.ppo.update(steps=40, batch_size=128, log_every=1, save_every=10, kl_coef=0.075)
-    config.ppo.optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95)
-    config.ppo.value_optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95)
+    config.ppo.optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95, eps=1e-8)
+    config.ppo.value_optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95, eps=1e-8)
     config.ppo.experience_step.min_length = 8
     config.ppo.update_step.update(epochs=4, minibatches=2)
     return config

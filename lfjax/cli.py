@@ -63,7 +63,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or a run directory (its last model)")
     parser.add_argument("--prompt", action="append", help="text to continue; repeatable; default: start from nothing")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 64, or what fits the model's context")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -126,8 +126,11 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
 
 def _sample(arguments: argparse.Namespace, _) -> int:
     for name, low in (("n", 1), ("max_new_tokens", 1), ("temperature", 0.0), ("top_k", 0)):
-        if not getattr(arguments, name) >= low:  # also true of NaN
-            raise InputError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; allowed: at least {low}")
+        value = getattr(arguments, name)
+        if value is not None and not value >= low:  # also true of NaN
+            raise InputError(f"--{name.replace('_', '-')}: {value}; allowed: at least {low}")
+    if not 0 <= arguments.seed < 2**31:
+        raise InputError(f"--seed: {arguments.seed}; allowed: 0 up to 2^31 - 1")
     if not 0.0 < arguments.top_p <= 1.0:
         raise InputError(f"--top-p: {arguments.top_p}; allowed: above 0, at most 1")
     _set_up_jax("highest", True)

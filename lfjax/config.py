@@ -105,13 +105,13 @@ def base_config() -> ConfigDict:
     )
     lm = {"num_microbatches": 1, "chunk_size": 64, "z_loss": 0.0}
     config.pretrain = _section(**_training(seq_len=64, dropout=0.0, step=_section(**lm)))
-    config.sft = _section(**_training(seq_len=64, dropout=0.0, init_from="pretrain", step=_section(**lm)))
+    config.sft = _section(**_training(seq_len=64, dropout=0.0, init_from="auto", step=_section(**lm)))
     config.reward = _section(
         **_training(
-            init_from="pretrain",  # stage or model folder
+            init_from="auto",  # stage or model folder; "auto": sft where that runs before, else pretrain
             seq_len=128,
             buckets=(32, 64, 128),  # sequence lengths, each compiled once
-            max_candidates=1,  # answers a record
+            max_candidates=0,  # answers a record that are read, the best ranked first; 0: as many as there are
             dropout=0.0,
             min_gap=1.0,  # rating points between the answers of a pair that counts in reward/pair_accuracy
             head_init="normal",  # "normal": std 1/sqrt(D+1); "zero"
@@ -133,18 +133,19 @@ def base_config() -> ConfigDict:
     )
     config.ppo = _section(
         **_training(
-            init_from="pretrain",  # the policy's start and the frozen reference: stage or model folder
+            init_from="auto",  # the policy's start and the frozen reference; as reward.init_from
             reward="reward",  # stage, model folder, or "module:function" f(prompts, responses, records) -> scores
             value_init="reward",  # "reward" | "policy" | a model folder
             batch_size=128,  # episodes an update
+            optim=_optim_overrides(eps=1e-5),
             steps=40,  # updates
             prompt_len=8,  # prompts are padded to this
-            prompt_min=4,  # words of a record without prompt that start a continuation
+            prompt_min=4,  # tokens of a record without prompt that start a continuation
             prompt_max=6,
             norm_samples=512,  # reference samples that fix the score's mean and deviation; 0: scores as they are
             kl_coef=0.1,
             reference_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU
-            value_optim=_optim_overrides(),
+            value_optim=_optim_overrides(eps=1e-5),
             samples_every=10,  # updates between rows in samples.jsonl
             rollout_step=_section(max_new_tokens=28, temperature=1.0, top_k=0, top_p=1.0),
             experience_step=_section(
@@ -178,6 +179,7 @@ def base_config() -> ConfigDict:
         sft="lfjax.steps.sft:sft_step",
         reward="lfjax.steps.reward:reward_step",
         ppo_rollout="lfjax.steps.ppo_rollout:ppo_rollout",
+        ppo_score="lfjax.steps.ppo_score:ppo_score",
         ppo_experience="lfjax.steps.ppo_experience:ppo_experience",
         ppo_update="lfjax.steps.ppo_update:ppo_update",
         evaluate="lfjax.steps.evaluate:evaluate_step",
@@ -399,6 +401,8 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "ppo.reference_dtype", ("auto", "float32", "bfloat16"))
     _at_least(config, 1, "model.width", "model.layers", "model.heads", "model.kv_heads", "model.mlp_width")
     _at_least(config, 2, "model.context", "tokenizer.vocab_size")
+    if config.seed >= 2**31:
+        raise InputError(f"config.seed: {config.seed}; allowed: 0 up to 2^31 - 1")
     _at_least(config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples")
     _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "run.max_skipped", "model.vocab_multiple")
     _check_model(config)
@@ -451,10 +455,21 @@ def _check_stages(config: ConfigDict) -> None:
                 )
 
 
+def init_from(config: ConfigDict, stage: str) -> str:
+    """The stage or folder whose language model a stage starts from."""
+    if config[stage].init_from != "auto":
+        return config[stage].init_from
+    stages = tuple(config.stages)
+    before = stages[: stages.index(stage)] if stage in stages else stages
+    return "sft" if "sft" in before else "pretrain"
+
+
 def model_sources(config: ConfigDict, stage: str) -> dict[str, str]:
     """Which models a stage starts from, config key -> stage or folder."""
     keys = {"sft": ("init_from",), "reward": ("init_from",), "ppo": ("init_from", "reward", "value_init")}
     found = {f"{stage}.{key}": config[stage][key] for key in keys.get(stage, ())}
+    if f"{stage}.init_from" in found:
+        found[f"{stage}.init_from"] = init_from(config, stage)
     if stage == "pretrain" and config.model.init_from:
         found["model.init_from"] = config.model.init_from
     if is_function(config.ppo.reward):
@@ -539,7 +554,7 @@ def _check_training(config: ConfigDict, stage: str) -> None:
 
 def _check_reward(config: ConfigDict) -> None:
     reward = config.reward
-    _at_least(config, 1, "reward.max_candidates")
+    _at_least(config, 0, "reward.max_candidates")
     if not reward.buckets or not all(type(length) is int and length >= 2 for length in reward.buckets):
         raise InputError(f"config.reward.buckets: {reward.buckets}; give sequence lengths in tokens, such as (32, 64)")
     if max(reward.buckets) > config.model.context:
@@ -574,7 +589,15 @@ def _check_ppo(config: ConfigDict) -> None:
     _at_least(config, 1e-6, "ppo.rollout_step.temperature")
     _at_least(config, 1, "ppo.prompt_len", "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
     _at_least(config, 1, "ppo.update_step.epochs", "ppo.update_step.chunk_size", "ppo.experience_step.chunk_size")
-    _at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every")
+    _at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every", "ppo.experience_step.penalty")
+    _at_least(config, 0, "ppo.update_step.value_clip", "ppo.update_step.value_coef", "ppo.update_step.kl_target")
+    _at_least(config, 1, "ppo.update_step.kl_horizon")
+    longest = ppo.rollout_step.max_new_tokens
+    if ppo.experience_step.get("min_length", 0) > longest:
+        raise InputError(
+            f"config.ppo.experience_step.min_length: {ppo.experience_step.min_length}; allowed: at most"
+            f" ppo.rollout_step.max_new_tokens = {longest}"
+        )
     for key in ("clip_low", "clip_high"):
         if not 0.0 < ppo.update_step.get(key, 0.2) < 1.0:
             raise InputError(f"config.ppo.update_step.{key}: {ppo.update_step[key]}; allowed: between 0 and 1")

@@ -131,11 +131,8 @@ def place(tree, shardings):
 
 
 def global_batch(batch, mesh: Mesh):
-    """This process's rows -> one global batch, its rows over data and fsdp."""
-    sharding = batch_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, jax.tree.map(lambda _: sharding, batch))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    """A whole host batch, the same on every process, as global arrays: its rows over data and fsdp."""
+    return place(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
 
 
 def abstract(tree, shardings=None):

@@ -195,8 +195,9 @@ class RewardBatches:
             raise InputError(
                 "no record has feedback that a reward model can learn from: rating, ranking, preference, edit or label"
             )
-        self.examples, self.batch_size, self.pad_id, self.max_candidates = examples, batch_size, pad_id, max_candidates
+        self.batch_size, self.pad_id, self.max_candidates = batch_size, pad_id, max_candidates
         self.cut_candidates = sum(max(0, len(example.candidates) - max_candidates) for example in examples)
+        self.examples = examples = [example.first(max_candidates) for example in examples]
         lengths = sorted(buckets)
         counts = sorted({min(count, max_candidates) for count in (1, 2, max_candidates)})
         places = [self._bucket(example, counts, lengths) for example in examples]

@@ -35,6 +35,11 @@ class RewardExample:
     margin: float = 0.0
     record: int = 0
 
+    def first(self, count: int) -> RewardExample:
+        """The example with its first `count` candidates alone."""
+        kept = {name: getattr(self, name)[:count] for name in ("candidates", "ratings", "ranks")}
+        return dataclasses.replace(self, **kept)
+
 
 def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """BOS + the prompt's ids."""
@@ -83,11 +88,15 @@ def _complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, 
     return [tokenizer.bos_id, *prompt, *response][:max_length]
 
 
-def _judgements(record: Record) -> Iterator[tuple[list[str], list[float | None], list[int | None], float]]:
+def _judgements(
+    record: Record, scale: tuple[float, float]
+) -> Iterator[tuple[list[str], list[float | None], list[int | None], float]]:
     """(texts, ratings, ranks, margin) of every judgement that compares or scores responses."""
     values = mean_ratings(record)
     for entry in record.feedback:
-        if isinstance(entry, Label) and not isinstance(entry.value, str):
+        if isinstance(entry, Label) and isinstance(entry.value, bool):
+            values.setdefault(entry.response, scale[1] if entry.value else scale[0])
+        elif isinstance(entry, Label) and not isinstance(entry.value, str):
             values.setdefault(entry.response, float(entry.value))
     if values:
         yield [record.responses[i] for i in values], list(values.values()), [None] * len(values), 0.0
@@ -104,24 +113,30 @@ def _judgements(record: Record) -> Iterator[tuple[list[str], list[float | None],
 
 
 def reward_examples(
-    records: Iterable[Record], tokenizer: Tokenizer, *, max_length: int, truncate: bool = True
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncate: bool = True,
+    scale: tuple[float, float] = (0.0, 1.0),
 ) -> list[RewardExample]:
     """What a reward model can learn from, one example a judgement, in the records' order.
 
     All ratings of a record make one example (several of one response are averaged; labels that are true, false or
-    numbers count as ratings 1, 0 or the number where a response has no rating); every ranking makes one; every
-    preference a pair; every edit the pair edit > original. Critiques, word labels and implicit signals say nothing
-    here.
+    numbers count as the top of `scale`, its bottom or the number where a response has no rating); every ranking makes
+    one; every preference a pair; every edit the pair edit > original. Critiques, word labels and implicit signals say
+    nothing here.
 
     Args:
       max_length: of a complete sequence, in tokens.
+      scale: of the run's ratings, for labels true and false.
       truncate: cut longer ones (first the prompt's start, then the response's end; the EOS stays), else refuse.
     Raises:
       InputError: a sequence is too long and truncate is False; names the record.
     """
     examples = []
     for index, record in enumerate(records):
-        for texts, ratings, ranks, margin in _judgements(record):
+        for texts, ratings, ranks, margin in _judgements(record, scale):
             candidates = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
             examples.append(RewardExample(candidates, ratings, ranks, margin, index))
     return examples

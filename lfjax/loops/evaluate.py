@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfjax.config import init_from
 from lfjax.loops.ppo import Policy, fetch, make_reward, prompt_batches, texts
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import texts_of
 from lfjax.rewards import diversity, lexicon
-from lfjax.sharding import Step, batch_sharding, jit_step, place, replicated
+from lfjax.sharding import Step, batch_sharding, jit_step, place
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.types import Generation
 
@@ -26,7 +28,7 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     """
     before = run.stages[: run.stages.index("evaluate")]
     after = "ppo" if "ppo" in before else "sft"  # the config was checked for one of them
-    names = {"before": run.config[after].init_from, "after": after}
+    names = {"before": init_from(run.config, after), "after": after}
     policies = {which: Policy(run, f"{after}.init_from", name) for which, name in names.items()}
     policies["after"].rollout = policies["before"].rollout  # of the same shape: one program writes for both
     measure = _logprobs(run, policies["before"].model)
@@ -46,6 +48,15 @@ def evaluate_stage(run: Run) -> dict[str, float]:
         shown = rows[which][: run.config.evaluate.samples]
         run.log.samples("evaluate", 0, [{**row, "set": which} for row in shown])
     return figures
+
+
+def held_out_records(run: Run) -> list:
+    """`evaluate.prompts` test records in the order of a hash, so that every source has its share.
+
+    Where there are fewer, they come again, each time with noise of their own.
+    """
+    order = sorted(run.records.test, key=lambda r: hashlib.sha256(repr((r.prompt_text, r.responses)).encode()).digest())
+    return [order[i % len(order)] for i in range(run.config.evaluate.prompts)]
 
 
 def _logprobs(run: Run, model) -> Step:
@@ -68,14 +79,11 @@ def _logprobs(run: Run, model) -> Step:
 def _write(run: Run, policy: Policy, reference, measure: Step, reward) -> dict[str, Any]:
     """Samples of one model on the held-out prompts, and what can be said of them."""
     section = run.config.evaluate
-    records = run.records.test
+    records = held_out_records(run)
     batches = prompt_batches(run, records, section.batch_size)
-    wanted = min(section.prompts, len(batches.prompts))
-    key = jax.device_put(run.key("evaluate"), replicated(run.mesh))
+    key = run.key("evaluate")
     parts = []
     for indices, whole in batches.evaluation():
-        if len(parts) * section.batch_size >= wanted:
-            break
         prompts = place(whole, batch_sharding(run.mesh))
         # the same key for every batch: row ids are global, so no two rows share their noise
         generation = policy.rollout.fixed(policy.params, prompts, key, np.int32(0))
@@ -83,7 +91,7 @@ def _write(run: Run, policy: Policy, reference, measure: Step, reward) -> dict[s
         scores = None if reward is None else reward(generation, [records[i] for i in indices])
         parts.append((generation, own, ref, own[:, 0] * 0 if scores is None else scores))
     generation, own, ref, scores = jax.tree.map(
-        lambda *x: np.concatenate([np.asarray(y) for y in x])[:wanted], *fetch(run, parts)
+        lambda *x: np.concatenate([np.asarray(y) for y in x])[: section.prompts], *fetch(run, parts)
     )
     return _describe(run, generation, own, ref, scores if reward is not None else None)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError, cause_of, is_function
+from lfjax.config import InputError, cause_of, init_from, is_function
 from lfjax.data.batching import PromptBatches
 from lfjax.data.examples import prompts_from_records
 from lfjax.loops.run import Run
@@ -19,7 +19,6 @@ from lfjax.loops.training import train
 from lfjax.sharding import batch_sharding, global_batch, jit_step, place, replicated, shardings_for
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
-from lfjax.steps.ppo_score import ppo_score
 from lfjax.tokenizers import response_text
 from lfjax.types import Generation, Rollout
 
@@ -58,7 +57,7 @@ class LearnedReward:
         self.config = compute_settings(run, loaded.model.config, dropout=0.0)
         self.params = loaded.params
         model = run.transformer(self.config)
-        self.step = jit_step(functools.partial(ppo_score, model=model), name="ppo_score")
+        self.step = jit_step(functools.partial(run.steps["ppo_score"], model=model), name="ppo_score")
 
     def __call__(self, generation: Generation, records) -> jax.Array:
         """Raw scores [B]; `records` are not read."""
@@ -167,7 +166,7 @@ def measure_norm(run: Run, policy: Policy, reward, batches, records, key) -> Rew
         generation = policy.rollout.fixed(policy.params, prompts, key, np.int32(index))
         scores.append(reward(generation, [records[i] for i in batches.indices_at(index)]))
     values = np.concatenate([np.asarray(s, np.float64) for s in fetch(run, scores)])[:wanted]
-    return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(max(values.std(), 1e-6)))
+    return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(values.std() if values.std() > 1e-4 else 1.0))
 
 
 def fetch(run: Run, tree) -> Any:
@@ -183,9 +182,8 @@ def ppo_stage(run: Run) -> dict[str, float]:
     """Trains the policy against the reward, held near its start by the KL term."""
     section, records = run.config.ppo, run.records.train
     batches = prompt_batches(run, records, section.batch_size)
-    policy, reward = Policy(run, "ppo.init_from", section.init_from), make_reward(run)
-    whole = replicated(run.mesh)
-    keys = {p: jax.device_put(run.key(f"ppo-{p}"), whole) for p in ("rollout", "update", "norm")}
+    policy, reward = Policy(run, "ppo.init_from", init_from(run.config, "ppo")), make_reward(run)
+    keys = {p: run.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
     norm = measure_norm(run, policy, reward, batches, records, keys["norm"])
     value_model, value_params = value_network(run, policy, reward, norm)
     models = PPOModels(policy.model, value_model, policy.model)

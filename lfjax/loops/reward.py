@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError
+from lfjax.config import InputError, init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import reward_examples
+from lfjax.data.sources import rating_scale
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
     compiled_step,
@@ -34,18 +35,21 @@ def reward_stage(run: Run) -> dict[str, float]:
         "batch_size": section.batch_size,
         "buckets": tuple(section.buckets),
         "pad_id": run.tokenizer.pad_id,
-        "max_candidates": section.max_candidates,
         "seed": run.config.seed,
     }
+    everything = [record for name in ("train", "validation", "test") for record in getattr(run.records, name)]
+    options = {"max_length": section.seq_len, "scale": rating_scale(everything) or (0.0, 1.0)}
     sets = {}
     for split in ("train", "validation", "test"):
-        found = reward_examples(getattr(run.records, split), run.tokenizer, max_length=section.seq_len)
+        found = reward_examples(getattr(run.records, split), run.tokenizer, **options)
         if not found:
             raise InputError(
                 f"stage reward: {run.data_file(split)}: the {split} split holds no rating, ranking, preference, edit or"
                 ' label to learn from; add some, or leave "reward" out of config.stages'
             )
-        sets[split] = RewardBatches(found, **rows)
+        sets[split] = found
+    most = section.max_candidates or max(len(e.candidates) for found in sets.values() for e in found)
+    sets = {split: RewardBatches(found, max_candidates=most, **rows) for split, found in sets.items()}
     batches = sets["train"]
     total = total_steps(section, batches.steps_per_epoch)
 
@@ -84,7 +88,7 @@ def reward_stage(run: Run) -> dict[str, float]:
 def reward_model(run: Run):
     """The language model's trunk with a fresh head. Source of the head's init: Stiennon et al. 2020, appendix B."""
     section = run.config.reward
-    loaded = run.load_model("reward.init_from", section.init_from)
+    loaded = run.load_model("reward.init_from", init_from(run.config, "reward"))
     config = compute_settings(run, loaded.model.config, num_labels=1, dropout=section.dropout)
     model = run.transformer(config)
     params = {name: group for name, group in loaded.params.items() if name != "unembed"}

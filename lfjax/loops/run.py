@@ -31,7 +31,7 @@ from lfjax.data.sources import load_records, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.transformer import Transformer
-from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, shardings_for
+from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.tokenizers import sentencepiece
 
 # The keywords of a step that are not in its config section.
@@ -255,8 +255,12 @@ class Run:
         return place(tree, shardings_for(tree, self.mesh, self.rules))
 
     def key(self, purpose: str):
-        """The key of one purpose; fold the step in."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(purpose.encode()) & 0x7FFFFFFF)
+        """The key of one purpose, on every device; fold the step in."""
+
+        def make():
+            return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(purpose.encode()) & 0x7FFFFFFF)
+
+        return jax.jit(make, out_shardings=replicated(self.mesh))()
 
     def checkpoint_folder(self, stage: str) -> Path:
         """checkpoints/<stage>."""

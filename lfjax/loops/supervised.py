@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError, optim_section
+from lfjax.config import InputError, init_from, optim_section
 from lfjax.data.batching import PackedRows
-from lfjax.data.examples import pretraining_documents, sft_documents
+from lfjax.data.examples import pretraining_documents, prompt_tokens, sft_documents
 from lfjax.loops.run import Run
 from lfjax.loops.training import train
 from lfjax.metrics import Window
@@ -35,6 +35,7 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
             vocab_size=options.vocab_size,
             model_type=options.model_type,
         )
+    _check_prompts(run, tokenizer)
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
     counts = {f"data/{name}": float(value) for name, value in run.records.counts.items()}
     return {
@@ -42,6 +43,19 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
         "tokenizer/tokens_per_text": float(np.mean(lengths)) if lengths else 0.0,
         **counts,
     }
+
+
+def _check_prompts(run: Run, tokenizer) -> None:
+    """Prompts that PPO could not use are better known before hours of training."""
+    if "ppo" in run.stages:
+        longest = run.config.ppo.prompt_len
+        for record in (*run.records.train, *run.records.test):
+            if record.prompt and len(prompt_tokens(record, tokenizer)) > longest:
+                found = len(prompt_tokens(record, tokenizer))
+                raise InputError(
+                    f"{record.where}: field 'prompt': {found} tokens with BOS; allowed: at most config.ppo.prompt_len ="
+                    f" {longest}; raise that (with config.model.context), or shorten the prompt"
+                )
 
 
 def model_config(run: Run):
@@ -66,10 +80,13 @@ def model_config(run: Run):
 
 def new_or_loaded(run: Run, stage: str):
     """(model config, parameters on the mesh) that a language-model stage starts from."""
-    section = "model" if stage == "pretrain" else stage
-    init_from = run.config[section].init_from
-    if init_from:
-        loaded = run.load_model(f"{section}.init_from", init_from)
+    key = "model.init_from" if stage == "pretrain" else f"{stage}.init_from"
+    name = run.config.model.init_from if stage == "pretrain" else init_from(run.config, stage)
+    if name:
+        loaded = run.load_model(key, name)
+        longest, context = run.config[stage].seq_len, loaded.model.config.context
+        if longest > context:
+            raise InputError(f"config.{stage}.seq_len: {longest}; allowed: at most {context}, the context of {name!r}")
         return compute_settings(run, loaded.model.config), loaded.params
     config = model_config(run)
 
@@ -113,7 +130,7 @@ def create_state(run: Run, kind, params, tx):
 
 def compiled_step(run: Run, name: str, function, state, shardings, batches, purpose: str):
     """The step as (state, index, host batch) -> (state, metrics): compiled for every bucket before its first use."""
-    key = jax.device_put(run.key(purpose), replicated(run.mesh))
+    key = run.key(purpose)
 
     def with_key(state, batch, key):
         return function(state, batch, jax.random.fold_in(key, state.step))
@@ -202,5 +219,5 @@ def unigram_nll(train, validation, vocab_size: int) -> float:
 
 
 def host_batch(batches, index: int):
-    """This process's rows of the step's batch."""
-    return batches.batch_at(index, process=jax.process_index(), processes=jax.process_count())
+    """The whole batch of a step: a pure function of the step, so every process can make it."""
+    return batches.batch_at(index)

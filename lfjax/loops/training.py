@@ -34,7 +34,7 @@ def train(
       state: fresh state, sharded; also says how a checkpoint is restored.
       step: (state, index) -> (state, metrics); dispatches and returns.
       evaluate: held-out figures, stage/name -> value, every `eval_every` steps and at the end.
-      after: called at the end of each step that is logged (samples, say).
+      after: called at the end of each step (samples, say).
       shown: the metric beside the progress bar.
     Returns:
       (final state, figures): the last evaluation's, the last log row's, and "seconds_before" of earlier processes.
@@ -72,15 +72,17 @@ def train(
                 run.log.timing(stage, done, seconds=now - last, tokens_per_s=rate)
                 figure = f"{shown} {row.get(f'{stage}/{shown}', float('nan')):.4g}"
                 progress.update(done, note=figure, tokens_per_s=rate)
-                after(state, done)
-                last, logged = time.perf_counter(), done
+                last, logged = now, done
+            after(state, done)
             if done == total or (section.eval_every and done % section.eval_every == 0):
                 figures = evaluate(state)
                 if figures:
                     run.log.metrics(stage, done, figures)
             if done % section.save_every == 0 or done == total:
                 save(done)
-            if (run.stop_requested or jax.process_count() > 1) and run.stopping() and done < total:
+            # several processes agree on a stop once a log interval: asking each other every step would cost one
+            asked = run.stop_requested if jax.process_count() == 1 else done % section.log_every == 0
+            if asked and done < total and run.stopping():
                 save(done)
                 raise Interrupted(f"stage {stage} stopped and saved at step {done} of {total}")
     last_row = {name: value for name, value in row.items() if not name.startswith("optim/")}

@@ -8,12 +8,14 @@ import numpy as np
 from lfjax.sampling.generate import generate
 from lfjax.tokenizers import response_text
 
+PROMPT_BUCKET = 16  # prompts are padded to a multiple of it, so that few lengths are compiled
+
 
 def sample_texts(
     loaded,
     prompts: list[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -24,13 +26,17 @@ def sample_texts(
     Args:
       loaded: model, params and tokenizer.
       prompts: texts; "" starts from BOS alone.
-      max_new_tokens, temperature, top_k, top_p: as in `generate`.
+      max_new_tokens: None is 64, or what the model's context leaves room for.
+      temperature, top_k, top_p: as in `generate`.
     Raises:
       InputError: prompt and continuation are longer than the model's context.
     """
     tokenizer = loaded.tokenizer
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    width = max(map(len, rows))
+    longest, context = max(map(len, rows)), loaded.model.config.context
+    width = min(-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET, max(longest, context - (max_new_tokens or 1)))
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(64, context - width))
     tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):

@@ -12,6 +12,7 @@ from lfjax.loops import ppo, reward, supervised, training
 
 pytestmark = pytest.mark.xdist_group("stages")
 TRAINED = ("pretrain", "sft", "reward", "ppo")
+RESULTS = ("metrics.jsonl", "samples.jsonl", *(f"models/{stage}/model.safetensors" for stage in TRAINED))
 
 
 class Crash(Exception):
@@ -115,15 +116,14 @@ def test_signal_handlers_are_given_back(stopped):
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(straight, train, tmp_path):
-    """Of every stage the result and what says that it is done are gone; the checkpoints are there."""
+    """PPO's last checkpoint is saved; its result, what says that it is done, and the evaluation are not there yet."""
     workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
-    shutil.rmtree(workdir / "models")
-    for stage in (workdir / "checkpoints").iterdir():
-        (stage / "FINISHED").unlink()
+    shutil.rmtree(workdir / "models" / "ppo")
+    shutil.rmtree(workdir / "checkpoints" / "evaluate")
+    (workdir / "checkpoints" / "ppo" / "FINISHED").unlink()
     (workdir / "summary.json").unlink()
     assert train(workdir) == 0
-    names = ["metrics.jsonl", "samples.jsonl", *(f"models/{stage}/model.safetensors" for stage in TRAINED)]
-    assert all(same(straight, workdir, name) for name in names)
+    assert all(same(straight, workdir, name) for name in RESULTS)
     one, other = (json.loads((w / "summary.json").read_text()) for w in (straight, workdir))
     assert one.keys() == other.keys()
 
