@@ -117,7 +117,9 @@ def constrainer(mesh: Mesh) -> Callable:
 
 
 def place(tree, shardings):
-    """Host arrays -> global arrays with these shardings; every process holds the whole host array."""
+    """Host arrays -> global arrays with these shardings (a tree, or one for all); every process holds all of `tree`."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -132,7 +134,7 @@ def place(tree, shardings):
 
 def global_batch(batch, mesh: Mesh):
     """A whole host batch, the same on every process, as global arrays: its rows over data and fsdp."""
-    return place(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
+    return place(batch, batch_sharding(mesh))
 
 
 def abstract(tree, shardings=None):
