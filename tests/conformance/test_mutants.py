@@ -10,6 +10,8 @@ import pytest
 
 from lfjax.steps import ppo_experience, ppo_rollout, ppo_score, ppo_update, reward, sft
 
+pytestmark = pytest.mark.slow  # each mutant compiles programs of its own
+
 
 def averaged_micro_means(loss_fn, params, batch, num_microbatches=1, *, rng=None, has_aux=False):
     """`weighted_grads` as many trainers have it: the mean of the microbatches' mean losses."""

@@ -55,12 +55,20 @@ def straight(start, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def kill_in(process: subprocess.Popen, workdir: pathlib.Path, stage: str, delay: float) -> bool:
-    """Kills `delay` seconds after the stage's first file; False where the process ended before that."""
-    deadline = time.monotonic() + 600
-    while not (workdir / "checkpoints" / stage).exists() and process.poll() is None:
+def files(folder: pathlib.Path) -> set[str] | None:
+    return {path.name for path in folder.iterdir()} if folder.exists() else None
+
+
+def kill_in(process: subprocess.Popen, folder: pathlib.Path, delay: float) -> bool:
+    """Kills `delay` seconds after the stage's folder has changed; False where the process ended before that."""
+    before, deadline = files(folder), time.monotonic() + 600
+    while files(folder) == before and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.002)
+    return kill_after(process, delay)
+
+
+def kill_after(process: subprocess.Popen, delay: float) -> bool:
     try:
         process.wait(timeout=delay)
     except subprocess.TimeoutExpired:
@@ -71,25 +79,21 @@ def kill_in(process: subprocess.Popen, workdir: pathlib.Path, stage: str, delay:
     return False
 
 
-def seconds_of(workdir: pathlib.Path, stage: str) -> float:
-    """How long the stage's loop took, without what comes before its first step."""
-    rows = [json.loads(line) for line in (workdir / "timing.jsonl").read_text().splitlines()]
-    return max(1.0, sum(row["seconds"] for row in rows if row["stage"] == stage))
-
-
 @pytest.fixture(scope="module")
 def killed(start, straight, tmp_path_factory) -> tuple[pathlib.Path, dict[str, int]]:
-    """The run killed again and again in every stage, then left alone; and how often it was killed in each."""
+    """The run killed again and again in every stage, then left alone; and how often it was killed in each.
+
+    In every stage first a fraction of a second after a checkpoint was begun, then at any moment of the process's life.
+    """
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     rng, count = random.Random(0), dict.fromkeys(smallest.STAGES, 0)
     for stage in smallest.STAGES:
+        folder = workdir / "checkpoints" / stage
         for _ in range(KILLS):
-            finished = workdir / "checkpoints" / stage / "FINISHED"
-            if finished.exists():
-                break
-            begun = (workdir / "checkpoints" / stage).exists()  # then the delay counts from the process's start
-            delay = rng.uniform(0.0, seconds_of(straight, stage) + (10.0 if begun else 0.0))
-            count[stage] += kill_in(start(workdir), workdir, stage, delay)
+            if not (folder / "FINISHED").exists():
+                count[stage] += kill_in(start(workdir), folder, rng.uniform(0.0, 0.4))
+        if not (folder / "FINISHED").exists():
+            count[stage] += kill_after(start(workdir), rng.uniform(2.0, 12.0))
     assert start(workdir).wait(timeout=900) == 0
     return workdir, count
 
