@@ -180,11 +180,11 @@ def make_optimizer(
 
         return map_named(leaf, updates, params)
 
-    def update(updates, state, params=None, *, step, **_):
-        return finish(updates, params, step), state
+    def update(updates, state, params=None, **extra):
+        return finish(updates, params, extra["step"]), state
 
     links = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    last = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    last = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     return optax.chain(*links, precondition[name](), last)
 
 
@@ -196,7 +196,7 @@ def _muon(adam, beta: float):
     """
 
     def row(leaf: str):
-        return next((r for r in MUON_MATRICES if re.search(r[0], leaf)), None)
+        return next((r for r in MUON_MATRICES if re.search(r[0], leaf)), ("", (), ()))
 
     def dimension_numbers(params):
         return map_named(
@@ -220,5 +220,5 @@ def _muon(adam, beta: float):
 
     muon = optax.chain(scale_by_muon(beta=beta, weight_dimension_numbers=dimension_numbers), optax.stateless(scale))
     return optax.partition(
-        {"muon": muon, "adam": adam}, lambda params: map_named(lambda n, _: "muon" if row(n) else "adam", params)
+        {"muon": muon, "adam": adam}, lambda params: map_named(lambda n, _: "muon" if row(n)[0] else "adam", params)
     )

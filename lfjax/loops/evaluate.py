@@ -101,7 +101,7 @@ def _describe(run: Run, generation: Generation, own, ref, scores) -> dict[str, A
     whole = [p + r for p, r in zip(prompts, responses, strict=True)]
     kl = (own - ref).sum(axis=1)
     length = generation.mask.sum(axis=1)
-    last = np.take_along_axis(generation.tokens, np.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
+    last = np.take_along_axis(np.asarray(generation.tokens), np.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
     figures = {
         "judge/positive_*": lexicon.positive_share(whole),
         "judge/positive_response_*": lexicon.positive_share(responses),

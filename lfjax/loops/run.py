@@ -21,12 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from lfjax import config as configs
 from lfjax.checkpoint import FINISHED, Checkpoints
-from lfjax.config import InputError
+from lfjax.config import Config, InputError
 from lfjax.data.sources import load_records, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
@@ -51,7 +50,7 @@ class TrainingFailed(RuntimeError):
 class Run:
     """What the stages of one run share. Everything costly is made on first use."""
 
-    def __init__(self, config: ConfigDict, workdir: str | os.PathLike, *, search: tuple[Path, ...] = ()):
+    def __init__(self, config: Config, workdir: str | os.PathLike, *, search: tuple[Path, ...] = ()):
         configs.validate(config)
         self.config = config
         self.workdir = Path(workdir)
@@ -331,15 +330,14 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
 
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
+    totals = []
     try:
         for stage in run.stages:
-            done = run.finished(stage)
-            if done is None:
-                done = _run_stage(run, stage, stages[stage])
+            done = run.finished(stage) or _run_stage(run, stage, stages[stage])
+            totals.append(done)
             run.log.summary(done["figures"])
             if run.stopping():
                 raise Interrupted(f"stopped after stage {stage}")
-        totals = [run.finished(stage) for stage in run.stages]
         run.log.summary(
             {
                 "time/total_s": sum(done["seconds"] for done in totals),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -87,7 +89,7 @@ def reward_terms(values, batch: RewardBatch, *, across_records: bool, min_gap: f
     best = batch.ranked & (batch.ranks == 0)
     best = best / jnp.maximum(jnp.sum(best, axis=-1, keepdims=True), 1)
     at_tokens = ratings.regression_losses(values, batch.ratings[..., None])  # [B C T]
-    in_list = {"where": batch.ranked}
+    in_list: Any = {"where": batch.ranked}
     terms = {
         "regression": Mean.over(ratings.regression_losses(scores, batch.ratings), batch.rated),
         "every_token": Mean.over(at_tokens, batch.mask & batch.rated[..., None]),
