@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        goes_on = "; the same command goes on from what is saved" if arguments.command == "train" else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         fix = "free some space or mend what stands in the way, then start the same command again"
         print(f"error: {place}: {error.strerror}; {fix}", file=sys.stderr)
         return 2
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,11 +72,20 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="text of one token that ends a sample; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_sample)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the stages catch it, as Ctrl-C
+    try:
+        return _run_config(arguments, overrides)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax import config as configs
 
     for item in overrides:
@@ -144,7 +158,7 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     if loaded.model.config.num_labels:
         raise InputError(f"{arguments.model}: a model of scores, not a language model; name another")
     prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
-    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    options = {name: getattr(arguments, name) for name in SAMPLING}
     for prompt, response in zip(prompts, sample_texts(loaded, prompts, **options), strict=True):
         print(prompt + response)
     return 0

@@ -142,7 +142,8 @@ def base_config() -> Config:
             batch_size=128,  # episodes an update
             optim=_optim_overrides(eps=1e-5),
             steps=40,  # updates
-            prompt_len=8,  # prompts are padded to this
+            prompt_buckets=(8,),  # prompt lengths in tokens with BOS, each compiled once
+            stop=(),  # texts of one token each that end a response, besides EOS
             prompt_min=4,  # tokens of a record without prompt that start a continuation
             prompt_max=6,
             norm_samples=512,  # reference samples that fix the score's mean and deviation; 0: scores as they are
@@ -556,11 +557,16 @@ def _check_training(config: Config, stage: str) -> None:
         _check_reward(config)
 
 
+def _check_buckets(config: Config, key: str, low: int) -> None:
+    lengths = _leaf(config, key)
+    if not lengths or not all(type(length) is int and length >= low for length in lengths):
+        raise InputError(f"config.{key}: {lengths}; give lengths in tokens, such as (32, 64), each at least {low}")
+
+
 def _check_reward(config: Config) -> None:
     reward = config.reward
     _at_least(config, 0, "reward.max_candidates")
-    if not reward.buckets or not all(type(length) is int and length >= 2 for length in reward.buckets):
-        raise InputError(f"config.reward.buckets: {reward.buckets}; give sequence lengths in tokens, such as (32, 64)")
+    _check_buckets(config, "reward.buckets", 2)
     if max(reward.buckets) > config.model.context:
         raise InputError(
             f"config.reward.buckets: {max(reward.buckets)} is longer than model.context = {config.model.context}"
@@ -593,7 +599,10 @@ def _check_ppo(config: Config) -> None:
             " set top_k=0 and top_p=1.0"
         )
     _at_least(config, 1e-6, "ppo.rollout_step.temperature")
-    _at_least(config, 1, "ppo.prompt_len", "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
+    _check_buckets(config, "ppo.prompt_buckets", 1)
+    if not all(isinstance(text, str) and text for text in ppo.stop):
+        raise InputError(f"config.ppo.stop: {ppo.stop!r}; give texts of one token each, such as ('.', '!')")
+    _at_least(config, 1, "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
     _at_least(config, 1, "ppo.update_step.epochs", "ppo.update_step.chunk_size", "ppo.experience_step.chunk_size")
     _at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every", "ppo.experience_step.penalty")
     _at_least(config, 0, "ppo.update_step.value_clip", "ppo.update_step.value_coef", "ppo.update_step.kl_target")
@@ -612,14 +621,15 @@ def _check_ppo(config: Config) -> None:
             raise InputError(f"config.ppo.experience_step.{key}: {ppo.experience_step[key]}; allowed: 0 to 1")
     if ppo.value_init == "reward" and is_function(ppo.reward):
         raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
-    longest = ppo.prompt_len + ppo.rollout_step.max_new_tokens
+    longest = max(ppo.prompt_buckets) + ppo.rollout_step.max_new_tokens
     if longest > config.model.context:
         raise InputError(
-            f"config.ppo.prompt_len: with rollout_step.max_new_tokens {longest} tokens; allowed: at most model.context"
-            f" = {config.model.context}"
+            f"config.ppo.prompt_buckets: with rollout_step.max_new_tokens {longest} tokens; allowed: at most"
+            f" model.context = {config.model.context}"
         )
-    if ppo.prompt_max < ppo.prompt_min or ppo.prompt_max + 1 > ppo.prompt_len:
+    most = max(ppo.prompt_buckets) - 1
+    if not ppo.prompt_min <= ppo.prompt_max <= most:
         raise InputError(
-            f"config.ppo.prompt_max: {ppo.prompt_max}; allowed: from prompt_min {ppo.prompt_min} to prompt_len - 1"
-            f" = {ppo.prompt_len - 1}"
+            f"config.ppo.prompt_max: {ppo.prompt_max}; allowed: from prompt_min {ppo.prompt_min} to the largest of"
+            f" prompt_buckets less BOS = {most}"
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import zlib
+from collections import Counter
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -146,22 +150,23 @@ def abstract(tree, shardings=None):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings)
 
 
-def jit_step(fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None) -> Step:
+def jit_step(fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None, shapes: int = 0) -> Step:
     """A pure function as a `Step`: compiled for each declared set of shapes, before its first use, and never again."""
-    return Step(fn, name=name, donate=donate, out_shardings=out_shardings)
+    return Step(fn, name=name, donate=donate, out_shardings=out_shardings, shapes=shapes)
 
 
 class Step:
     """A function with one compiled program per declared set of shapes.
 
-    `compile(*args)` declares and compiles; a call looks the program up by its arguments' shapes and runs it. A call
-    outside the declared shapes is an error that names the leaf and both shapes: nothing compiles by surprise.
+    `compile(*args)` declares and compiles; a call looks the program up by its arguments' shapes and runs it. The first
+    `shapes` sets that are called declare themselves. A call outside the declared shapes is an error that names the
+    leaf and both shapes: nothing compiles by surprise.
     """
 
-    compiled_total = 0  # programs compiled in this process, over all steps
+    compiled: ClassVar[Counter[str]] = Counter()  # in this process: "name/hash of the shapes" -> how often
 
-    def __init__(self, fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None):
-        self.name = name
+    def __init__(self, fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None, shapes: int = 0):
+        self.name, self._shapes = name, shapes
         kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
         self._jitted = jax.jit(fn, donate_argnums=donate, **kwargs)
         self.programs: dict = {}  # tree and shapes of the arguments -> compiled program
@@ -173,7 +178,8 @@ class Step:
         if key not in self.programs:
             self.programs[key] = self._jitted.lower(*args).compile()
             self._declared.append(_named_shapes(args))
-            Step.compiled_total += 1
+            text = json.dumps(self._declared[-1], sort_keys=True)
+            Step.compiled[f"{self.name}/{zlib.crc32(text.encode()):08x}"] += 1
         return self.programs[key]
 
     def __call__(self, *args):
@@ -183,15 +189,11 @@ class Step:
           ValueError: none was; names the first leaf that differs from the nearest declared shapes.
         """
         program = self.programs.get(_signature(args))
+        if program is None and len(self.programs) < self._shapes:
+            program = self.compile(*abstract(args))
         if program is None:
             raise ValueError(f"step {self.name}: {self._mismatch(_named_shapes(args))}")
         return program(*args)
-
-    def fixed(self, *args):
-        """Runs on the one set of shapes it ever sees: compiles for the first call's, another is an error."""
-        if not self.programs:
-            self.compile(*abstract(args))
-        return self(*args)
 
     def _mismatch(self, got: dict[str, str]) -> str:
         if not self._declared:

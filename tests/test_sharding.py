@@ -135,14 +135,14 @@ def args(rows=4, dtype=np.float32):
 
 
 def test_a_step_compiles_once_for_each_declared_shape():
-    step, before = jit_step(add, name="add"), Step.compiled_total
+    step, before = jit_step(add, name="add"), Step.compiled.total()
     first = step.compile(*args())
     assert step.compile(*abstract(args())) is first
     step.compile(*args(8))
-    assert Step.compiled_total - before == 2 and len(step.programs) == 2
+    assert Step.compiled.total() - before == 2 and len(step.programs) == 2
     for rows in (4, 8, 4):
         np.testing.assert_array_equal(step(*args(rows))["sum"], np.full((rows, 3), 2.0))
-    assert Step.compiled_total - before == 2
+    assert Step.compiled.total() - before == 2
 
 
 def test_a_shape_that_was_not_declared_names_the_leaf_and_both_shapes():
@@ -313,10 +313,10 @@ def test_states_stay_sharded_by_the_rules(name, shape):
 def test_nothing_compiles_after_the_declaration(shape):
     for name in ("sft", "reward", "ppo_update"):
         stage(name, shape)
-    before = Step.compiled_total
+    before = Step.compiled.total()
     for name in ("sft", "reward", "ppo_update"):
         step, state, batch, key = stage(name, shape)
         state, _ = step(state, batch, key)
         step(state, batch, key)
         assert len(step.programs) == 1
-    assert Step.compiled_total == before
+    assert Step.compiled.total() == before

@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step): packed rows, reward buckets, prompts. NumPy only.
 
-Every class has `steps_per_epoch` (the same in every epoch) and `batch_at(step, *, process=0, processes=1)`, which
-gives a process its contiguous share of the global batch's rows. Epoch e = step // steps_per_epoch is shuffled by
-`np.random.default_rng((seed, e))`; only the current epoch's order is kept.
+Every class has `steps_per_epoch` (the same in every epoch) and `batch_at(step)`, the whole global batch, which every
+process can make. Epoch e = step // steps_per_epoch is shuffled by `np.random.default_rng((seed, e))`; only the current
+epoch's order is kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,6 @@ from lfjax.data.examples import Document, RewardExample
 from lfjax.types import PromptBatch, RewardBatch, SftBatch
 
 PACKING_WINDOW = 4096  # documents packed together; a few thousand fill rows to more than 99 %
-
-
-def _share(batch_size: int, process: int, processes: int) -> slice:
-    """The rows of the global batch that a process holds."""
-    if batch_size % processes:
-        raise InputError(f"batch_size: found {batch_size}; allowed: a multiple of the {processes} processes")
-    rows = batch_size // processes
-    return slice(process * rows, (process + 1) * rows)
 
 
 class _Epochs:
@@ -82,12 +74,12 @@ class PackedRows:
         order = rng.permutation(len(rows))
         return [shuffled[rows[i]] for i in order]
 
-    def batch_at(self, step: int, *, process: int = 0, processes: int = 1) -> SftBatch:
-        """The step's rows of this process: tokens [B T+1], loss_mask [B T], segment_ids [B T]."""
+    def batch_at(self, step: int) -> SftBatch:
+        """The step's rows: tokens [B T+1], loss_mask [B T], segment_ids [B T]."""
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self._epochs.order(epoch, self._pack)
-        places = np.arange(self.batch_size)[_share(self.batch_size, process, processes)] + index * self.batch_size
-        return self._build([rows[place % len(rows)] for place in places])
+        first = index * self.batch_size
+        return self._build([rows[place % len(rows)] for place in range(first, first + self.batch_size)])
 
     def _build(self, rows: Sequence[np.ndarray]) -> SftBatch:
         shape = (len(rows), self.seq_len + 1)
@@ -105,13 +97,12 @@ class PackedRows:
         fields: tuple[Any, ...] = (tokens, flags[:, 1:] & same, segments[:, :-1])
         return SftBatch(*fields)
 
-    def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[SftBatch]:
+    def evaluation(self) -> Iterator[SftBatch]:
         """Every row of the first epoch once; the last batch is filled up with rows of padding, which count nowhere."""
         rows = list(self._epochs.order(0, self._pack))
         rows += [np.zeros(0, np.int64)] * (-len(rows) % self.batch_size)
-        share = _share(self.batch_size, process, processes)
         for start in range(0, len(rows), self.batch_size):
-            yield self._build(rows[start : start + self.batch_size][share])
+            yield self._build(rows[start : start + self.batch_size])
 
 
 def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -158,20 +149,73 @@ def best_fit(lengths: Sequence[int], capacity: int, window: int = PACKING_WINDOW
 
 
 class Bucket(NamedTuple):
-    """The shape of a reward batch's sequences."""
+    """The shape of a batch's sequences."""
 
     candidates: int  # C
     length: int  # T
 
 
+class _Buckets:
+    """Items arranged into full batches of one shape each.
+
+    Each epoch is shuffled, then cut into full batches inside each bucket; what is left over moves to the next length,
+    and from the largest length to that of the next candidate count, always in the same number. At the end fewer than
+    a batch are left and sit out the epoch, other ones each time. With fewer items than one batch, they repeat to fill
+    it.
+
+    Args:
+      places: of every item, its bucket.
+      lengths: of the buckets, ascending.
+    """
+
+    def __init__(self, places: Sequence[Bucket], lengths: Sequence[int], *, batch_size: int, seed: int):
+        self._batch_size = batch_size
+        counts = sorted({count for count, _ in places})
+        self.shapes = [Bucket(count, length) for count in counts for length in lengths]
+        number = {shape: i for i, shape in enumerate(self.shapes)}
+        numbers = np.array([number[place] for place in places])
+        self.members = [np.flatnonzero(numbers == i) for i in range(len(self.shapes))]
+        self._epochs = _Epochs(seed)
+        first = self._epochs.order(0, self._arrange)
+        self.steps_per_epoch = len(first)
+        self.used = [self.shapes[i] for i in sorted({batch[0] for batch in first})]  # the same in every epoch
+
+    def at(self, step: int) -> tuple[Bucket, np.ndarray]:
+        """The step's shape, and which items [B] make its batch."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        batch = self._epochs.order(epoch, self._arrange)[index]
+        return self.shapes[batch[0]], batch[1:]
+
+    def once(self) -> Iterator[tuple[Bucket, np.ndarray]]:
+        """Every item once, in order inside its bucket; -1 fills a last batch."""
+        for shape, members in zip(self.shapes, self.members, strict=True):
+            indices = np.concatenate([members, np.full(-len(members) % self._batch_size, -1)])
+            for start in range(0, len(indices), self._batch_size):
+                yield shape, indices[start : start + self._batch_size]
+
+    def _arrange(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Rows [B + 1] of the epoch: the bucket's number, then the items."""
+        batches = []
+        longer = wider = np.zeros(0, np.int64)  # left over, for the next length and for the next candidate count
+        for number, shape in enumerate(self.shapes):
+            longest = shape.length == self.shapes[-1].length
+            members = np.concatenate([longer, self.members[number], wider if longest else wider[:0]])
+            members = members[rng.permutation(len(members))]
+            full = len(members) // self._batch_size * self._batch_size
+            batches += [np.r_[number, batch] for batch in members[:full].reshape(-1, self._batch_size)]
+            longer = members[full:]
+            if longest:
+                longer, wider = longer[:0], longer
+        if not batches:
+            batches = [np.r_[len(self.shapes) - 1, np.resize(wider, self._batch_size)]]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
 class RewardBatches:
-    """Reward examples in batches of a few fixed shapes [B C T], right-padded.
+    """Reward examples in batches of a few fixed shapes [B C T], right-padded; see `_Buckets` for their order.
 
     A bucket's candidate count is the smallest of 1, 2 and `max_candidates` that holds the example, its length the
-    smallest of `buckets` that holds its longest candidate. Each epoch is shuffled, then cut into full batches inside
-    each bucket; what is left over moves to the next length, and from the largest length to that of the next candidate
-    count, always in the same number. At the end fewer than a batch are left: `left_out` examples sit out an epoch,
-    other ones each time. With fewer examples than one batch, they repeat to fill it.
+    smallest of `buckets` that holds its longest candidate. `left_out` examples sit out an epoch.
 
     Args:
       examples: of `examples.reward_examples`.
@@ -195,69 +239,39 @@ class RewardBatches:
             raise InputError(
                 "no record has feedback that a reward model can learn from: rating, ranking, preference, edit or label"
             )
-        self.batch_size, self.pad_id, self.max_candidates = batch_size, pad_id, max_candidates
+        self.batch_size, self.pad_id = batch_size, pad_id
         self.cut_candidates = sum(max(0, len(example.candidates) - max_candidates) for example in examples)
         self.examples = examples = [example.first(max_candidates) for example in examples]
         lengths = sorted(buckets)
         counts = sorted({min(count, max_candidates) for count in (1, 2, max_candidates)})
         places = [self._bucket(example, counts, lengths) for example in examples]
-        used = {count for count, _ in places}
-        self._buckets = [Bucket(count, length) for count in counts if count in used for length in lengths]
-        self._members = {bucket: np.flatnonzero([place == bucket for place in places]) for bucket in self._buckets}
-        self._epochs = _Epochs(seed)
-        self._batches = self._epochs.order(0, self._arrange)
-        self.steps_per_epoch = len(self._batches)
+        self._buckets = _Buckets(places, lengths, batch_size=batch_size, seed=seed)
+        self.steps_per_epoch = self._buckets.steps_per_epoch
         self.left_out = max(0, len(examples) - self.steps_per_epoch * batch_size)
-        shapes = {self._shape(batch) for batch in self._batches}
-        self.bucket_shapes = [(batch_size, *bucket) for bucket in self._buckets if bucket in shapes]
+        self.bucket_shapes = [(batch_size, *shape) for shape in self._buckets.used]
 
-    def _bucket(self, example: RewardExample, counts: list[int], lengths: list[int]) -> Bucket:
-        longest = max(len(candidate) for candidate in example.candidates[: self.max_candidates])
+    @staticmethod
+    def _bucket(example: RewardExample, counts: list[int], lengths: list[int]) -> Bucket:
+        longest = max(len(candidate) for candidate in example.candidates)
         if longest > lengths[-1]:
             raise InputError(
                 f"record {example.record}: a sequence of {longest} tokens; the largest bucket holds {lengths[-1]}"
             )
-        count = min(len(example.candidates), self.max_candidates)
-        return Bucket(counts[bisect.bisect_left(counts, count)], lengths[bisect.bisect_left(lengths, longest)])
+        count = counts[bisect.bisect_left(counts, len(example.candidates))]
+        return Bucket(count, lengths[bisect.bisect_left(lengths, longest)])
 
-    def _arrange(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Rows [B + 1] of the epoch: the bucket's number, then the indices of its examples."""
-        batches = []
-        longer = wider = np.zeros(0, np.int64)  # left over, for the next length and for the next candidate count
-        for number, bucket in enumerate(self._buckets):
-            longest = bucket.length == self._buckets[-1].length
-            members = np.concatenate([longer, self._members[bucket], wider if longest else wider[:0]])
-            members = members[rng.permutation(len(members))]
-            full = len(members) // self.batch_size * self.batch_size
-            batches += [np.r_[number, batch] for batch in members[:full].reshape(-1, self.batch_size)]
-            longer = members[full:]
-            if longest:
-                longer, wider = longer[:0], longer
-        if not batches:
-            batches = [np.r_[len(self._buckets) - 1, np.resize(wider, self.batch_size)]]
-        return [batches[i] for i in rng.permutation(len(batches))]
+    def batch_at(self, step: int) -> RewardBatch:
+        """The step's rows; fields as in `types.RewardBatch`."""
+        shape, indices = self._buckets.at(step)
+        return self._build(indices, shape)
 
-    def _shape(self, batch: np.ndarray) -> Bucket:
-        return self._buckets[batch[0]]
-
-    def batch_at(self, step: int, *, process: int = 0, processes: int = 1) -> RewardBatch:
-        """The step's rows of this process; fields as in `types.RewardBatch`."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        batch = self._epochs.order(epoch, self._arrange)[index]
-        return self._build(batch[1:][_share(self.batch_size, process, processes)], self._shape(batch))
-
-    def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[tuple[np.ndarray, RewardBatch]]:
+    def evaluation(self) -> Iterator[tuple[np.ndarray, RewardBatch]]:
         """Every example exactly once, in a few shapes: (indices [B] into `examples`, -1 for a row of padding; batch).
 
-        Rows of padding are masked out everywhere. The indices are those of this process's rows.
+        Rows of padding are masked out everywhere.
         """
-        share = _share(self.batch_size, process, processes)
-        for bucket in self._buckets:
-            members = self._members[bucket]
-            indices = np.concatenate([members, np.full(-len(members) % self.batch_size, -1)])
-            for start in range(0, len(indices), self.batch_size):
-                rows = indices[start : start + self.batch_size][share]
-                yield rows, self._build(rows, bucket)
+        for shape, indices in self._buckets.once():
+            yield indices, self._build(indices, shape)
 
     def _build(self, rows: np.ndarray, bucket: Bucket) -> RewardBatch:
         shape = (len(rows), bucket.candidates)
@@ -282,52 +296,55 @@ class RewardBatches:
 
 
 class PromptBatches:
-    """Left-padded prompts; each epoch in another order. Fewer prompts than a batch repeat to fill it.
+    """Left-padded prompts in batches of a few lengths; see `_Buckets` for their order.
 
     `row_ids` are step * batch_size + row, so no two rows of a run share their noise.
+
+    Args:
+      prompts: token lists.
+      buckets: lengths in tokens; a prompt goes to the smallest that holds it.
+    Raises:
+      InputError: no prompt, an empty one, or one longer than the largest bucket.
     """
 
-    def __init__(self, prompts: Sequence[list[int]], *, batch_size: int, prompt_len: int, seed: int, pad_id: int):
+    def __init__(
+        self, prompts: Sequence[list[int]], *, batch_size: int, buckets: Sequence[int], seed: int, pad_id: int
+    ):
         if not prompts:
             raise InputError("no prompt to sample from: the records are empty")
+        lengths = sorted(buckets)
         for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= prompt_len:
-                raise InputError(f"prompt {i}: found {len(prompt)} tokens; allowed: 1 to prompt_len={prompt_len}")
-        self.prompts, self.batch_size, self.prompt_len, self.pad_id = prompts, batch_size, prompt_len, pad_id
-        self.steps_per_epoch = max(1, len(prompts) // batch_size)
-        self._epochs = _Epochs(seed)
-
-    def _shuffle(self, rng: np.random.Generator) -> list[np.ndarray]:
-        order = np.resize(rng.permutation(len(self.prompts)), self.steps_per_epoch * self.batch_size)
-        return list(order.reshape(self.steps_per_epoch, self.batch_size))
+            if not 0 < len(prompt) <= lengths[-1]:
+                raise InputError(f"prompt {i}: found {len(prompt)} tokens; allowed: 1 to {lengths[-1]}")
+        self.prompts, self.batch_size, self.pad_id = prompts, batch_size, pad_id
+        places = [Bucket(1, lengths[bisect.bisect_left(lengths, len(prompt))]) for prompt in prompts]
+        self._buckets = _Buckets(places, lengths, batch_size=batch_size, seed=seed)
+        self.steps_per_epoch = self._buckets.steps_per_epoch
+        self.lengths = [shape.length for shape in self._buckets.used]  # P of the batches that occur
 
     def indices_at(self, step: int) -> np.ndarray:
         """Which prompts make the step's global batch: [B] indices into `prompts`."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._epochs.order(epoch, self._shuffle)[index]
+        return self._buckets.at(step)[1]
 
-    def batch_at(self, step: int, *, process: int = 0, processes: int = 1) -> PromptBatch:
-        """The step's rows of this process: tokens [B P], mask [B P], row_ids [B]."""
-        share = _share(self.batch_size, process, processes)
+    def batch_at(self, step: int) -> PromptBatch:
+        """The step's rows: tokens [B P], mask [B P], row_ids [B]."""
+        shape, indices = self._buckets.at(step)
         row_ids = (step * self.batch_size + np.arange(self.batch_size)) % 2**31
-        return self._build(self.indices_at(step)[share], row_ids[share])
+        return self._build(indices, row_ids, shape.length)
 
-    def evaluation(self, *, process: int = 0, processes: int = 1) -> Iterator[tuple[np.ndarray, PromptBatch]]:
-        """Every prompt once, in order: (indices [B], -1 for a row that only fills the last batch; batch).
+    def evaluation(self) -> Iterator[tuple[np.ndarray, PromptBatch]]:
+        """Every prompt once: (indices [B], -1 for a row that only fills a batch; batch).
 
-        Filling rows repeat prompts; `row_ids` are the places in this order.
+        Filling rows repeat prompt 0; a prompt's row id is its index.
         """
-        share = _share(self.batch_size, process, processes)
-        count = len(self.prompts)
-        for start in range(0, count, self.batch_size):
-            places = np.arange(start, start + self.batch_size)[share]
-            yield np.where(places < count, places, -1), self._build(places % count, places)
+        for shape, indices in self._buckets.once():
+            yield indices, self._build(np.maximum(indices, 0), indices % 2**31, shape.length)
 
-    def _build(self, indices: np.ndarray, row_ids: np.ndarray) -> PromptBatch:
-        tokens = np.full((len(indices), self.prompt_len), self.pad_id, np.int32)
+    def _build(self, indices: np.ndarray, row_ids: np.ndarray, length: int) -> PromptBatch:
+        tokens = np.full((len(indices), length), self.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for i, index in enumerate(indices):
             prompt = self.prompts[index]
-            tokens[i, self.prompt_len - len(prompt) :], mask[i, self.prompt_len - len(prompt) :] = prompt, True
+            tokens[i, length - len(prompt) :], mask[i, length - len(prompt) :] = prompt, True
         fields: tuple[Any, ...] = (tokens, mask, row_ids.astype(np.int32))
         return PromptBatch(*fields)

@@ -150,6 +150,7 @@ def prompts_from_records(
     max_tokens: int = 6,
     max_length: int | None = None,
     truncate: bool = False,
+    remedy: str = "shorten the prompt",
 ) -> list[list[int]]:
     """One prompt a record, in the records' order: BOS + its prompt or, where it has none, its text's first tokens.
 
@@ -159,6 +160,7 @@ def prompts_from_records(
     Args:
       max_length: of BOS + prompt, in tokens; None: any.
       truncate: cut longer prompts on the left (BOS stays), else refuse.
+      remedy: what the error tells the user to do.
     Raises:
       InputError: a prompt is too long and truncate is False (names the record), or min_tokens > max_tokens.
     """
@@ -174,7 +176,7 @@ def prompts_from_records(
         if max_length is not None and len(tokens) > max_length:
             if not truncate:
                 found = f"found {len(tokens)} tokens with BOS"
-                raise InputError(f"{record.where}: field 'prompt': {found}; allowed: at most {max_length}")
+                raise InputError(f"{record.where}: field 'prompt': {found}; allowed: at most {max_length}; {remedy}")
             tokens = tokens[:1] + tokens[len(tokens) - max_length + 1 :]
         prompts.append(tokens)
     return prompts

@@ -6,16 +6,15 @@ import functools
 import hashlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lfjax.config import init_from
-from lfjax.loops.ppo import Policy, fetch, make_reward, prompt_batches, texts
+from lfjax.loops.ppo import Policy, fetch, make_reward, prompt_batches, prompt_shapes, texts
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import texts_of
 from lfjax.rewards import diversity, lexicon
-from lfjax.sharding import Step, batch_sharding, jit_step, place
+from lfjax.sharding import Step, global_batch, jit_step
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.types import Generation
 
@@ -30,7 +29,6 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     after = "ppo" if "ppo" in before else "sft"  # the config was checked for one of them
     names = {"before": init_from(run.config, after), "after": after}
     policies = {which: Policy(run, f"{after}.init_from", name) for which, name in names.items()}
-    policies["after"].rollout = policies["before"].rollout  # of the same shape: one program writes for both
     measure = _logprobs(run, policies["before"].model)
     reward = make_reward(run) if after == "ppo" else None
     figures: dict[str, float] = {}
@@ -73,57 +71,60 @@ def _logprobs(run: Run, model) -> Step:
         own, ref = (stats(p, *fields).logprobs for p in (params, ref_params))
         return jnp.where(g.mask, own, 0.0), jnp.where(g.mask, ref, 0.0)
 
-    return jit_step(logprobs, name="evaluate logprobs")
+    return jit_step(logprobs, name="evaluate logprobs", shapes=prompt_shapes(run))
 
 
 def _write(run: Run, policy: Policy, reference, measure: Step, reward) -> dict[str, Any]:
     """Samples of one model on the held-out prompts, and what can be said of them."""
-    section = run.config.evaluate
     records = held_out_records(run)
-    batches = prompt_batches(run, records, section.batch_size)
     key = run.key("evaluate")
     parts = []
-    for indices, whole in batches.evaluation():
-        prompts = place(whole, batch_sharding(run.mesh))
+    for indices, whole in prompt_batches(run, records, run.config.evaluate.batch_size).evaluation():
+        prompts = global_batch(whole, run.mesh)
         # the same key for every batch: row ids are global, so no two rows share their noise
-        generation = policy.rollout.fixed(policy.params, prompts, key, np.int32(0))
-        own, ref = measure.fixed(policy.params, reference, generation)
-        scores = None if reward is None else reward(generation, [records[i] for i in indices])
-        parts.append((generation, own, ref, own[:, 0] * 0 if scores is None else scores))
-    generation, own, ref, scores = jax.tree.map(
-        lambda *x: np.concatenate([np.asarray(y) for y in x])[: section.prompts], *fetch(run, parts)
-    )
-    return _describe(run, generation, own, ref, scores if reward is not None else None)
+        generation = policy.rollout(policy.params, prompts, key, np.int32(0))
+        own, ref = measure(policy.params, reference, generation)
+        scores = reward(generation, [records[i] for i in indices]) if reward else own[:, 0]
+        parts.append((indices, (generation, own, ref, scores)))
+    rows: list[dict[str, Any]] = [{}] * len(records)
+    for indices, part in parts:
+        for index, row in zip(indices, _rows(run, *fetch(run, part)), strict=True):
+            if index >= 0:
+                rows[index] = row if reward else {**row, "score": None}
+    return {"figures": _figures(rows), "rows": rows}
 
 
-def _describe(run: Run, generation: Generation, own, ref, scores) -> dict[str, Any]:
-    prompts, responses = texts(run, generation)
-    whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-    kl = (own - ref).sum(axis=1)
-    length = generation.mask.sum(axis=1)
+def _rows(run: Run, generation: Generation, own, ref, scores) -> list[dict[str, Any]]:
+    """A row of samples.jsonl for each response; logprob and kl are sums over the response, in nats."""
+    length = np.asarray(generation.mask).sum(axis=1)
     last = np.take_along_axis(np.asarray(generation.tokens), np.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
+    prompts, responses = texts(run, generation)
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "score": float(scores[i]),
+            "logprob": float(own[i].sum()),
+            "kl": float((own[i] - ref[i]).sum()),
+            "length": int(length[i]),
+            "ended": int(last[i]) in run.stop_ids,
+            "judge": float(lexicon.compound_scores([prompt + response])[0]),
+        }
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the rows, and what can only be said of all of them together."""
+    responses = [row["response"] for row in rows]
     figures = {
-        "judge/positive_*": lexicon.positive_share(whole),
+        "judge/positive_*": lexicon.positive_share([row["prompt"] + row["response"] for row in rows]),
         "judge/positive_response_*": lexicon.positive_share(responses),
         "diversity/distinct2_*": diversity.matched_distinct2(responses),
         "diversity/unique_*": diversity.unique_share(responses),
-        "ppo/length_*": float(length.mean()),
-        "ppo/eos_share_*": float((last == run.tokenizer.eos_id).mean()),
-        "ppo/kl_*": float(kl.mean()),
     }
-    if scores is not None:
-        figures["ppo/score_*"] = float(np.mean(scores))
-    compound = lexicon.compound_scores(whole)
-    rows = [
-        {
-            "prompt": prompts[i],
-            "response": responses[i],
-            "score": None if scores is None else float(scores[i]),
-            "logprob": float(own[i].sum()),
-            "kl": float(kl[i]),
-            "length": int(length[i]),
-            "judge": float(compound[i]),
-        }
-        for i in range(len(prompts))
-    ]
-    return {"figures": {name: value for name, value in figures.items() if np.isfinite(value)}, "rows": rows}
+    means = {"ppo/length_*": "length", "ppo/eos_share_*": "ended", "ppo/kl_*": "kl", "ppo/score_*": "score"}
+    for name, column in means.items():
+        if rows[0][column] is not None:
+            figures[name] = float(np.mean([row[column] for row in rows]))
+    return {name: value for name, value in figures.items() if np.isfinite(value)}

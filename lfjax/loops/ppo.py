@@ -12,11 +12,10 @@ import numpy as np
 
 from lfjax.config import InputError, cause_of, init_from, is_function
 from lfjax.data.batching import PromptBatches
-from lfjax.data.examples import prompts_from_records
 from lfjax.loops.run import Run
-from lfjax.loops.supervised import compute_settings, host_batch, total_steps, training_parts
+from lfjax.loops.supervised import compute_settings, run_prompts, total_steps, training_parts
 from lfjax.loops.training import train
-from lfjax.sharding import batch_sharding, global_batch, jit_step, place, replicated, shardings_for
+from lfjax.sharding import global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.tokenizers import response_text
@@ -24,7 +23,7 @@ from lfjax.types import Generation, Rollout
 
 
 class Policy:
-    """A language model that writes: its parameters on the mesh and one rollout program a batch shape."""
+    """A language model that writes: its parameters on the mesh and one rollout program a prompt length."""
 
     def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None):
         self.run = run
@@ -37,13 +36,17 @@ class Policy:
         function = functools.partial(
             run.steps["ppo_rollout"],
             model=self.model,
-            eos_ids=(run.tokenizer.eos_id,),
+            eos_ids=run.stop_ids,
             pad_id=run.tokenizer.pad_id,
             **options,
         )
-        self.rollout = jit_step(
-            lambda params, prompts, key, index: function(params, prompts, jax.random.fold_in(key, index)),
-            name="ppo_rollout",
+        self.rollout = run.program(
+            ("ppo_rollout", self.model.config, *sorted(options.items())),
+            lambda: jit_step(
+                lambda params, prompts, key, index: function(params, prompts, jax.random.fold_in(key, index)),
+                name="ppo_rollout",
+                shapes=prompt_shapes(run),
+            ),
         )
 
 
@@ -57,11 +60,14 @@ class LearnedReward:
         self.config = compute_settings(run, loaded.model.config, dropout=0.0)
         self.params = loaded.params
         model = run.transformer(self.config)
-        self.step = jit_step(functools.partial(run.steps["ppo_score"], model=model), name="ppo_score")
+        function = functools.partial(run.steps["ppo_score"], model=model)
+        self.step = run.program(
+            ("ppo_score", self.config), lambda: jit_step(function, name="ppo_score", shapes=prompt_shapes(run))
+        )
 
     def __call__(self, generation: Generation, records) -> jax.Array:
         """Raw scores [B]; `records` are not read."""
-        return self.step.fixed(self.params, generation)
+        return self.step(self.params, generation)
 
 
 class FunctionReward:
@@ -94,7 +100,7 @@ class FunctionReward:
                 f"config.ppo.reward: {self.dotted} gave {scores[row]} for the response {responses[row]!r};"
                 " return finite numbers"
             )
-        return place(scores, batch_sharding(self.run.mesh))
+        return global_batch(scores, self.run.mesh)
 
 
 def make_reward(run: Run) -> LearnedReward | FunctionReward:
@@ -117,16 +123,13 @@ def texts(run: Run, generation: Generation | Rollout) -> tuple[list[str], list[s
 
 def prompt_batches(run: Run, records, batch_size: int) -> PromptBatches:
     """One prompt a record; a batch's rows are `indices_at(step)` into the records."""
-    section = run.config.ppo
-    prompts = prompts_from_records(
-        records,
-        run.tokenizer,
-        min_tokens=section.prompt_min,
-        max_tokens=section.prompt_max,
-        max_length=section.prompt_len,
-    )
-    options = {"prompt_len": section.prompt_len, "seed": run.config.seed, "pad_id": run.tokenizer.pad_id}
-    return PromptBatches(prompts, batch_size=batch_size, **options)
+    options = {"buckets": run.config.ppo.prompt_buckets, "seed": run.config.seed, "pad_id": run.tokenizer.pad_id}
+    return PromptBatches(run_prompts(run, records), batch_size=batch_size, **options)
+
+
+def prompt_shapes(run: Run) -> int:
+    """How many shapes prompts come in: every length, in PPO's batches and in the evaluation's."""
+    return len(run.config.ppo.prompt_buckets) * len({run.config.ppo.batch_size, run.config.evaluate.batch_size})
 
 
 def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
@@ -162,8 +165,8 @@ def measure_norm(run: Run, policy: Policy, reward, batches, records, key) -> Rew
         return RewardNorm.identity()
     scores = []
     for index in range(-(-wanted // run.config.ppo.batch_size)):
-        prompts = global_batch(host_batch(batches, index), run.mesh)
-        generation = policy.rollout.fixed(policy.params, prompts, key, np.int32(index))
+        prompts = global_batch(batches.batch_at(index), run.mesh)
+        generation = policy.rollout(policy.params, prompts, key, np.int32(index))
         scores.append(reward(generation, [records[i] for i in batches.indices_at(index)]))
     values = np.concatenate([np.asarray(s, np.float64) for s in fetch(run, scores)])[:wanted]
     return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(values.std() if values.std() > 1e-4 else 1.0))
@@ -208,8 +211,8 @@ def ppo_stage(run: Run) -> dict[str, float]:
     latest: dict[str, Rollout] = {}
 
     def one(state: PPOState, index: int):
-        prompts = global_batch(host_batch(batches, index), run.mesh)
-        generation = policy.rollout.fixed(state.policy.params, prompts, keys["rollout"], state.step)
+        prompts = global_batch(batches.batch_at(index), run.mesh)
+        generation = policy.rollout(state.policy.params, prompts, keys["rollout"], state.step)
         scores = reward(generation, [records[i] for i in batches.indices_at(index)])
         args = (
             state.policy.params,
@@ -220,14 +223,14 @@ def ppo_stage(run: Run) -> dict[str, float]:
             state.kl_coef,
             state.reward_norm,
         )
-        rollout = latest["rollout"] = experience.fixed(*args)
-        return update.fixed(state, rollout, keys["update"])
+        rollout = latest["rollout"] = experience(*args)
+        return update(state, rollout, keys["update"])
 
     def sample_rows(state, done: int) -> None:
         if section.samples_every and done % section.samples_every == 0:
             run.log.samples("ppo", done, rollout_rows(run, latest["rollout"], limit=8))
 
-    tokens = section.batch_size * (section.prompt_len + section.rollout_step.max_new_tokens)
+    tokens = section.batch_size * (float(np.mean(batches.lengths)) + section.rollout_step.max_new_tokens)
     state, out = train(
         run,
         "ppo",
@@ -251,14 +254,14 @@ def reference_dtype(section) -> Any:
 
 
 def _programs(run: Run, models: PPOModels, txs, state_shardings):
-    section, eos = run.config.ppo, (run.tokenizer.eos_id,)
+    section = run.config.ppo
     temperature = section.rollout_step.temperature
     update_step = section.update_step.to_dict()
     pieces = update_step["minibatches"] * update_step["num_microbatches"]
     make = functools.partial(
         run.steps["ppo_experience"],
         models=models,
-        eos_ids=eos,
+        eos_ids=run.stop_ids,
         temperature=temperature,
         minibatches=pieces,
         **section.experience_step.to_dict(),
@@ -269,12 +272,14 @@ def _programs(run: Run, models: PPOModels, txs, state_shardings):
             policy, value, ref, generation, scores, kl_coef=kl_coef, reward_norm=norm
         ),
         name="ppo_experience",
+        shapes=len(section.prompt_buckets),
     )
     update = jit_step(
         lambda state, rollout, key: learn(state, rollout, jax.random.fold_in(key, state.step)),
         name="ppo_update",
         donate=(0,),
         out_shardings=(state_shardings, replicated(run.mesh)),
+        shapes=len(section.prompt_buckets),
     )
     return experience, update
 

@@ -17,7 +17,6 @@ from lfjax.loops.supervised import (
     compiled_step,
     compute_settings,
     create_state,
-    host_batch,
     total_steps,
     training_parts,
 )
@@ -59,7 +58,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     function = functools.partial(run.steps["reward"], model=model, tx=tx, **section.step.to_dict())
     first = {}
     for index in range(batches.steps_per_epoch):
-        batch = host_batch(batches, index)
+        batch = batches.batch_at(index)
         first.setdefault(batch.tokens.shape, batch)
         if len(first) == len(batches.bucket_shapes):
             break
@@ -74,7 +73,7 @@ def reward_stage(run: Run) -> dict[str, float]:
         run,
         "reward",
         state,
-        lambda state, index: step(state, host_batch(batches, index)),
+        lambda state, index: step(state, batches.batch_at(index)),
         total=total,
         tokens_per_step=float(np.mean([np.prod(shape) for shape in first])),
         evaluate=figures,

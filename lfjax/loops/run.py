@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.transformer import Transformer
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
-from lfjax.tokenizers import sentencepiece
+from lfjax.tokenizers import sentencepiece, stop_ids
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -45,6 +46,24 @@ class Interrupted(Exception):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on (non-finite updates in a row, say). Exit code 1."""
+
+
+class Meter:
+    """What a stage has cost over all the processes that worked on it."""
+
+    def __init__(self):
+        self._began, self._compiled = time.perf_counter(), Counter(Step.compiled)
+        self._seconds, self._programs = 0.0, Counter()
+
+    def restore(self, reading: Mapping[str, Any]) -> None:
+        """Adds what earlier processes had read."""
+        self._seconds, self._programs = reading["seconds"], Counter(reading["programs"])
+
+    def read(self) -> dict[str, Any]:
+        """{"seconds", "programs": {name: times compiled}}; a program counts once, whoever compiled it again."""
+        own = Counter(Step.compiled) - self._compiled
+        seconds = self._seconds + time.perf_counter() - self._began
+        return {"seconds": seconds, "programs": dict(sorted((self._programs | own).items()))}
 
 
 class Run:
@@ -65,6 +84,8 @@ class Run:
         self._open_workdir()
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
+        self.meter = Meter()
+        self._programs: dict[Any, Step] = {}
 
     def _check_batches(self) -> None:
         shards = batch_shards(self.mesh)
@@ -176,6 +197,11 @@ class Run:
         """The run's tokenizer: that of the model it starts from, the one configured, or the one it trained."""
         return sentencepiece.load(self.tokenizer_folder)
 
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response: EOS and `config.ppo.stop`."""
+        return stop_ids(self.tokenizer, self.config.ppo.stop, "config.ppo.stop")
+
     @property
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer is read from."""
@@ -253,6 +279,12 @@ class Run:
         """Host arrays onto the mesh by the run's rules."""
         return place(tree, shardings_for(tree, self.mesh, self.rules))
 
+    def program(self, key, make: Callable[[], Step]) -> Step:
+        """The step made for this hashable key, once: stages that run the same program share it."""
+        if key not in self._programs:
+            self._programs[key] = make()
+        return self._programs[key]
+
     def key(self, purpose: str):
         """The key of one purpose, on every device; fold the step in."""
 
@@ -270,7 +302,7 @@ class Run:
         return Checkpoints(self.checkpoint_folder(stage), keep=self.config[stage].keep)
 
     def finished(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left: {"figures", "seconds", "programs", "config"}; None while it is not done."""
+        """What a finished stage left: its figures, a `Meter` reading, the config's hash; None while it is not done."""
         path = self.checkpoint_folder(stage) / FINISHED
         return read_json(path) if path.exists() else None
 
@@ -338,12 +370,9 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
             run.log.summary(done["figures"])
             if run.stopping():
                 raise Interrupted(f"stopped after stage {stage}")
-        run.log.summary(
-            {
-                "time/total_s": sum(done["seconds"] for done in totals),
-                "compile/count": sum(done["programs"] for done in totals),
-            }
-        )
+        programs = functools.reduce(Counter.__or__, (Counter(done["programs"]) for done in totals))
+        seconds = sum(done["seconds"] for done in totals)
+        run.log.summary({"time/total_s": seconds, "compile/count": programs.total()})
     finally:
         signal.signal(signal.SIGTERM, previous[0])
         signal.signal(signal.SIGINT, previous[1])
@@ -352,15 +381,9 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
 
 
 def _run_stage(run: Run, stage: str, function: Callable[[Run], dict[str, float]]) -> dict[str, Any]:
-    started, programs = time.perf_counter(), Step.compiled_total
-    figures = dict(function(run))
-    seconds = time.perf_counter() - started + figures.pop("seconds_before", 0.0)
-    done = {
-        "figures": figures,
-        "seconds": seconds,
-        "programs": Step.compiled_total - programs,
-        "config": run.config_hash,
-    }
+    run.meter = Meter()
+    figures = function(run)
+    done = {"figures": figures, **run.meter.read(), "config": run.config_hash}
     if jax.process_index() == 0:
         run.checkpoint_folder(stage).mkdir(parents=True, exist_ok=True)
         write_json(run.checkpoint_folder(stage) / FINISHED, done)

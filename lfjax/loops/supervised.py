@@ -12,15 +12,15 @@ import numpy as np
 
 from lfjax.config import InputError, init_from, optim_section
 from lfjax.data.batching import PackedRows
-from lfjax.data.examples import pretraining_documents, prompt_tokens, sft_documents
+from lfjax.data.examples import pretraining_documents, prompts_from_records, sft_documents
 from lfjax.loops.run import Run
 from lfjax.loops.training import train
 from lfjax.metrics import Window
 from lfjax.models import presets
 from lfjax.optim import make_optimizer, schedule
-from lfjax.sharding import abstract, batch_sharding, global_batch, jit_step, place, replicated, shardings_for
+from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState
-from lfjax.tokenizers import sentencepiece
+from lfjax.tokenizers import sentencepiece, stop_ids
 
 
 def tokenizer_stage(run: Run) -> dict[str, float]:
@@ -35,7 +35,9 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
             vocab_size=options.vocab_size,
             model_type=options.model_type,
         )
-    _check_prompts(run, tokenizer)
+    if "ppo" in run.stages:  # what PPO could not use is better known before hours of training
+        run_prompts(run, [*run.records.train, *run.records.test], tokenizer)
+        stop_ids(tokenizer, run.config.ppo.stop, "config.ppo.stop")
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
     counts = {f"data/{name}": float(value) for name, value in run.records.counts.items()}
     return {
@@ -45,17 +47,21 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
     }
 
 
-def _check_prompts(run: Run, tokenizer) -> None:
-    """Prompts that PPO could not use are better known before hours of training."""
-    if "ppo" in run.stages:
-        longest = run.config.ppo.prompt_len
-        for record in (*run.records.train, *run.records.test):
-            if record.prompt and len(prompt_tokens(record, tokenizer)) > longest:
-                found = len(prompt_tokens(record, tokenizer))
-                raise InputError(
-                    f"{record.where}: field 'prompt': {found} tokens with BOS; allowed: at most config.ppo.prompt_len ="
-                    f" {longest}; raise that (with config.model.context), or shorten the prompt"
-                )
+def run_prompts(run: Run, records, tokenizer=None) -> list[list[int]]:
+    """The prompts of PPO and the evaluation, one a record.
+
+    Raises:
+      InputError: one is longer than the largest of `config.ppo.prompt_buckets`.
+    """
+    section = run.config.ppo
+    return prompts_from_records(
+        records,
+        tokenizer or run.tokenizer,
+        min_tokens=section.prompt_min,
+        max_tokens=section.prompt_max,
+        max_length=max(section.prompt_buckets),
+        remedy="raise config.ppo.prompt_buckets (with config.model.context), or shorten the prompt",
+    )
 
 
 def model_config(run: Run):
@@ -162,7 +168,7 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     tx, rate = training_parts(run, stage, total)
     state, shardings = create_state(run, LMState, params, tx)
     function = functools.partial(run.steps["sft"], model=model, tx=tx, **section.step.to_dict())
-    step = compiled_step(run, stage, function, state, shardings, [host_batch(packed, 0)], stage)
+    step = compiled_step(run, stage, function, state, shardings, [packed.batch_at(0)], stage)
     evaluate = held_out(run, model, validation)
     text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
 
@@ -177,7 +183,7 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
         return out
 
     def one(state, index):
-        state, metrics = step(state, host_batch(packed, index))
+        state, metrics = step(state, packed.batch_at(index))
         return state, {name.replace("sft/", f"{stage}/"): value for name, value in metrics.items()}
 
     state, out = train(
@@ -195,16 +201,18 @@ def texts_of(records) -> list[str]:
 
 def held_out(run: Run, model, rows: PackedRows):
     """params -> (mean nats per target token, number of target tokens) over every row once."""
-    step = jit_step(
-        functools.partial(run.steps["evaluate"], model=model), name="evaluate", out_shardings=replicated(run.mesh)
+    function = functools.partial(run.steps["evaluate"], model=model)
+    step = run.program(
+        ("evaluate", dataclasses.replace(model.config, dropout=0.0)),
+        lambda: jit_step(
+            function, name="evaluate", out_shardings=replicated(run.mesh), shapes=2
+        ),  # pretrain's and sft's
     )
 
     def evaluate(params) -> tuple[float, float]:
         window = Window()
         for whole in rows.evaluation():
-            batch = place(whole, batch_sharding(run.mesh))
-            step.compile(*abstract((params, batch)))
-            window.add(step(params, batch))
+            window.add(step(params, global_batch(whole, run.mesh)))
         total, weight = window.pending()["evaluate/nll"]
         return total / weight, weight
 
@@ -216,8 +224,3 @@ def unigram_nll(train, validation, vocab_size: int) -> float:
     counts = 1.0 + np.bincount([t for tokens in train for t in tokens[1:]], minlength=vocab_size)
     logprobs = np.log(counts / counts.sum())
     return -float(np.mean(logprobs[[t for tokens in validation for t in tokens[1:]]]))
-
-
-def host_batch(batches, index: int):
-    """The whole batch of a step: a pure function of the step, so every process can make it."""
-    return batches.batch_at(index)

@@ -37,22 +37,22 @@ def train(
       after: called at the end of each step (samples, say).
       shown: the metric beside the progress bar.
     Returns:
-      (final state, figures): the last evaluation's, the last log row's, and "seconds_before" of earlier processes.
+      (final state, figures): the last evaluation's and the last log row's.
     """
     section = run.config[stage]
     checkpoints, window = run.checkpoints(stage), Window()
-    start, figures, row, spent = 0, {}, {}, 0.0
+    start, figures, row = 0, {}, {}
     if checkpoints.latest_step() is not None:
         state, extra = checkpoints.restore(state)
-        start, figures, row, spent = extra["step"], extra["figures"], extra["row"], extra["seconds"]
+        start, figures, row = extra["step"], extra["figures"], extra["row"]
         window.restore(extra["pending"])
+        run.meter.restore(extra["meter"])
     run.log.cut(run.stages, stage, start if start else -1)
-    began = last = time.perf_counter()
+    last = time.perf_counter()
     logged = start
 
     def save(done: int) -> None:
-        seconds = spent + time.perf_counter() - began
-        extra = {"step": done, "figures": figures, "row": row, "seconds": seconds, "pending": window.pending()}
+        extra = {"step": done, "figures": figures, "row": row, "pending": window.pending(), "meter": run.meter.read()}
         checkpoints.save(done, state, extra)
 
     progress = Progress(stage, total, start=start, shown=jax.process_index() == 0)
@@ -86,7 +86,7 @@ def train(
                 save(done)
                 raise Interrupted(f"stage {stage} stopped and saved at step {done} of {total}")
     last_row = {name: value for name, value in row.items() if not name.startswith("optim/")}
-    return state, {**last_row, **figures, "seconds_before": spent}
+    return state, {**last_row, **figures}
 
 
 def _check_finite(run: Run, stage: str, state: Any, done: int) -> None:

@@ -92,7 +92,8 @@ def _stages(folder: pathlib.Path, order: list[str], series, timing) -> list[Stag
         rows = sum(row.get("seconds") or 0.0 for row in timing.get(stage, ()))
         seconds = finished[stage].get("seconds", rows or None)
         state = "done" if done else "started" if begun[index] else "missing"
-        stages.append(Stage(stage, state, seconds, finished[stage].get("programs")))
+        programs = finished[stage].get("programs")
+        stages.append(Stage(stage, state, seconds, sum(programs.values()) if isinstance(programs, dict) else None))
     return stages
 
 

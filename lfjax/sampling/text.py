@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from lfjax.sampling.generate import generate
-from lfjax.tokenizers import response_text
+from lfjax.tokenizers import response_text, stop_ids
 
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of it, so that few lengths are compiled
 
@@ -19,6 +21,7 @@ def sample_texts(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
     """One continuation a prompt, with a model as `lfjax.interop.hf.load` gives it.
@@ -28,8 +31,9 @@ def sample_texts(
       prompts: texts; "" starts from BOS alone.
       max_new_tokens: None is 64, or what the model's context leaves room for.
       temperature, top_k, top_p: as in `generate`.
+      stop: texts of one token each that end a continuation, besides EOS.
     Raises:
-      InputError: prompt and continuation are longer than the model's context.
+      InputError: a stop text is not one token, or prompt and continuation are longer than the model's context.
     """
     tokenizer = loaded.tokenizer
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -41,6 +45,7 @@ def sample_texts(
     mask = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+    ends = stop_ids(tokenizer, stop, "stop")
     out = jax.jit(
         lambda params, tokens, mask, key: generate(
             loaded.model,
@@ -52,7 +57,7 @@ def sample_texts(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            eos_ids=(tokenizer.eos_id,),
+            eos_ids=ends,
             pad_id=tokenizer.pad_id,
         )
     )(loaded.params, tokens, mask, jax.random.key(seed))

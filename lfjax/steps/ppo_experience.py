@@ -62,21 +62,17 @@ def ppo_experience(
     old, ref, values = (jnp.where(mask, jnp.moveaxis(x, 0, 1).reshape(mask.shape), 0.0) for x in parts)
 
     norm = reward_norm or RewardNorm.identity()
-    length = jnp.sum(mask, axis=1)
-    last = last_true_index(mask)  # [B]
-    final_token = jnp.take_along_axis(generation.tokens, last[:, None], axis=1)[:, 0]
-    ended = jnp.isin(final_token, jnp.asarray(eos_ids)) & (length > 0)
-    short = (length < min_length) | (~ended & require_eos)
+    ended = has_ended(generation, eos_ids)  # [B]
+    short = (jnp.sum(mask, axis=1) < min_length) | (~ended & require_eos)
     normalised = (scores.astype(jnp.float32) - norm.mean) / norm.std
     final = jnp.where(short, jnp.minimum(normalised, 0.0) - penalty, normalised)  # [B]
 
     kl = jnp.where(mask, kl_estimates(old, ref, kind=kl_kind), 0.0)
-    at_last = (jnp.arange(mask.shape[1])[None, :] == last[:, None]) & mask
+    at_last = (jnp.arange(mask.shape[1])[None, :] == last_true_index(mask)[:, None]) & mask
     rewards = -kl_coef * kl + jnp.where(at_last, final[:, None], 0.0)  # [B R] float32
     shaped = masked_whiten(rewards, mask, shift_mean=False) if whiten_rewards else rewards
     advantages, returns = gae(shaped, values, mask, gamma=gamma, lam=lam)
-    if whiten_advantages:
-        advantages = masked_whiten(advantages, mask)
+    advantages = masked_whiten(advantages, mask) if whiten_advantages else advantages
     return Rollout(
         prompts=generation.prompts,
         prompt_mask=generation.prompt_mask,
@@ -93,3 +89,10 @@ def ppo_experience(
         raw_scores=scores.astype(jnp.float32),
         ended=ended,
     )
+
+
+def has_ended(generation: Generation, eos_ids: tuple[int, ...]):
+    """Whether a response's last token is one that ends it, [B] bool; an empty response has not."""
+    last = last_true_index(generation.mask)
+    token = jnp.take_along_axis(generation.tokens, last[:, None], axis=1)[:, 0]
+    return jnp.isin(token, jnp.asarray(eos_ids)) & jnp.any(generation.mask, axis=1)

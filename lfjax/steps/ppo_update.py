@@ -49,43 +49,35 @@ def ppo_update(
     """
     size = rollout.mask.shape[0]
 
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+
     def policy_loss(params, micro: Rollout):
         rows = (micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
         stats = response_stats(models.policy, params, *rows, temperature=temperature, chunk_size=chunk_size)
-        losses = clipped_policy_losses(
-            stats.logprobs, micro.old_logprobs, micro.advantages, clip_low=clip_low, clip_high=clip_high
-        )
-        change = jnp.where(micro.mask, stats.logprobs - micro.old_logprobs, 0.0)
-        ratio = jnp.exp(jnp.clip(change, -20.0, 20.0))
-        aux = {
-            "ppo/entropy": Mean.over(stats.entropy, micro.mask),
-            "ppo/approx_kl": Mean.over(0.5 * change**2, micro.mask),
-            "ppo/clip_fraction": Mean.over(((ratio < 1 - clip_low) | (ratio > 1 + clip_high)) * 1.0, micro.mask),
-            "ppo/ratio": Mean.over(ratio, micro.mask),
-            "ppo/ratio_error": Mean.over(jnp.abs(ratio - 1.0), micro.mask),
-        }
-        return Mean.over(losses - entropy_coef * stats.entropy, micro.mask), aux
+        losses = clipped_policy_losses(stats.logprobs, micro.old_logprobs, micro.advantages, **clip)
+        metrics = {"ppo/entropy": Mean.over(stats.entropy, micro.mask), **ratio_metrics(stats.logprobs, micro, **clip)}
+        return Mean.over(losses - entropy_coef * stats.entropy, micro.mask), metrics
 
     def value_loss(params, micro: Rollout):
         values = response_values(models.value, params, micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
         losses = clipped_value_losses(values, micro.values, micro.returns, clip=value_clip)
-        return Mean.over(value_coef * losses, micro.mask)
+        clipped = (jnp.abs(values - micro.values) > value_clip) * 1.0
+        metrics = {"ppo/value_clip_fraction": Mean.over(clipped, micro.mask)}
+        return Mean.over(value_coef * losses, micro.mask), metrics
 
     def minibatch_step(carry, rows):
         policy, value = carry
         batch = jax.tree.map(lambda x: x[rows], rollout)
         (loss, aux), grads = weighted_grads(policy_loss, policy.params, batch, num_microbatches, has_aux=True)
-        v_loss, v_grads = weighted_grads(value_loss, value.params, batch, num_microbatches)
+        (v_loss, v_aux), v_grads = weighted_grads(value_loss, value.params, batch, num_microbatches, has_aux=True)
         policy = policy.apply_gradients(grads, txs[0], loss=loss.value, step=state.step)
         value = value.apply_gradients(v_grads, txs[1], loss=v_loss.value, step=state.step)
-        norms = {"optim/grad_norm": grads, "optim/value_grad_norm": v_grads}
-        norms = {name: Mean.of(optax.tree.norm(tree)) for name, tree in norms.items()}
-        return (policy, value), {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux, **norms}
+        norms = {"optim/grad_norm": optax.tree.norm(grads), "optim/value_grad_norm": optax.tree.norm(v_grads)}
+        metrics = {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux, **v_aux}
+        return (policy, value), metrics | {name: Mean.of(norm) for name, norm in norms.items()}
 
-    def shuffled(key):
-        return jax.random.permutation(key, size).reshape(minibatches, size // minibatches)
-
-    order = jax.vmap(shuffled)(jax.random.split(rng, epochs)).reshape(epochs * minibatches, -1)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, size))(jax.random.split(rng, epochs))  # [epochs B]
+    order = orders.reshape(epochs * minibatches, size // minibatches)
     (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), order)
     first_error = Mean(*(x[0] for x in metrics.pop("ppo/ratio_error")))
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
@@ -94,6 +86,20 @@ def ppo_update(
     if kl_target > 0.0:
         kl_coef = adaptive_kl(kl_coef, metrics["ppo/kl"].value, size, target=kl_target, horizon=kl_horizon)
     return state.replace(policy=policy, value=value, kl_coef=kl_coef, step=state.step + 1), metrics
+
+
+def ratio_metrics(logprobs, micro: Rollout, *, clip_low: float, clip_high: float) -> dict[str, Mean]:
+    """How far the policy has moved from the one that sampled: over the response tokens, KL in nats a token."""
+    change = jnp.where(micro.mask, logprobs - micro.old_logprobs, 0.0)
+    ratio = jnp.exp(jnp.clip(change, -20.0, 20.0))
+    of_tokens = {
+        "ppo/approx_kl": 0.5 * change**2,
+        "ppo/clip_fraction": ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)) * 1.0,
+        "ppo/ratio": ratio,
+        "ppo/ratio_variance": (ratio - 1.0) ** 2,  # its mean is 1 in expectation
+        "ppo/ratio_error": jnp.abs(ratio - 1.0),
+    }
+    return {name: Mean.over(value, micro.mask) for name, value in of_tokens.items()}
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, Mean]:

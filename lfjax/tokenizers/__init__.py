@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from lfjax.config import InputError
+
 
 class Tokenizer(Protocol):
     """What data, sampling and rewards need of a tokenizer.
@@ -49,6 +51,21 @@ class Tokenizer(Protocol):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files from which the tokenizer is loaded again."""
         ...
+
+
+def stop_ids(tokenizer: Tokenizer, texts: Sequence[str], key: str) -> tuple[int, ...]:
+    """EOS and the ids of `texts`, each of which must be one token.
+
+    Raises:
+      InputError: a text is none or several tokens; names `key`, where it came from.
+    """
+    ids = [tokenizer.eos_id]
+    for text in texts:
+        found = tokenizer.encode(text)
+        if len(found) != 1:
+            raise InputError(f"{key}: {text!r} is {len(found)} tokens of this vocabulary; name a text of one token")
+        ids += found
+    return tuple(dict.fromkeys(ids))
 
 
 def response_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> str:

@@ -212,7 +212,7 @@ def test_what_makes_no_reward_batch_is_refused():
 
 def prompt_batches(count=50, **options):
     prompts = [[1, *[10 + i] * (i % 5 + 1)] for i in range(count)]
-    return PromptBatches(prompts, **({"batch_size": 8, "prompt_len": 7, "seed": 0, "pad_id": PAD} | options))
+    return PromptBatches(prompts, **({"batch_size": 8, "buckets": (7,), "seed": 0, "pad_id": PAD} | options))
 
 
 def test_prompts_are_left_padded():
@@ -247,13 +247,37 @@ def test_evaluation_asks_every_prompt_once_in_order():
     parts = list(batches.evaluation())
     indices = np.concatenate([i for i, _ in parts])
     assert indices.tolist() == [*range(20), -1, -1, -1, -1]
-    assert np.concatenate([b.row_ids for _, b in parts]).tolist() == list(range(24))
+    assert np.concatenate([b.row_ids for _, b in parts])[:20].tolist() == list(range(20))
     assert all(batch.mask.any(axis=1).all() for _, batch in parts)  # a row that fills up is a real prompt
 
 
+def test_prompts_go_to_the_smallest_bucket_that_holds_them():
+    batches = prompt_batches(48, buckets=(6, 3))
+    assert batches.lengths == [3, 6] and batches.steps_per_epoch == 6
+    seen, narrow = [], 0
+    for step in range(6):
+        batch, indices = batches.batch_at(step), batches.indices_at(step)
+        longest = max(len(batches.prompts[i]) for i in indices)
+        assert batch.tokens.shape == (8, 3 if longest <= 3 else 6)
+        narrow += batch.tokens.shape[1] == 3
+        assert [m.sum() for m in batch.mask] == [len(batches.prompts[i]) for i in indices]
+        seen += indices.tolist()
+    assert narrow == 2 and sorted(seen) == list(range(48))  # 20 prompts of at most 3 tokens: two full batches
+    parts = list(batches.evaluation())
+    assert sorted(i for indices, _ in parts for i in indices if i >= 0) == list(range(48))
+    for indices, batch in parts:
+        kept = indices >= 0
+        assert batch.row_ids[kept].tolist() == indices[kept].tolist()
+        assert all(
+            row[mask].tolist() == batches.prompts[i]
+            for i, row, mask in zip(indices, batch.tokens, batch.mask, strict=True)
+            if i >= 0
+        )
+
+
 def test_prompts_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match=r"prompt 4: found 6 tokens; allowed: 1 to prompt_len=5"):
-        prompt_batches(prompt_len=5)
+    with pytest.raises(InputError, match=r"prompt 4: found 6 tokens; allowed: 1 to 5"):
+        prompt_batches(buckets=(3, 5))
     with pytest.raises(InputError, match="no prompt"):
         prompt_batches(0)
 
@@ -284,29 +308,6 @@ def test_a_batch_depends_on_seed_and_step_alone(make):
     wanted = {step: straight.batch_at(step) for step in sorted(set(steps))}
     assert all(same(jumping.batch_at(step), wanted[step]) for step in steps)
     assert any(not same(make(1).batch_at(step), wanted[step]) for step in wanted)
-
-
-@KINDS
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_global_batch_by_contiguous_rows(make, processes):
-    batches = make()
-    for step in (0, batches.steps_per_epoch + 1):
-        parts = [batches.batch_at(step, process=p, processes=processes) for p in range(processes)]
-        assert same([np.concatenate(column) for column in zip(*parts, strict=True)], batches.batch_at(step))
-    with pytest.raises(InputError, match="batch_size: found 8; allowed: a multiple of the 3 processes"):
-        batches.batch_at(0, process=0, processes=3)
-
-
-@KINDS
-def test_evaluation_is_shared_by_processes_too(make):
-    def arrays(part):
-        return part if hasattr(part, "_fields") else (part[0], *part[1])
-
-    batches = make()
-    halves = [list(batches.evaluation(process=p, processes=2)) for p in (0, 1)]
-    for whole, *parts in zip(batches.evaluation(), *halves, strict=True):
-        joined = [np.concatenate(column) for column in zip(*map(arrays, parts), strict=True)]
-        assert same(joined, arrays(whole))
 
 
 @KINDS

@@ -50,15 +50,18 @@ def test_the_count_is_that_of_the_programs(watched):
     assert json.loads((workdir / "summary.json").read_text())["compile/count"] == len(programs)
 
 
-def test_no_program_is_compiled_twice_in_a_stage(watched):
-    """Stages may be separate processes, so the rollout of PPO and that of the evaluation are two."""
+def test_no_program_is_compiled_twice(watched):
+    """Also across stages: the evaluation samples and scores with PPO's programs."""
     workdir, programs, _ = watched
     place = 0
     for stage in smallest.STAGES:
-        count = json.loads((workdir / "checkpoints" / stage / "FINISHED").read_text())["programs"]
-        texts = programs[place : place + count]
+        counts = json.loads((workdir / "checkpoints" / stage / "FINISHED").read_text())["programs"]
+        assert set(counts.values()) <= {1}, stage
+        texts = programs[place : place + len(counts)]
         assert len(set(texts)) == len(texts), stage
-        place += count
+        place += len(counts)
+    assert place == len(programs)
+    assert [name.split("/")[0] for name in counts] == ["evaluate logprobs"]  # of the last stage
 
 
 @pytest.mark.parametrize("stage, warm", [("pretrain", 4), ("sft", 3), ("reward", 4), ("ppo", 4)])
