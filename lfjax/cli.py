@@ -60,6 +60,7 @@ class _Parser(argparse.ArgumentParser):
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps of every stage")
     parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
     parser.set_defaults(run=_train)
 
@@ -91,6 +92,8 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for item in overrides:
         if not item.startswith("--config."):
             raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
+    if arguments.profile < 0:
+        raise InputError(f"--profile: {arguments.profile}; allowed: 0 (none) or more steps")
     config = configs.load(arguments.config, overrides)
     configs.validate(config)
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
@@ -99,7 +102,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax.loops.chain import STAGE_FUNCTIONS
     from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
 
-    run = Run(config, arguments.workdir, search=(Path(arguments.config).resolve().parent,))
+    run = Run(config, arguments.workdir, search=(Path(arguments.config).resolve().parent,), profile=arguments.profile)
     try:
         summary = run_stages(run, STAGE_FUNCTIONS)
     except Interrupted as stop:

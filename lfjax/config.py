@@ -190,6 +190,7 @@ def base_config() -> Config:
     )
     config.run = _section(
         matmul_precision="highest",  # on CPU free; "default" is faster on accelerators
+        breakdown_every=10,  # PPO updates between those whose parts are timed one by one, in timing.jsonl; 0: never
         max_skipped=10,  # non-finite updates in a row before the run stops
         tensorboard=True,
         compile_cache=True,  # keep compiled programs in ~/.cache/lfjax/xla
@@ -408,7 +409,9 @@ def validate(config: Config) -> None:
     _at_least(config, 2, "model.context", "tokenizer.vocab_size")
     if config.seed >= 2**31:
         raise InputError(f"config.seed: {config.seed}; allowed: 0 up to 2^31 - 1")
-    _at_least(config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples")
+    _at_least(
+        config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples", "run.breakdown_every"
+    )
     _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "run.max_skipped", "model.vocab_multiple")
     _check_model(config)
     _check_rules(config.mesh.rules)

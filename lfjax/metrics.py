@@ -87,9 +87,9 @@ class RunLog:
         if self._tensorboard:
             self._to_tensorboard(stage, step, values)
 
-    def timing(self, stage: str, step: int, *, seconds: float, **figures: float) -> None:
-        """One row of timing.jsonl: `seconds` since the row before, and rates such as tokens_per_s or mfu."""
-        self._append(TIMING, [{"stage": stage, "step": int(step), "seconds": seconds, **figures}])
+    def timing(self, stage: str, step: int, **figures: float) -> None:
+        """One row of timing.jsonl: `seconds` since such a row before, rates (tokens_per_s, mfu), parts of one step."""
+        self._append(TIMING, [{"stage": stage, "step": int(step), **figures}])
 
     def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of samples.jsonl: prompt, response, score, logprob, kl, and set "before" or "after" where compared."""

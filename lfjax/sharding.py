@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -163,6 +164,7 @@ class Step:
     leaf and both shapes: nothing compiles by surprise.
     """
 
+    seconds: ClassVar[float] = 0.0  # spent compiling in this process, over all steps
     compiled: ClassVar[Counter[str]] = Counter()  # in this process: "name/hash of the shapes" -> how often
 
     def __init__(self, fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None, shapes: int = 0):
@@ -176,7 +178,9 @@ class Step:
         """Compiles for these shapes (arrays or ShapeDtypeStructs, sharded as they will be); returns the program."""
         key = _signature(args)
         if key not in self.programs:
+            began = time.perf_counter()
             self.programs[key] = self._jitted.lower(*args).compile()
+            Step.seconds += time.perf_counter() - began
             self._declared.append(_named_shapes(args))
             text = json.dumps(self._declared[-1], sort_keys=True)
             Step.compiled[f"{self.name}/{zlib.crc32(text.encode()):08x}"] += 1

@@ -39,6 +39,7 @@ SUMMARY = {
     "reward/pair_accuracy": 0.8191,
     "reward/pair_accuracy_lexicon": 0.7402,
     "reward/pair_accuracy_ridge": 0.8433,
+    "time/goodput": 0.834,
     "time/total_s": 331.7,
     "tokenizer/tokens_per_text": 32.7,
     "tokenizer/vocab_size": 2000.0,
@@ -79,7 +80,7 @@ AFTER = (
 def write_stage(log, stage, steps, every, metrics):
     for step in range(every, steps + 1, every):
         log.metrics(stage, step, {name: float(f(step / steps)) for name, f in metrics.items()})
-        log.timing(stage, step, seconds=every * 0.03, tokens_per_s=21_000.0 + 900 * math.sin(step))
+        log.timing(stage, step, seconds=every * 0.03, tokens_per_s=21_000.0 + 900 * math.sin(step), mfu=0.31)
 
 
 def synthetic_run(folder, *, stages=CONFIG["stages"], summary=SUMMARY):
@@ -120,6 +121,8 @@ def synthetic_run(folder, *, stages=CONFIG["stages"], summary=SUMMARY):
             "ppo/wholly_new_metric": lambda t: t**2,
         })  # fmt: skip
         for step in (10, 20, 30, 40):
+            parts = {"rollout_s": 0.5, "score_s": 0.1, "experience_s": 0.2, "update_s": 1.25}
+            log.timing("ppo", step, **parts)
             log.samples("ppo", step, sample_rows(rng, BEFORE if step < 20 else AFTER, 4))
     if "evaluate" in stages:
         log.metrics("evaluate", 0, {"judge/positive_after": summary["judge/positive_after"]})
@@ -130,7 +133,9 @@ def synthetic_run(folder, *, stages=CONFIG["stages"], summary=SUMMARY):
             CONFIG["stages"], (4.6, 124.0, 108.0, 87.0, 8.1), (0, 2, 5, 6, 1), strict=True
         ):
             (folder / "checkpoints" / stage).mkdir(parents=True)
-            done = {"figures": {}, "seconds": seconds, "programs": programs, "config": "0"}
+            programs = {f"{stage}/{i:08x}": 1 for i in range(programs)}
+            parts = {"train": 0.8 * seconds, "compile": 0.1 * seconds, "evaluate": 0.0, "save": 0.01 * seconds}
+            done = {"figures": {}, "seconds": seconds, "parts": parts, "programs": programs, "config": "0"}
             write_json(folder / "checkpoints" / stage / "FINISHED", done)
     return folder
 
@@ -214,7 +219,21 @@ def test_the_headline_figures_stand_in_the_text(whole):
     text = Page(whole).text
     for said in ("From 46 % to 94 % positive", "46.5 %", "94.1 %", "52.6 %", "10.0", "0.676", "21.1", "11.9", "81.9 %"):
         assert said in text, said
-    for said in ("74.0 %", "84.3 %", "59.2", "432", "5 min 32 s", "14 programs", "ppo.experience_step.min_length"):
+    for said in (
+        "74.0 %",
+        "84.3 %",
+        "59.2",
+        "432",
+        "5 min 32 s",
+        "14 programs",
+        "Goodput",
+        "83.4 %",
+        "33 s compiling",
+        "31.0 %",
+        "A PPO update (4 timed)",
+        "1.2 s",
+        "ppo.experience_step.min_length",
+    ):
         assert said in text, said
     assert "very small language model" in text and "0.7 million" in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from lfjax.data.batching import PromptBatches
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import compute_settings, run_prompts, total_steps, training_parts
 from lfjax.loops.training import train
+from lfjax.models.flops import forward_flops
 from lfjax.sharding import global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
@@ -211,9 +213,11 @@ def ppo_stage(run: Run) -> dict[str, float]:
     latest: dict[str, Rollout] = {}
 
     def one(state: PPOState, index: int):
+        every = run.config.run.breakdown_every
+        timed = Stopwatch(state, on=every > 0 and (index + 1) % every == 0)
         prompts = global_batch(batches.batch_at(index), run.mesh)
-        generation = policy.rollout(state.policy.params, prompts, keys["rollout"], state.step)
-        scores = reward(generation, [records[i] for i in batches.indices_at(index)])
+        generation = timed("rollout", policy.rollout(state.policy.params, prompts, keys["rollout"], state.step))
+        scores = timed("score", reward(generation, [records[i] for i in batches.indices_at(index)]))
         args = (
             state.policy.params,
             state.value.params,
@@ -223,14 +227,21 @@ def ppo_stage(run: Run) -> dict[str, float]:
             state.kl_coef,
             state.reward_norm,
         )
-        rollout = latest["rollout"] = experience(*args)
-        return update(state, rollout, keys["update"])
+        rollout = latest["rollout"] = timed("experience", experience(*args))
+        out = timed("update", update(state, rollout, keys["update"]))
+        if timed.seconds:
+            run.log.timing("ppo", index + 1, **timed.seconds)
+        return out
 
     def sample_rows(state, done: int) -> None:
         if section.samples_every and done % section.samples_every == 0:
             run.log.samples("ppo", done, rollout_rows(run, latest["rollout"], limit=8))
 
     tokens = section.batch_size * (float(np.mean(batches.lengths)) + section.rollout_step.max_new_tokens)
+    scored = [reward.config] if isinstance(reward, LearnedReward) else []
+    read = [policy.model.config] * 3 + [value_model.config, *scored]  # rollout, old and reference; values; scores
+    learned = [policy.model.config, value_model.config] * (3 * section.update_step.get("epochs", 1))
+    flops = sum(forward_flops(config, int(tokens / section.batch_size)) for config in read + learned)
     state, out = train(
         run,
         "ppo",
@@ -238,12 +249,31 @@ def ppo_stage(run: Run) -> dict[str, float]:
         one,
         total=total,
         tokens_per_step=tokens,
+        flops_per_step=tokens * flops,
         learning_rate=rate,
         after=sample_rows,
         shown="score",
     )
     run.save_model("ppo", policy.model, state.policy.params)
     return out
+
+
+class Stopwatch:
+    """Seconds of the parts of one update: if on, `timed(name, outputs)` waits for the outputs; it returns them."""
+
+    def __init__(self, before, *, on: bool):
+        self.seconds: dict[str, float] = {}
+        self._on, self._last = on, 0.0
+        self("before", before)
+        self.seconds.clear()
+
+    def __call__(self, name: str, outputs):
+        """Adds the time since the call before."""
+        if self._on:
+            jax.block_until_ready(outputs)
+            now = time.perf_counter()
+            self.seconds[f"{name}_s"], self._last = now - self._last, now
+        return outputs
 
 
 def reference_dtype(section) -> Any:

@@ -21,6 +21,7 @@ from lfjax.loops.supervised import (
     training_parts,
 )
 from lfjax.loops.training import train
+from lfjax.models.flops import forward_flops
 from lfjax.records import mean_ratings
 from lfjax.rewards import baselines, lexicon
 from lfjax.sharding import abstract, batch_sharding, jit_step, place, replicated
@@ -76,6 +77,7 @@ def reward_stage(run: Run) -> dict[str, float]:
         lambda state, index: step(state, batches.batch_at(index)),
         total=total,
         tokens_per_step=float(np.mean([np.prod(shape) for shape in first])),
+        flops_per_step=float(np.mean([3 * np.prod(s) * forward_flops(model.config, s[-1]) for s in first])),
         evaluate=figures,
         learning_rate=rate,
     )

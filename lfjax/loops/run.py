@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lfjax.config import Config, InputError
 from lfjax.data.sources import load_records, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
+from lfjax.models.flops import peak_flops
 from lfjax.models.transformer import Transformer
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.tokenizers import sentencepiece, stop_ids
@@ -52,25 +54,48 @@ class Meter:
     """What a stage has cost over all the processes that worked on it."""
 
     def __init__(self):
-        self._began, self._compiled = time.perf_counter(), Counter(Step.compiled)
-        self._seconds, self._programs = 0.0, Counter()
+        self._began, self._compiled, self._compiling = time.perf_counter(), Counter(Step.compiled), Step.seconds
+        self._seconds, self._parts, self._programs = 0.0, defaultdict(float), Counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        """Adds the time inside, but for that of compiling, to a part: "train", "evaluate" or "save"."""
+        began, compiling = time.perf_counter(), Step.seconds
+        try:
+            yield
+        finally:
+            self._parts[name] += time.perf_counter() - began - (Step.seconds - compiling)
+
+    def seconds(self, name: str) -> float:
+        """Of a part, so far."""
+        return self._parts[name]
 
     def restore(self, reading: Mapping[str, Any]) -> None:
         """Adds what earlier processes had read."""
         self._seconds, self._programs = reading["seconds"], Counter(reading["programs"])
+        for name, seconds in reading["parts"].items():
+            self._parts[name] += seconds
 
     def read(self) -> dict[str, Any]:
-        """{"seconds", "programs": {name: times compiled}}; a program counts once, whoever compiled it again."""
-        own = Counter(Step.compiled) - self._compiled
-        seconds = self._seconds + time.perf_counter() - self._began
-        return {"seconds": seconds, "programs": dict(sorted((self._programs | own).items()))}
+        """{"seconds", "parts": {name: seconds, "compile" among them}, "programs": {name: times compiled}}.
+
+        A program counts once, however many processes compiled it again.
+        """
+        compiled = Counter(Step.compiled) - self._compiled
+        compiling = self._parts.get("compile", 0.0) + Step.seconds - self._compiling
+        return {
+            "seconds": self._seconds + time.perf_counter() - self._began,
+            "parts": {**self._parts, "compile": compiling},
+            "programs": dict(sorted((self._programs | compiled).items())),
+        }
 
 
 class Run:
     """What the stages of one run share. Everything costly is made on first use."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, *, search: tuple[Path, ...] = ()):
+    def __init__(self, config: Config, workdir: str | os.PathLike, *, search: tuple[Path, ...] = (), profile: int = 0):
         configs.validate(config)
+        self.profile = profile  # steps of every training stage to trace
         self.config = config
         self.workdir = Path(workdir)
         self.search = search
@@ -279,6 +304,11 @@ class Run:
         """Host arrays onto the mesh by the run's rules."""
         return place(tree, shardings_for(tree, self.mesh, self.rules))
 
+    @functools.cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s that the mesh could reach; NaN where the device is not known."""
+        return self.mesh.size * peak_flops(self.mesh.devices.flat[0])
+
     def program(self, key, make: Callable[[], Step]) -> Step:
         """The step made for this hashable key, once: stages that run the same program share it."""
         if key not in self._programs:
@@ -372,7 +402,8 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
                 raise Interrupted(f"stopped after stage {stage}")
         programs = functools.reduce(Counter.__or__, (Counter(done["programs"]) for done in totals))
         seconds = sum(done["seconds"] for done in totals)
-        run.log.summary({"time/total_s": seconds, "compile/count": programs.total()})
+        trained = sum(done["parts"].get("train", 0.0) for done in totals)
+        run.log.summary({"time/total_s": seconds, "time/goodput": trained / seconds, "compile/count": programs.total()})
     finally:
         signal.signal(signal.SIGTERM, previous[0])
         signal.signal(signal.SIGINT, previous[1])

@@ -17,6 +17,7 @@ from lfjax.loops.run import Run
 from lfjax.loops.training import train
 from lfjax.metrics import Window
 from lfjax.models import presets
+from lfjax.models.flops import forward_flops
 from lfjax.optim import make_optimizer, schedule
 from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState
@@ -186,9 +187,10 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
         state, metrics = step(state, packed.batch_at(index))
         return state, {name.replace("sft/", f"{stage}/"): value for name, value in metrics.items()}
 
+    tokens = section.batch_size * section.seq_len
     state, out = train(
-        run, stage, state, one, total=total, tokens_per_step=section.batch_size * section.seq_len,
-        evaluate=figures, learning_rate=rate,
+        run, stage, state, one, total=total, tokens_per_step=tokens,
+        flops_per_step=tokens * 3 * forward_flops(config, section.seq_len), evaluate=figures, learning_rate=rate,
     )  # fmt: skip
     run.save_model(stage, model, state.params)
     return out

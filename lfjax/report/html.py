@@ -7,6 +7,7 @@ import hashlib
 import html
 import os
 import pathlib
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from lfjax.report import checks as watching
 from lfjax.report.charts import Line, Mark, bar, dumbbell, line_chart, number, percent, smooth
 from lfjax.report.checks import KL_LIMIT, Check
 from lfjax.report.findings import Comparison, Word
-from lfjax.report.rundir import RunDir
+from lfjax.report.rundir import RunDir, Stage
 from lfjax.report.style import CSS, SCRIPT
 
 PAIRS_SHOWN = 8  # the others are behind a click
@@ -308,7 +309,8 @@ def _time(run: RunDir) -> str:
     rows = "".join(
         f"<tr><td>{_e(stage.name)}</td><td class='bars'>{bar((stage.seconds or 0.0) / total)}</td>"
         f'<td class="num">{_clock(stage.seconds or 0.0)}</td>'
-        f'<td class="num soft">{"" if stage.programs is None else stage.programs}</td></tr>'
+        + "".join(f'<td class="num soft">{cell}</td>' for cell in _speed(run, stage))
+        + "</tr>"
         for stage in known
     )
     programs = run.summary.get("compile/count")
@@ -317,9 +319,55 @@ def _time(run: RunDir) -> str:
     )
     whole = run.summary.get("time/total_s")
     spent = f"{_clock(whole)} in all." if isinstance(whole, (int, float)) else f"{_clock(total)} in the stages so far."
-    head = "<thead><tr><th>Stage</th><th></th><th class='num'>Time</th><th class='num'>Programs</th></tr></thead>"
+    columns = ("Time", "Training", "Tokens/s", "MFU", "Programs")
+    head = "".join(f"<th class='num'>{column}</th>" for column in columns)
+    head = f"<thead><tr><th>Stage</th><th></th>{head}</tr></thead>"
     table = f'<div class="card words scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
-    return _section("Time", table, spent + compiled)
+    return _section("Time", table + _update_parts(run), spent + _goodput(run) + compiled)
+
+
+def _speed(run: RunDir, stage: Stage) -> list[str]:
+    """Share of the stage's time in training steps, tokens a second and MFU (medians of the log rows), programs."""
+    rows = run.timing.get(stage.name, ())
+    rates = {key: [row[key] for row in rows if isinstance(row.get(key), float)] for key in ("tokens_per_s", "mfu")}
+    middle = {key: statistics.median(found) for key, found in rates.items() if found}
+    return [
+        percent(stage.parts["train"] / stage.seconds) if stage.seconds and "train" in stage.parts else "",
+        f"{middle['tokens_per_s']:,.0f}" if "tokens_per_s" in middle else "",
+        percent(middle["mfu"]) if "mfu" in middle else "",
+        "" if stage.programs is None else str(stage.programs),
+    ]
+
+
+def _goodput(run: RunDir) -> str:
+    share = run.summary.get("time/goodput")
+    if not isinstance(share, float):
+        return ""
+    parts = {name: sum(stage.parts.get(name, 0.0) for stage in run.stages) for name in ("compile", "evaluate", "save")}
+    rest = ", ".join(f"{_clock(seconds)} {_PARTS[name]}" for name, seconds in parts.items())
+    return (
+        f" Goodput, the share of it spent in training steps, was {percent(share)}; {rest}. MFU is the model's matrix"
+        " products (three forward passes a training step, padding counted) a second, of what the device could do."
+    )
+
+
+_PARTS = {"compile": "compiling", "evaluate": "evaluating", "save": "saving"}
+
+
+def _update_parts(run: RunDir) -> str:
+    """Where a PPO update's time goes: means of the updates whose parts were timed one by one."""
+    names = ("rollout", "score", "experience", "update")
+    rows = [row for row in run.timing.get("ppo", ()) if "rollout_s" in row]
+    if not rows:
+        return ""
+    means = {name: statistics.fmean(row.get(f"{name}_s", 0.0) for row in rows) for name in names}
+    total = sum(means.values()) or 1.0
+    body = "".join(
+        f"<tr><td>{name}</td><td class='bars'>{bar(seconds / total)}</td><td class='num'>{seconds:.2g} s</td></tr>"
+        for name, seconds in means.items()
+    )
+    head = f"<thead><tr><th>A PPO update ({len(rows)} timed)</th><th></th><th class='num'>Time</th></tr></thead>"
+    return f'<div class="card words scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _clock(seconds: float) -> str:

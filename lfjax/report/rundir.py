@@ -16,12 +16,16 @@ STAGE_ORDER = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is known of one stage: "done", "started" or "missing"; seconds and compiled programs where recorded."""
+    """What is known of one stage: "done", "started" or "missing"; seconds and compiled programs where recorded.
+
+    `parts`: of the seconds, those of "train", "evaluate", "save" and "compile".
+    """
 
     name: str
     state: str
     seconds: float | None = None
     programs: int | None = None
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,8 @@ def _stages(folder: pathlib.Path, order: list[str], series, timing) -> list[Stag
         seconds = finished[stage].get("seconds", rows or None)
         state = "done" if done else "started" if begun[index] else "missing"
         programs = finished[stage].get("programs")
-        stages.append(Stage(stage, state, seconds, sum(programs.values()) if isinstance(programs, dict) else None))
+        programs = sum(programs.values()) if isinstance(programs, dict) else None
+        stages.append(Stage(stage, state, seconds, programs, finished[stage].get("parts") or {}))
     return stages
 
 

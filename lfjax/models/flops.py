@@ -1,0 +1,62 @@
+"""Model FLOPs: what a step has to compute at least, for model FLOP utilisation (MFU).
+
+The rule: a multiply and an add are two; matrix products alone count; a token passes every layer's matrices and the
+head once; causal attention reads half of the positions; the backward pass costs twice the forward. Recomputation
+(remat) is work but no use, so it lowers the MFU; padded positions are counted as tokens.
+Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from lfjax.models.transformer import TransformerConfig
+
+# Dense bfloat16 FLOP/s of one device as jax counts devices, by a part of its device_kind. Source: vendors' data sheets.
+PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def forward_flops(config: TransformerConfig, length: int, *, head: bool = True) -> float:
+    """FLOPs of one token's forward pass in a sequence of `length`; three times that with its backward pass.
+
+    Args:
+      head: whether the vocabulary head (or the score head) is computed at every position.
+    """
+    c = config
+    attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + c.heads * c.head_dim * length
+    mlp = (3 if c.gated else 2) * c.width * c.mlp_width
+    last = c.width * (c.num_labels or c.vocab_size) if head else 0
+    return 2.0 * (c.layers * (attention + mlp) + last)
+
+
+def peak_flops(device) -> float:
+    """FLOP/s that one device could reach: from its data sheet, or for a CPU the measured rate of a float32 matmul."""
+    if device.platform == "cpu":
+        return _cpu_matmul_rate() / max(1, sum(other.platform == "cpu" for other in jax.local_devices()))
+    kind = device.device_kind
+    return next((rate for name, rate in PEAK.items() if name in kind), float("nan"))
+
+
+def _cpu_matmul_rate(size: int = 1024) -> float:
+    """The best of a few products of two [size size] matrices, over all cores."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
