@@ -415,6 +415,33 @@ def test_a_broken_config_in_the_workdir_is_refused(text, found, command, tmp_pat
     assert (workdir / "config.json").read_text() == text
 
 
+FINISHED = {
+    "not UTF-8": (b'{"figures": "\xff"}', ":1: not UTF-8 (byte 0xff)"),
+    "not JSON": (b"{", ":1: not JSON"),
+    "empty": (b"", ":1: not JSON"),
+    "no object": (b"[]", "no JSON object"),
+    "no figures": (b'{"seconds": 1.0, "programs": 2}', "no figures in it"),
+    "no seconds": (b'{"figures": {}, "programs": 2}', "no seconds in it"),
+    "seconds of another kind": (b'{"figures": {}, "seconds": "1", "programs": null}', "no seconds and no programs"),
+}
+
+
+@pytest.mark.parametrize("kind", FINISHED)
+def test_a_finished_file_that_is_none_is_named_and_the_fix_works(kind, command, tmp_path, records, trained):
+    data, found = FINISHED[kind]
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    file = workdir / "checkpoints" / "pretrain" / "FINISHED"
+    file.write_bytes(data)
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{file}:" in line and found in line
+    assert 'delete it: stage "pretrain" goes on from its last checkpoint' in line and "restore" not in line
+    assert file.read_bytes() == data
+    if kind == "no figures":
+        file.unlink()
+        assert train(workdir, records, PRETRAINING) == 0
+        assert same_model(workdir, trained)
+
+
 def test_a_broken_log_in_the_workdir_is_refused_by_line(command, tmp_path, records, trained):
     workdir = unfinished(trained, tmp_path)
     (workdir / "metrics.jsonl").write_text("{}\n" + (workdir / "metrics.jsonl").read_text())
@@ -480,6 +507,19 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     assert f"{workdir}/{file}".removesuffix("/") in line and "free some space" in line
     assert not list(workdir.glob("*.tmp")) and not (workdir / "models" / "pretrain").exists()
     assert train(workdir, records, *given) == 0
+    assert same_model(workdir, trained)
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_ends_a_run_in_one_line(command, tmp_path, records, trained):
+    """The folder is a file: the one way to close it that also holds for root."""
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    (workdir / "tensorboard").write_text("mine")
+    tensorboard = "--config.run.tensorboard=True"
+    line = command(*arguments(workdir, records, PRETRAINING, tensorboard), progress=True)
+    assert f"{workdir}/tensorboard/pretrain: cannot write: " in line and "free some space" in line
+    (workdir / "tensorboard").unlink()
+    assert train(workdir, records, PRETRAINING, tensorboard) == 0
     assert same_model(workdir, trained)
 
 
