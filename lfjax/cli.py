@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import os
 import shutil
+import socket
 import sys
+import threading
 from pathlib import Path
 
 from lfjax.config import InputError
@@ -31,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"lfjax {arguments.command}: unknown argument {rest[0]}; see lfjax {arguments.command} -h")
         return arguments.run(arguments, rest)
     except InputError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -41,8 +42,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         place = error.filename or getattr(arguments, "workdir", f"lfjax {arguments.command}")
         fix = "free some space or mend what stands in the way, then start the same command again"
-        print(f"error: {place}: {error.strerror}; {fix}", file=sys.stderr)
-        return 2
+        return _refuse(f"{place}: {error.strerror}; {fix}")
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,13 +120,81 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    coordinator = os.environ.get("LFJAX_COORDINATOR")
-    if coordinator:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes=int(os.environ["LFJAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["LFJAX_PROCESS_ID"]),
-        )
+    _join_processes()
+
+
+def _join_processes() -> None:
+    """Where LFJAX_COORDINATOR is set, waits for the other processes, at most LFJAX_COORDINATOR_TIMEOUT seconds.
+
+    jax ends a process that waits in vain with a dump of its C++ stack, so a watch of our own ends it before.
+    """
+    import jax
+
+    address = os.environ.get("LFJAX_COORDINATOR", "")
+    if not address:
+        for name in ("LFJAX_NUM_PROCESSES", "LFJAX_PROCESS_ID"):
+            if name in os.environ:
+                raise InputError(
+                    f"{name}: set, but not LFJAX_COORDINATOR=HOST:PORT, where process 0 is; set both or none"
+                )
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(f"LFJAX_COORDINATOR: {address!r}; write HOST:PORT, where process 0 is and may listen")
+    processes = _from_environment("LFJAX_NUM_PROCESSES", 1, 2**20)
+    process = _from_environment("LFJAX_PROCESS_ID", 0, processes - 1)
+    seconds = _from_environment("LFJAX_COORDINATOR_TIMEOUT", 1, 10**6, "300")
+    if process == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        _check_free(int(port))
+
+    def give_up() -> None:
+        _refuse(_why_alone(host.strip("[]"), int(port), process, processes, seconds))
+        os._exit(2)  # the main thread is inside jax and would not hear of an exception
+
+    watch = threading.Timer(seconds, give_up)
+    watch.daemon = True
+    watch.start()
+    jax.distributed.initialize(address, processes, process, initialization_timeout=seconds + 60)
+    watch.cancel()
+
+
+def _from_environment(name: str, low: int, high: int, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    if text is None:
+        raise InputError(f"{name}: not set, but LFJAX_COORDINATOR is; give a whole number from {low} to {high}")
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise InputError(f"{name}: {text!r}; give a whole number from {low} to {high}")
+    return int(text)
+
+
+def _check_free(port: int) -> None:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        cause = os.strerror(error.errno or 0)
+        raise InputError(
+            f"LFJAX_COORDINATOR: process 0 cannot listen on port {port}: {cause}; choose another"
+        ) from error
+
+
+def _why_alone(host: str, port: int, process: int, processes: int, seconds: int) -> str:
+    """What to say once the time to find the other processes is over."""
+    where = f"LFJAX_COORDINATOR={host}:{port}: after {seconds} s"
+    more = "or give them more time: LFJAX_COORDINATOR_TIMEOUT (seconds)"
+    if process != 0:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            return (
+                f"{where} process {process} has found no process 0 there ({error.strerror or error}); correct the"
+                f" address, see whether process 0 has started, {more}"
+            )
+    return (
+        f"{where} not all of LFJAX_NUM_PROCESSES={processes} processes have come; see why the others did not start,"
+        f" correct that number, {more}"
+    )
 
 
 def _sample(arguments: argparse.Namespace, _) -> int:

@@ -7,6 +7,9 @@ import os
 import pathlib
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -576,6 +579,69 @@ def test_a_command_that_cannot_be_done_is_refused(kind, command, tmp_path, train
     (tmp_path / "empty" / "models").mkdir(parents=True)
     places = {"tmp": tmp_path, "trained": trained, "scorer": scorer, "empty": tmp_path / "empty"}
     assert found in command(*(part.format(**places) for part in argv))
+
+
+JOINING = {
+    "only the address": ({"LFJAX_COORDINATOR": "127.0.0.1:1"}, "LFJAX_NUM_PROCESSES: not set"),
+    "no id": ({"LFJAX_COORDINATOR": "127.0.0.1:1", "LFJAX_NUM_PROCESSES": "2"}, "LFJAX_PROCESS_ID: not set"),
+    "no address": ({"LFJAX_NUM_PROCESSES": "2"}, "LFJAX_NUM_PROCESSES: set, but not LFJAX_COORDINATOR=HOST:PORT"),
+    "an id alone": ({"LFJAX_PROCESS_ID": "1"}, "LFJAX_PROCESS_ID: set, but not LFJAX_COORDINATOR"),
+    "no port": ({"LFJAX_COORDINATOR": "127.0.0.1"}, "LFJAX_COORDINATOR: '127.0.0.1'; write HOST:PORT"),
+    "a port that is none": ({"LFJAX_COORDINATOR": "a:99999"}, "LFJAX_COORDINATOR: 'a:99999'; write HOST:PORT"),
+    "a number that is none": ({"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "two"}, "LFJAX_NUM_PROCESSES: 'two'"),
+    "no process": ({"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "0"}, "LFJAX_NUM_PROCESSES: '0'"),
+    "an id too large": (
+        {"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "2", "LFJAX_PROCESS_ID": "2"},
+        "LFJAX_PROCESS_ID: '2'; give a whole number from 0 to 1",
+    ),
+    "a time-out that is none": (
+        {"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "2", "LFJAX_PROCESS_ID": "1",
+         "LFJAX_COORDINATOR_TIMEOUT": "1m"},
+        "LFJAX_COORDINATOR_TIMEOUT: '1m'; give a whole number",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JOINING)
+def test_what_tells_processes_of_each_other_is_checked(kind, command, tmp_path, records, monkeypatch):
+    variables, found = JOINING[kind]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert found in command(*arguments(tmp_path / "w", records))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def joins(tmp_path, records, port: int, process: int, seconds: int = 2) -> list[str]:
+    """The lines of a process, one of two, that nobody joins; it has to end by itself in time, with code 2."""
+    given = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": 2, "PROCESS_ID": process}
+    given = {f"LFJAX_{k}": str(v) for k, v in {**given, "COORDINATOR_TIMEOUT": seconds}.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "lfjax.cli", *arguments(tmp_path / "w", records)],
+        env=os.environ | given, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "w").exists(), done.stderr
+    return done.stderr.splitlines()
+
+
+def test_a_process_that_finds_no_other_ends_in_one_line(tmp_path, records):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    (line,) = joins(tmp_path, records, free, 1)
+    assert f"LFJAX_COORDINATOR=127.0.0.1:{free}: after 2 s process 1 has found no process 0 there" in line
+    assert "Connection refused" in line and "LFJAX_COORDINATOR_TIMEOUT" in line
+    (line,) = joins(tmp_path, records, free, 0)
+    assert "after 2 s not all of LFJAX_NUM_PROCESSES=2 processes have come" in line
+
+
+def test_a_port_that_another_program_has_is_named(tmp_path, records, port):
+    (line,) = joins(tmp_path, records, port, 0)
+    assert f"process 0 cannot listen on port {port}: Address already in use; choose another" in line
 
 
 def test_the_run_directory_stands_for_its_last_model(trained, capfd):
