@@ -48,12 +48,15 @@ class SentencePieceTokenizer:
         return [self._processor.IdToPiece(int(i)) for i in ids]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes FOLDER/tokenizer.model, in place of an older one only when it is whole."""
+        """Writes FOLDER/tokenizer.model, in place of an older one only when it is whole; a failure leaves nothing."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{MODEL_FILE}.{os.getpid()}"
-        temporary.write_bytes(self._model)
-        os.replace(temporary, folder / MODEL_FILE)
+        try:
+            temporary.write_bytes(self._model)
+            os.replace(temporary, folder / MODEL_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def train(

@@ -442,6 +442,47 @@ def test_saving_again_replaces_the_model_and_leaves_no_litter(tmp_path, saved):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_a_killed_save_left_is_removed_by_the_next(missing, tmp_path, saved, monkeypatch):
+    loaded = hf.load(saved)
+    rename = pathlib.Path.rename
+
+    def killed(self, target):
+        rename(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "rename", killed)
+    monkeypatch.setattr(hf.shutil, "rmtree", lambda *_, **__: None)  # kill -9: nothing is cleared up
+    with pytest.raises(KeyboardInterrupt):
+        hf.save(saved, loaded)
+    monkeypatch.undo()
+    assert not saved.exists() and len(list(tmp_path.iterdir())) == 2
+    for entry in list(tmp_path.iterdir()):  # of a process of another number, or of a save that got further
+        entry.rename(tmp_path / f"{entry.name.rpartition('-')[0]}-4194305")
+    if not missing:
+        shutil.copytree(tmp_path / ".model.old-4194305", saved)
+    others = [tmp_path / name for name in (".model.old-mine", ".models.old-7", ".model.newer-7", "xmodel.new-7")]
+    for other in others:
+        other.mkdir()
+    hf.save(saved, loaded)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", *(other.name for other in others)}
+    jax.tree.map(np.testing.assert_array_equal, hf.load(saved).params, loaded.params)
+
+
+def test_the_older_model_outlives_a_save_that_fails(tmp_path, saved, monkeypatch):
+    """It may be the only one: the save before was killed between its two renames."""
+    loaded = hf.load(saved)
+    saved.rename(tmp_path / ".model.old-4194305")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        hf.save(saved, loaded)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".model.old-4194305"]
+
+
 def test_a_folder_with_other_files_is_never_replaced(tmp_path, saved):
     loaded = hf.load(saved)
     (saved / "thesis.txt").write_text("years of work")
