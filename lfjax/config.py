@@ -395,6 +395,7 @@ def validate(config: Config) -> None:
     _one_of(config, "data.source", ("vader", "jsonl", "text"))
     if config.data.source != "vader" and not config.data.path:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
+    _check_fixed_splits(config)
     _one_of(config, "tokenizer.model_type", ("unigram", "bpe"))
     _one_of(config, "model.form", ("llama", "gpt2"))
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
@@ -429,6 +430,18 @@ def _check_values(config: Config) -> None:
             raise InputError(f"{key}: None; give a value such as {required[key]!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}: {value}; allowed: finite numbers")
+
+
+def _check_fixed_splits(config: Config) -> None:
+    """The VADER sentences have splits of their own; what would be ignored is refused."""
+    if config.data.source == "vader":
+        default = base_config().data
+        for key in ("path", "validation_path", "test_path", "validation_fraction", "test_fraction"):
+            if config.data[key] != default[key]:
+                raise InputError(
+                    f'config.data.{key}: {config.data[key]}; data.source="vader" has fixed splits and reads no file of'
+                    f" yours: leave it at {default[key]}, or set data.source to jsonl or text"
+                )
 
 
 def _check_stages(config: Config) -> None:

@@ -95,6 +95,7 @@ OVERRIDES = {
     "stages in the wrong order": ("--config.stages=tokenizer,sft,pretrain", "config.sft.init_from", "put it there"),
     "evaluate without a result": ("--config.stages=tokenizer,pretrain,evaluate", "config.stages", "before it"),
     "an unknown source": ("--config.data.source=json", "config.data.source", "did you mean 'jsonl'?"),
+    "a source that reads no file": ("--config.data.source=vader", "config.data.path", "set data.source to jsonl or"),
     "a source without a path": ("--config.data.path=none", "config.data.path", "needs the file's path"),
     "a fraction of 2": ("--config.data.test_fraction=2.0", "config.data.test_fraction", "between 0 and 0.5"),
     "a mesh that does not multiply": ("--config.mesh.data=3", "config.mesh", "set one to -1"),
@@ -142,6 +143,14 @@ def test_a_wrong_override_is_refused_before_anything_is_written(kind, command, t
     override, key, fix = OVERRIDES[kind]
     line = command(*arguments(tmp_path / "w", records, override))
     assert key in line and fix in line
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("key, value", [("validation_fraction", 0.2), ("test_fraction", 0.1), ("test_path", "a.jsonl")])
+def test_what_the_fixed_splits_would_ignore_is_refused(key, value, command, tmp_path):
+    given = ("--config.data.source=vader", "--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05")
+    line = command(*arguments(tmp_path / "w", None, *given, f"--config.data.{key}={value}"))
+    assert f'config.data.{key}: {value}; data.source="vader" has fixed splits' in line and "leave it at" in line
     assert not (tmp_path / "w").exists()
 
 
