@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import os
 import shutil
 import socket
@@ -27,22 +28,40 @@ def main(argv: list[str] | None = None) -> int:
     report.set_defaults(run=_report)
     commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
     arguments = argparse.Namespace(command="")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may not have
     try:
         arguments, rest = parser.parse_known_args(argv)
         if rest and arguments.command != "train":
             raise InputError(f"lfjax {arguments.command}: unknown argument {rest[0]}; see lfjax {arguments.command} -h")
-        return arguments.run(arguments, rest)
+        code = arguments.run(arguments, rest)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has enough, as in `lfjax sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit fails no more
+        return 0
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         place = error.filename or getattr(arguments, "workdir", f"lfjax {arguments.command}")
         fix = "free some space or mend what stands in the way, then start the same command again"
         return _refuse(f"{place}: {error.strerror}; {fix}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        cause = " ".join(str(error).split())[:200] or "MemoryError"
+        fix = "take a smaller batch_size, shorter sequences, a smaller model, or more devices"
+        return _refuse(f"lfjax {arguments.command}: out of memory: {cause}; {fix}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether NumPy, Python or XLA says that memory is too small; XLA has no kind of its own for it."""
+    return isinstance(error, MemoryError) or any(s in str(error) for s in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def _refuse(message: str) -> int:
@@ -206,6 +225,9 @@ def _sample(arguments: argparse.Namespace, _) -> int:
         raise InputError(f"--seed: {arguments.seed}; allowed: 0 up to 2^31 - 1")
     if not 0.0 < arguments.top_p <= 1.0:
         raise InputError(f"--top-p: {arguments.top_p}; allowed: above 0, at most 1")
+    for prompt in arguments.prompt or ():
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"--prompt: {prompt!a} is not UTF-8 text; write it in UTF-8, in a UTF-8 locale")
     _set_up_jax("highest", True)
 
     from lfjax.interop import hf

@@ -99,10 +99,18 @@ class RunLog:
         self._append(SAMPLES, [{"stage": stage, "step": int(step), **row} for row in rows])
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Adds figures, keys "stage/name", to summary.json: one flat sorted dict, replaced atomically."""
+        """Adds figures, keys "stage/name", to summary.json: one flat sorted dict, replaced atomically.
+
+        Raises:
+          InputError: the file that is there is broken, or it cannot be written.
+        """
         if self._writes:
             path = self.workdir / SUMMARY
             known = read_json(path) if path.exists() else {}
+            if not isinstance(known, dict):
+                raise InputError(
+                    f"{path}: found a JSON {type(known).__name__}, not an object; restore or delete the file"
+                )
             write_json(path, dict(sorted({**known, **figures}.items())))
 
     def cut(self, stages: Sequence[str], stage: str, step: int) -> None:

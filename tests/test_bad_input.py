@@ -3,6 +3,7 @@
 Everything goes through `lfjax.cli.main`, as the command does.
 """
 
+import io
 import os
 import pathlib
 import resource
@@ -102,6 +103,7 @@ OVERRIDES = {
     "a mesh axis of 0": ("--config.mesh.tensor=0", "config.mesh.tensor", "a positive size, or -1"),
     "two axes of -1": ("--config.mesh.fsdp=-1", "config.mesh", "only one axis"),
     "rules that are none": ("--config.mesh.rules=(('embed','model'),)", "config.mesh.rules", "a row is (regex"),
+    "an axis twice": ("--config.mesh.rules=(('.*',('data','data')),)", "config.mesh.rules", "each axis once"),
     "microbatches": ("--config.pretrain.step.num_microbatches=3", "config.pretrain.batch_size", "do not divide"),
     "minibatches": ("--config.ppo.update_step.minibatches=0", "config.ppo.batch_size", "do not divide"),
     "a batch over devices": ("--config.reward.batch_size=12", "config.reward.batch_size", "a multiple of 8"),
@@ -127,6 +129,19 @@ OVERRIDES = {
     "a momentum of 1": ("--config.optim.b1=1.0", "optim.b1", "0 up to, not including, 1"),
     "groups that are none": ("--config.optim.groups=(('(',1.0,0.0),)", "config.optim.groups", "a row is (regex"),
     "a dropout of 1": ("--config.reward.dropout=1.0", "config.reward.dropout", "not including, 1"),
+    "a negative momentum of all stages": ("--config.optim.b2=-1", "config.optim.b2: -1.0", "not including, 1"),
+    "a momentum of one stage": ("--config.reward.optim.b2=-1", "config.reward.optim.b2: -1.0", "not including, 1"),
+    "a decay multiplier below 0": ("--config.optim.groups=(('a',1.0,-1.0),)", "config.optim.groups", "a row is (regex"),
+    "an infinite multiplier": ("--config.optim.groups=(('a',1e999,0.0),)", "config.optim.groups", "finite numbers"),
+    "a width beyond 32 bits": ("--config.model.width=1000000000000", "config.model.width", "below 2^31"),
+    "layers beyond 32 bits": ("--config.model.layers=1000000000000", "config.model.layers", "below 2^31"),
+    "a vocabulary beyond 32 bits": ("--config.tokenizer.vocab_size=9999999999", "tokenizer.vocab_size", "below 2^31"),
+    "a multiple beyond 32 bits": ("--config.model.vocab_multiple=9999999999", "model.vocab_multiple", "below 2^31"),
+    "steps beyond 32 bits": ("--config.sft.steps=9999999999", "config.sft.steps", "below 2^31"),
+    "a bucket beyond 32 bits": ("--config.reward.buckets=24,9999999999", "config.reward.buckets", "below 2^31"),
+    "a start of no name": ("--config.ppo.init_from=", "config.ppo.init_from: ''", "give a value such as 'auto'"),
+    "a file of no name": ("--config.data.test_path=", "config.data.test_path: ''", "give a value, or none"),
+    "a negative length": ("--config.ppo.experience_step.min_length=-1", "experience_step.min_length", "at least 0"),
     "not module:function": ("--config.steps.sft=my_step", "config.steps.sft", 'write "module:function"'),
     "an unknown step module": ("--config.steps.sft=no_such_module:f", "config.steps.sft", "tried "),
     "an unknown step function": ("--config.steps.sft=lfjax.steps.sft:sft_stp", "config.steps.sft", "mean 'sft_step'?"),
@@ -245,6 +260,16 @@ DATA = {
     "not an object": (b"[1, 2]\n", ":1: found [1, 2]", "a record is a JSON object"),
     "not UTF-8": (b'{"prompt": "\xff"}\n', ":1: not UTF-8", "save the file as UTF-8"),
     "empty": (b"", ": is empty", "at least one record"),
+    "one text only": (
+        [row | {"responses": ["the same"], "feedback": [{"kind": "critique", "response": 0, "text": "no"}]}
+         for row in smallest.records()],
+        "split is empty (120 records in all, only 1 of them different)", "give more records",
+    ),
+    "one prompt only": (
+        [row | {"prompt": "Describe rain."} for row in smallest.records()],
+        "all 120 have one prompt", "give data.validation_path and data.test_path",
+    ),
+    "no text": ([row | {"responses": [" "]} for row in smallest.records()], "120 of them empty", "give more records"),
     "too few": (smallest.records(1), "split is empty (1 records in all)", "give more records"),
 }  # fmt: skip
 
@@ -310,6 +335,41 @@ def test_a_prompt_longer_than_its_room_is_named_by_its_line(command, tmp_path, t
 
 def folder_of(trained: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(trained / "models" / "pretrain", into / "model"))
+
+
+def test_a_pipe_is_no_data_file(command, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("jsonl", "text"):
+        line = command(*arguments(tmp_path / "w", tmp_path / "pipe", f"--config.data.source={source}"))
+        assert f"{tmp_path}/pipe: not a regular file" in line and "give a" in line
+
+
+@pytest.mark.parametrize(
+    "error, found",
+    [
+        (MemoryError("Unable to allocate 7 TiB for an array"), "Unable to allocate 7 TiB"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 64 bytes.\nstack"),
+            "64 bytes. stack",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 7 bytes."), "7 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, found, command, tmp_path, records, monkeypatch):
+    def stage(run):
+        raise error
+
+    monkeypatch.setitem(chain.STAGE_FUNCTIONS, "tokenizer", stage)
+    line = command(*arguments(tmp_path / "w", records))
+    assert "lfjax train: out of memory: " in line and found in line and "a smaller batch_size" in line
+
+
+@pytest.mark.parametrize("text, found", [("[1]", "found a JSON list"), ("{", ":1: not JSON"), ("\xff", "not UTF-8")])
+def test_a_broken_summary_is_named(text, found, command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    (workdir / "summary.json").write_bytes(text.encode("latin-1"))
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{workdir}/summary.json:" in line and found in line and "restore or delete the file" in line
 
 
 def test_a_damaged_model_is_named(command, tmp_path, records, trained):
@@ -434,6 +494,7 @@ FINISHED = {
     "no object": (b"[]", "no JSON object"),
     "no figures": (b'{"seconds": 1.0, "programs": 2}', "no figures in it"),
     "no seconds": (b'{"figures": {}, "programs": 2}', "no seconds in it"),
+    "seconds that are none": (b'{"figures": {}, "seconds": NaN, "programs": 2}', "no seconds in it"),
     "seconds of another kind": (b'{"figures": {}, "seconds": "1", "programs": null}', "no seconds and no programs"),
 }
 
@@ -576,6 +637,7 @@ COMMANDS = {
     "a temperature of nan": (("sample", "{trained}", "--temperature=nan"), "--temperature: nan"),
     "a top_p of 2": (("sample", "{trained}", "--top-p=2"), "--top-p: 2.0; allowed: above 0, at most 1"),
     "more tokens than the context": (("sample", "{trained}", "--max-new-tokens=99"), "64"),
+    "a prompt that is no text": (("sample", "{trained}", "--prompt=caf\udce9"), "--prompt: 'caf\\udce9' is not UTF-8"),
     "an unknown flag": (("sample", "{trained}", "--nn=3"), "unknown argument --nn=3"),
     "report on nothing": (("report", "nowhere"), "nowhere: no such run directory"),
     "report on an empty folder": (("report", "{tmp}"), "not a run directory"),
@@ -659,8 +721,24 @@ def test_the_run_directory_stands_for_its_last_model(trained, capfd):
     assert len(lines) >= 2 and lines[0].startswith("the film")
 
 
+def test_what_the_encoding_of_the_output_lacks_is_escaped(trained, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["sample", str(trained), "--prompt=caf\u00e9", "--max-new-tokens=1"]) == 0
+    assert out.buffer.getvalue().startswith(rb"caf\xe9")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "lfjax.cli", "doctor"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug")]
+    "error",
+    [ZeroDivisionError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug"), RuntimeError("a bug")],
 )
 def test_a_bug_of_our_own_is_not_dressed_up_as_bad_input(error, tmp_path, records, monkeypatch):
     def stage(run):

@@ -79,6 +79,8 @@ def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any
             " give data.validation_path and data.test_path"
         )
     empty = f", {counts['empty']} of them empty" if counts["empty"] else ""
+    different = len({record_key(record) for record in cut})
+    empty += f", only {different} of them different" if 0 < different < len(cut) else ""
     return (
         f"data: the {name} split is empty ({counts['rows']} records in all{empty}); give more records, a larger "
         f"data.validation_fraction and data.test_fraction, or data.validation_path and data.test_path"
@@ -161,7 +163,8 @@ def read_text(path: str) -> Iterator[Record]:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise InputError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}; give a plain text file")
+        found = "is a folder" if file.is_dir() else "not a regular file" if file.exists() else "no such file"
+        raise InputError(f"{file}: {found}; give a plain text file")
     try:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

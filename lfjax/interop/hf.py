@@ -236,6 +236,8 @@ def _import_params(folder: TensorFolder, family: Family, config: TransformerConf
         sharding = {path: _at(tree, path) for path in shapes}
     flat = {}
     for tensor, sizes in _active(family, config):
+        last = _stored_name(tensor.name.format(i=config.layers - 1), family, folder)
+        folder.check(last, tensor.their_shape(sizes))  # before memory is taken for what config.json says
         arrays = [np.zeros(shapes[path], np.float32) for path in tensor.ours]
         for i in range(config.layers) if tensor.stacked else (None,):
             name = _stored_name(tensor.name.format(i=i), family, folder)

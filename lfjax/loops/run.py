@@ -287,6 +287,8 @@ class Run:
             raise InputError(f"{path}: not what a finished stage leaves: no JSON object; {fix}")
         kinds = {"figures": dict, "seconds": (int, float), "programs": int}
         wrong = [key for key, kind in kinds.items() if not isinstance(done.get(key), kind)]
+        if "seconds" not in wrong and not math.isfinite(done["seconds"]):
+            wrong.append("seconds")
         if wrong:
             raise InputError(f"{path}: not what a finished stage leaves: no {' and no '.join(wrong)} in it; {fix}")
         return done

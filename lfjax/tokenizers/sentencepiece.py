@@ -106,7 +106,7 @@ def train(
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise InputError(_vocabulary_error(str(error), vocab_size)) from None
     tokenizer = SentencePieceTokenizer(model.getvalue())
     if folder is not None:

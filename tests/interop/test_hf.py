@@ -374,6 +374,26 @@ DAMAGED = {
     "config cut": (lambda f: (f / "config.json").write_text('{\n"a": 1,'), r"config\.json:2: not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list; must be an object"),
     "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: cannot be read"),
+    "config with a number of 5000 digits": (
+        lambda f: (f / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
+        r"config\.json: cannot be read",
+    ),
+    "config nested too deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        r"config\.json: cannot be read",
+    ),
+    "model_type a list": (set_key(model_type=["llama"]), r"field 'model_type': found \['llama'\]; known are"),
+    "architecture a list": (set_key(architectures=[["a"]]), r"field 'architectures': found \['a'\]; known are"),
+    "eps not a number": (set_key(rms_norm_eps=float("nan")), "field 'rms_norm_eps': found nan; must be a positive"),
+    "eps too large": (set_key(rms_norm_eps=10**400), "field 'rms_norm_eps': found 1000"),
+    "rope theta too large": (set_key(rope_theta=10**400, rope_parameters=None), "field 'rope_theta': found 1000"),
+    "a context too large": (set_key(max_position_embeddings=2**31), "'max_position_embeddings'.*below 2\\^31"),
+    "a vocabulary that no memory holds": (set_key(vocab_size=2**31 - 1), r"found shape \[61, 16\]; config.json asks"),
+    "layers that no memory holds": (set_key(num_hidden_layers=2**31 - 1), r"model\.layers\.2147483646\.\S+ is missing"),
+    "a label count of true": (
+        set_key(architectures=["LlamaForSequenceClassification"], num_labels=True),
+        "'num_labels': found True",
+    ),
     "no folder": (shutil.rmtree, "no such folder"),
     "tokenizer damaged": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model: not a Sentence"),
 }
