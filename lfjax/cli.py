@@ -101,7 +101,10 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for item in overrides:
         if not item.startswith("--config."):
             raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
-    config = configs.load(arguments.config, overrides)
+    try:
+        config = configs.load(arguments.config, overrides)
+    except SystemExit as stop:
+        raise InputError(f"{arguments.config}: mend the config file: it ends the program (exit {stop.code})") from stop
     configs.validate(config)
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
 

@@ -516,7 +516,11 @@ def _check_rules(rules: tuple) -> None:
         try:
             pattern, axes = row
             re.compile(pattern)
-            known = not isinstance(axes, str) and all(axis in ("", "data", "fsdp", "tensor") for axis in axes)
+            known = (
+                isinstance(pattern, str)
+                and not isinstance(axes, str)
+                and all(axis in ("", "data", "fsdp", "tensor") for axis in axes)
+            )
             named = [axis for axis in axes if axis]
             known = known and len(set(named)) == len(named)
         except (TypeError, ValueError, re.error):
@@ -587,7 +591,12 @@ def _check_training(config: Config, stage: str) -> None:
 
 def _check_reward(config: Config) -> None:
     reward = config.reward
-    _at_least(config, 0, "reward.max_candidates")
+    _at_least(config, 0, "reward.max_candidates", "reward.min_gap", "reward.step.min_gap", "reward.step.margin_scale")
+    losses = ("regression", "every_token", "bradley_terry", "hinge", "listwise_hinge", "plackett_luce", "softmax")
+    _at_least(config, 0, *(f"reward.step.{name}" for name in (*losses, "centering")))
+    own = config.steps.reward == base_config().steps.reward
+    if own and not any(reward.step.get(name) for name in losses):
+        raise InputError(f"config.reward.step: every loss has weight 0; set one of {', '.join(losses)} above 0")
     if not reward.buckets or not all(type(length) is int and length >= 2 for length in reward.buckets):
         raise InputError(f"config.reward.buckets: {reward.buckets}; give sequence lengths in tokens, such as (32, 64)")
     if max(reward.buckets) > config.model.context:
@@ -605,7 +614,8 @@ def _check_group(row) -> None:
     try:
         pattern, *multipliers = row
         re.compile(pattern)
-        known = len(multipliers) == 2 and all(isinstance(x, (int, float)) and x >= 0 for x in multipliers)
+        known = isinstance(pattern, str) and len(multipliers) == 2
+        known = known and all(isinstance(x, (int, float)) and x >= 0 for x in multipliers)
     except (TypeError, ValueError, re.error):
         known = False
     if not known:

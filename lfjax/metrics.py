@@ -146,7 +146,7 @@ class RunLog:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self._writes and rows:
-            _append(self.workdir / name, "".join(_line(row) for row in rows).encode())
+            _append(self.workdir / name, _encoded("".join(_line(row) for row in rows)))
 
     def _to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One folder a stage: every stage counts its own steps, and a purge must not reach into another stage.
@@ -233,7 +233,12 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
       InputError: the file cannot be written (no space, no permission), naming it.
     """
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(pathlib.Path(path), text.encode())
+    _replace(pathlib.Path(path), _encoded(text))
+
+
+def _encoded(text: str) -> bytes:
+    r"""JSON as UTF-8; half a surrogate pair (a file name that is not UTF-8 has them) becomes its JSON escape \uXXXX."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: str | os.PathLike) -> Any:

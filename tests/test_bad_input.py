@@ -104,6 +104,8 @@ OVERRIDES = {
     "two axes of -1": ("--config.mesh.fsdp=-1", "config.mesh", "only one axis"),
     "rules that are none": ("--config.mesh.rules=(('embed','model'),)", "config.mesh.rules", "a row is (regex"),
     "an axis twice": ("--config.mesh.rules=(('.*',('data','data')),)", "config.mesh.rules", "each axis once"),
+    "a rule of bytes": ("--config.mesh.rules=((b'.*',('data',)),)", "config.mesh.rules", "a row is (regex"),
+    "a group of bytes": ("--config.optim.groups=((b'.*',1.0,0.0),)", "config.optim.groups", "a row is (regex"),
     "microbatches": ("--config.pretrain.step.num_microbatches=3", "config.pretrain.batch_size", "do not divide"),
     "minibatches": ("--config.ppo.update_step.minibatches=0", "config.ppo.batch_size", "do not divide"),
     "a batch over devices": ("--config.reward.batch_size=12", "config.reward.batch_size", "a multiple of 8"),
@@ -142,6 +144,8 @@ OVERRIDES = {
     "a start of no name": ("--config.ppo.init_from=", "config.ppo.init_from: ''", "give a value such as 'auto'"),
     "a file of no name": ("--config.data.test_path=", "config.data.test_path: ''", "give a value, or none"),
     "a negative length": ("--config.ppo.experience_step.min_length=-1", "experience_step.min_length", "at least 0"),
+    "a loss of negative weight": ("--config.reward.step.hinge=-1", "config.reward.step.hinge: -1.0", "at least 0"),
+    "a negative gap": ("--config.reward.min_gap=-1", "config.reward.min_gap: -1.0", "at least 0"),
     "not module:function": ("--config.steps.sft=my_step", "config.steps.sft", 'write "module:function"'),
     "an unknown step module": ("--config.steps.sft=no_such_module:f", "config.steps.sft", "tried "),
     "an unknown step function": ("--config.steps.sft=lfjax.steps.sft:sft_stp", "config.steps.sft", "mean 'sft_step'?"),
@@ -169,11 +173,21 @@ def test_what_the_fixed_splits_would_ignore_is_refused(key, value, command, tmp_
     assert not (tmp_path / "w").exists()
 
 
+def test_a_reward_model_without_a_loss_is_refused(command, tmp_path, records):
+    """Also one that is only centred: nothing tells it what is better."""
+    given = ("--config.reward.step.regression=0", "--config.reward.step.bradley_terry=0")
+    line = command(*arguments(tmp_path / "w", records, *given, "--config.reward.step.centering=1"))
+    assert "config.reward.step: every loss has weight 0; set one of regression" in line
+    assert not (tmp_path / "w").exists()
+
+
 CONFIGS = {
     "a syntax error": ("def get_config(:\n", "SyntaxError", "line 1"),
     "no get_config": ("config = 3\n", "no get_config()", "defines one that returns a ConfigDict"),
     "get_config raises": ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError", "line 2"),
     "get_config gives a dict": ("def get_config():\n    return {}\n", "returned dict", "has to return a ConfigDict"),
+    "the file exits": ("raise SystemExit(3)\n", "it ends the program (exit 3)", "mend the config file"),
+    "get_config exits": ("def get_config():\n    exit()\n", "it ends the program", "mend the config file"),
     "the file raises": ("import no_such_module\n", "no_such_module", "line 1"),
     "not text": ("\0\1\2", "mend the config file", "null bytes"),
     "a misspelt key": (
@@ -335,6 +349,15 @@ def test_a_prompt_longer_than_its_room_is_named_by_its_line(command, tmp_path, t
 
 def folder_of(trained: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(trained / "models" / "pretrain", into / "model"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are always UTF-8")
+def test_names_that_are_not_utf8_are_names_too(tmp_path, records, capfd):
+    """On a second start too: config.json gives the names back."""
+    file = shutil.copy(records, tmp_path / "caf\udce9.jsonl")
+    for _ in range(2):
+        assert cli.main(arguments(tmp_path / "w\udce9", file, "--config.stages=tokenizer")) == 0
+    assert "caf\\udce9.jsonl" in (tmp_path / "w\udce9" / "config.json").read_text(encoding="utf-8")
 
 
 def test_a_pipe_is_no_data_file(command, tmp_path):

@@ -277,6 +277,14 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_text_that_is_no_utf8_comes_back(tmp_path):
+    path, odd = tmp_path / "x.json", "caf\udce9 é 🙂 \ud83d"
+    write_json(path, {odd: odd})
+    assert read_json(path) == {odd: odd} and "é 🙂" in path.read_text(encoding="utf-8")
+    RunLog(tmp_path, tensorboard=False).samples("ppo", 1, [{"response": odd}])
+    assert rows(tmp_path / "samples.jsonl")[0]["response"] == odd
+
+
 def test_broken_json_is_named_with_its_line(tmp_path):
     (tmp_path / "x.json").write_text('{\n"a": }')
     with pytest.raises(InputError, match=r"x\.json:2: not JSON"):
