@@ -153,9 +153,10 @@ class RunLog:
 
         Written here and now: tensorboardX's own writer does it in a thread, which cannot say that a disk is full.
         """
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
+        proto: Any = event_pb2  # protobuf makes its classes when it is imported, which no checker can follow
         events, now = [], time.time()
         if stage not in self._events:
             folder = self.workdir / "tensorboard" / stage
@@ -165,12 +166,12 @@ class RunLog:
             except OSError as error:
                 raise _cannot_write(folder, error) from error
             self._events[stage] = folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{part}"
-            events.append(Event(wall_time=now, file_version="brain.Event:2"))
+            events.append(proto.Event(wall_time=now, file_version="brain.Event:2"))
             if stage in self._purge:
-                start = SessionLog(status=SessionLog.START)
-                events.append(Event(wall_time=now, step=self._purge[stage], session_log=start))
+                start = proto.SessionLog(status=proto.SessionLog.START)
+                events.append(proto.Event(wall_time=now, step=self._purge[stage], session_log=start))
         for name, value in values.items():
-            events.append(Event(wall_time=now, step=int(step), summary=scalar(name, float(value))))
+            events.append(proto.Event(wall_time=now, step=int(step), summary=scalar(name, float(value))))
         _append(self._events[stage], b"".join(_event_record(event.SerializeToString()) for event in events))
 
 
