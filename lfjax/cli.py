@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 from pathlib import Path
 
 from lfjax.config import InputError
@@ -26,25 +29,46 @@ def main(argv: list[str] | None = None) -> int:
     report.set_defaults(run=_report)
     commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
     arguments = argparse.Namespace(command="")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may not have
     try:
         arguments, rest = parser.parse_known_args(argv)
         if rest and arguments.command != "train":
             raise InputError(f"lfjax {arguments.command}: unknown argument {rest[0]}; see lfjax {arguments.command} -h")
-        return arguments.run(arguments, rest)
+        code = arguments.run(arguments, rest)
+        sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from what is saved" if arguments.command == "train" else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has enough, as in `lfjax sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit fails no more
+        return 0
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         place = error.filename or getattr(arguments, "workdir", f"lfjax {arguments.command}")
         fix = "free some space or mend what stands in the way, then start the same command again"
-        print(f"error: {place}: {error.strerror}; {fix}", file=sys.stderr)
-        return 2
+        return _refuse(f"{place}: {error.strerror}; {fix}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        cause = " ".join(str(error).split())[:200] or "MemoryError"
+        fix = "take a smaller batch_size, shorter sequences, a smaller model, or more devices"
+        return _refuse(f"lfjax {arguments.command}: out of memory: {cause}; {fix}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether NumPy, Python or XLA says that memory is too small; XLA has no kind of its own for it."""
+    return isinstance(error, MemoryError) or any(s in str(error) for s in ("RESOURCE_EXHAUSTED", "Out of memory"))
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return 2
 
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
@@ -94,7 +118,10 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
     if arguments.profile < 0:
         raise InputError(f"--profile: {arguments.profile}; allowed: 0 (none) or more steps")
-    config = configs.load(arguments.config, overrides)
+    try:
+        config = configs.load(arguments.config, overrides)
+    except SystemExit as stop:
+        raise InputError(f"{arguments.config}: mend the config file: it ends the program (exit {stop.code})") from stop
     configs.validate(config)
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
 
@@ -132,13 +159,81 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    coordinator = os.environ.get("LFJAX_COORDINATOR")
-    if coordinator:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes=int(os.environ["LFJAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["LFJAX_PROCESS_ID"]),
-        )
+    _join_processes()
+
+
+def _join_processes() -> None:
+    """Where LFJAX_COORDINATOR is set, waits for the other processes, at most LFJAX_COORDINATOR_TIMEOUT seconds.
+
+    jax ends a process that waits in vain with a dump of its C++ stack, so a watch of our own ends it before.
+    """
+    import jax
+
+    address = os.environ.get("LFJAX_COORDINATOR", "")
+    if not address:
+        for name in ("LFJAX_NUM_PROCESSES", "LFJAX_PROCESS_ID"):
+            if name in os.environ:
+                raise InputError(
+                    f"{name}: set, but not LFJAX_COORDINATOR=HOST:PORT, where process 0 is; set both or none"
+                )
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(f"LFJAX_COORDINATOR: {address!r}; write HOST:PORT, where process 0 is and may listen")
+    processes = _from_environment("LFJAX_NUM_PROCESSES", 1, 2**20)
+    process = _from_environment("LFJAX_PROCESS_ID", 0, processes - 1)
+    seconds = _from_environment("LFJAX_COORDINATOR_TIMEOUT", 1, 10**6, "300")
+    if process == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        _check_free(int(port))
+
+    def give_up() -> None:
+        _refuse(_why_alone(host.strip("[]"), int(port), process, processes, seconds))
+        os._exit(2)  # the main thread is inside jax and would not hear of an exception
+
+    watch = threading.Timer(seconds, give_up)
+    watch.daemon = True
+    watch.start()
+    jax.distributed.initialize(address, processes, process, initialization_timeout=seconds + 60)
+    watch.cancel()
+
+
+def _from_environment(name: str, low: int, high: int, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    if text is None:
+        raise InputError(f"{name}: not set, but LFJAX_COORDINATOR is; give a whole number from {low} to {high}")
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise InputError(f"{name}: {text!r}; give a whole number from {low} to {high}")
+    return int(text)
+
+
+def _check_free(port: int) -> None:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        cause = os.strerror(error.errno or 0)
+        raise InputError(
+            f"LFJAX_COORDINATOR: process 0 cannot listen on port {port}: {cause}; choose another"
+        ) from error
+
+
+def _why_alone(host: str, port: int, process: int, processes: int, seconds: int) -> str:
+    """What to say once the time to find the other processes is over."""
+    where = f"LFJAX_COORDINATOR={host}:{port}: after {seconds} s"
+    more = "or give them more time: LFJAX_COORDINATOR_TIMEOUT (seconds)"
+    if process != 0:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            return (
+                f"{where} process {process} has found no process 0 there ({error.strerror or error}); correct the"
+                f" address, see whether process 0 has started, {more}"
+            )
+    return (
+        f"{where} not all of LFJAX_NUM_PROCESSES={processes} processes have come; see why the others did not start,"
+        f" correct that number, {more}"
+    )
 
 
 def _sample(arguments: argparse.Namespace, _) -> int:
@@ -150,6 +245,9 @@ def _sample(arguments: argparse.Namespace, _) -> int:
         raise InputError(f"--seed: {arguments.seed}; allowed: 0 up to 2^31 - 1")
     if not 0.0 < arguments.top_p <= 1.0:
         raise InputError(f"--top-p: {arguments.top_p}; allowed: above 0, at most 1")
+    for prompt in arguments.prompt or ():
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"--prompt: {prompt!a} is not UTF-8 text; write it in UTF-8, in a UTF-8 locale")
     _set_up_jax("highest", True)
 
     from lfjax.interop import hf

@@ -397,6 +397,7 @@ def validate(config: Config) -> None:
     _one_of(config, "data.source", ("vader", "jsonl", "text"))
     if config.data.source != "vader" and not config.data.path:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
+    _check_fixed_splits(config)
     _one_of(config, "tokenizer.model_type", ("unigram", "bpe"))
     _one_of(config, "model.form", ("llama", "gpt2"))
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
@@ -407,11 +408,8 @@ def validate(config: Config) -> None:
     _one_of(config, "ppo.reference_dtype", ("auto", "float32", "bfloat16"))
     _at_least(config, 1, "model.width", "model.layers", "model.heads", "model.kv_heads", "model.mlp_width")
     _at_least(config, 2, "model.context", "tokenizer.vocab_size")
-    if config.seed >= 2**31:
-        raise InputError(f"config.seed: {config.seed}; allowed: 0 up to 2^31 - 1")
-    _at_least(
-        config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples", "run.breakdown_every"
-    )
+    _at_least(config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples")
+    _at_least(config, 0, "run.breakdown_every")
     _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "run.max_skipped", "model.vocab_multiple")
     _check_model(config)
     _check_rules(config.mesh.rules)
@@ -426,13 +424,37 @@ def validate(config: Config) -> None:
 
 
 def _check_values(config: Config) -> None:
-    """No leaf that has a default may be empty, no number infinite or NaN."""
+    """No leaf that has a default may be empty, no text "", no number infinite, NaN or too large for 32 bits."""
     required = flatten(to_plain(base_config()))
     for key, value in flatten(to_plain(config)).items():
-        if value is None and required.get(key) is not None:
-            raise InputError(f"{key}: None; give a value such as {required[key]!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key}: {value}; allowed: finite numbers")
+        if value in (None, "") and required.get(key) is not None:
+            raise InputError(f"{key}: {value!r}; give a value such as {required[key]!r}")
+        if value == "":
+            raise InputError(f"{key}: ''; give a value, or none")
+        for number in _numbers(value):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{key}: {value}; allowed: finite numbers")
+            if isinstance(number, int) and abs(number) >= 2**31:
+                raise InputError(f"{key}: {value}; allowed: whole numbers below 2^31 in size")
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers of a leaf: itself, or what its rows hold."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def _check_fixed_splits(config: Config) -> None:
+    """The VADER sentences have splits of their own; what would be ignored is refused."""
+    if config.data.source == "vader":
+        default = base_config().data
+        for key in ("path", "validation_path", "test_path", "validation_fraction", "test_fraction"):
+            if config.data[key] != default[key]:
+                raise InputError(
+                    f'config.data.{key}: {config.data[key]}; data.source="vader" has fixed splits and reads no file of'
+                    f" yours: leave it at {default[key]}, or set data.source to jsonl or text"
+                )
 
 
 def _check_stages(config: Config) -> None:
@@ -497,13 +519,19 @@ def _check_rules(rules: tuple) -> None:
         try:
             pattern, axes = row
             re.compile(pattern)
-            known = not isinstance(axes, str) and all(axis in ("", "data", "fsdp", "tensor") for axis in axes)
+            known = (
+                isinstance(pattern, str)
+                and not isinstance(axes, str)
+                and all(axis in ("", "data", "fsdp", "tensor") for axis in axes)
+            )
+            named = [axis for axis in axes if axis]
+            known = known and len(set(named)) == len(named)
         except (TypeError, ValueError, re.error):
             known = False
         if not known:
             raise InputError(
                 f"config.mesh.rules: {row!r}; a row is (regex on the parameter path, ('data' | 'fsdp' | 'tensor' | '',"
-                " one a dimension))"
+                " one a dimension, each axis once))"
             )
 
 
@@ -526,20 +554,24 @@ def _check_training(config: Config, stage: str) -> None:
     if section.steps == 0 and section.epochs <= 0:
         raise InputError(f"config.{stage}.epochs: {section.epochs}; give steps or epochs above 0")
     for name in ("optim", "value_optim") if stage == "ppo" else ("optim",):
-        optim = optim_section(config, stage, name)
-        key = f"config.{stage}.{name}"
+        optim, own = optim_section(config, stage, name), section[name]
+
+        def found(leaf: str, optim=optim, own=own, key=f"config.{stage}.{name}") -> str:
+            """The key that was set, in the stage's own section or in config.optim, and its value."""
+            return f"{key if own.get(leaf) is not None else 'config.optim'}.{leaf}: {optim[leaf]!r}"
+
         if optim["name"] not in ("adamw", "adafactor", "lion", "muon"):
-            raise InputError(f"{key}.name: {optim['name']!r}; allowed: adamw, adafactor, lion, muon")
+            raise InputError(f"{found('name')}; allowed: adamw, adafactor, lion, muon")
         if optim["schedule"] not in ("constant", "linear", "cosine"):
-            raise InputError(f"{key}.schedule: {optim['schedule']!r}; allowed: constant, linear, cosine")
+            raise InputError(f"{found('schedule')}; allowed: constant, linear, cosine")
         if optim["learning_rate"] <= 0:
-            raise InputError(f"{key}.learning_rate: {optim['learning_rate']}; allowed: above 0")
-        for name in ("warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
-            if optim[name] < 0:
-                raise InputError(f"{key}.{name}: {optim[name]}; allowed: at least 0")
-        for name in ("b1", "b2"):
-            if not 0.0 <= optim[name] < 1.0:
-                raise InputError(f"{key}.{name}: {optim[name]}; allowed: 0 up to, not including, 1")
+            raise InputError(f"{found('learning_rate')}; allowed: above 0")
+        for leaf in ("warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
+            if optim[leaf] < 0:
+                raise InputError(f"{found(leaf)}; allowed: at least 0")
+        for leaf in ("b1", "b2"):
+            if not 0.0 <= optim[leaf] < 1.0:
+                raise InputError(f"{found(leaf)}; allowed: 0 up to, not including, 1")
         for row in optim["groups"]:
             _check_group(row)
     step = section.update_step if stage == "ppo" else section.step
@@ -568,7 +600,12 @@ def _check_buckets(config: Config, key: str, low: int) -> None:
 
 def _check_reward(config: Config) -> None:
     reward = config.reward
-    _at_least(config, 0, "reward.max_candidates")
+    _at_least(config, 0, "reward.max_candidates", "reward.min_gap", "reward.step.min_gap", "reward.step.margin_scale")
+    losses = ("regression", "every_token", "bradley_terry", "hinge", "listwise_hinge", "plackett_luce", "softmax")
+    _at_least(config, 0, *(f"reward.step.{name}" for name in (*losses, "centering")))
+    own = config.steps.reward == base_config().steps.reward
+    if own and not any(reward.step.get(name) for name in losses):
+        raise InputError(f"config.reward.step: every loss has weight 0; set one of {', '.join(losses)} above 0")
     _check_buckets(config, "reward.buckets", 2)
     if max(reward.buckets) > config.model.context:
         raise InputError(
@@ -585,7 +622,8 @@ def _check_group(row) -> None:
     try:
         pattern, *multipliers = row
         re.compile(pattern)
-        known = len(multipliers) == 2 and all(isinstance(x, (int, float)) for x in multipliers)
+        known = isinstance(pattern, str) and len(multipliers) == 2
+        known = known and all(isinstance(x, (int, float)) and x >= 0 for x in multipliers)
     except (TypeError, ValueError, re.error):
         known = False
     if not known:
@@ -608,6 +646,7 @@ def _check_ppo(config: Config) -> None:
     _at_least(config, 1, "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
     _at_least(config, 1, "ppo.update_step.epochs", "ppo.update_step.chunk_size", "ppo.experience_step.chunk_size")
     _at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every", "ppo.experience_step.penalty")
+    _at_least(config, 0, "ppo.experience_step.min_length")
     _at_least(config, 0, "ppo.update_step.value_clip", "ppo.update_step.value_coef", "ppo.update_step.kl_target")
     _at_least(config, 1, "ppo.update_step.kl_horizon")
     longest = ppo.rollout_step.max_new_tokens

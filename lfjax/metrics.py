@@ -6,11 +6,14 @@ equal floats give equal text, so two runs can be compared byte for byte.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import shutil
+import socket
+import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -76,7 +79,7 @@ class RunLog:
         self.workdir = pathlib.Path(workdir)
         self._writes = process == 0
         self._tensorboard = tensorboard and self._writes
-        self._writers: dict[str, Any] = {}
+        self._events: dict[str, pathlib.Path] = {}  # stage -> the file of this process
         self._purge: dict[str, int] = {}
         if self._writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -96,10 +99,18 @@ class RunLog:
         self._append(SAMPLES, [{"stage": stage, "step": int(step), **row} for row in rows])
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Adds figures, keys "stage/name", to summary.json: one flat sorted dict, replaced atomically."""
+        """Adds figures, keys "stage/name", to summary.json: one flat sorted dict, replaced atomically.
+
+        Raises:
+          InputError: the file that is there is broken, or it cannot be written.
+        """
         if self._writes:
             path = self.workdir / SUMMARY
             known = read_json(path) if path.exists() else {}
+            if not isinstance(known, dict):
+                raise InputError(
+                    f"{path}: found a JSON {type(known).__name__}, not an object; restore or delete the file"
+                )
             write_json(path, dict(sorted({**known, **figures}.items())))
 
     def cut(self, stages: Sequence[str], stage: str, step: int) -> None:
@@ -130,36 +141,54 @@ class RunLog:
         self._purge = {stage: step + 1}
 
     def close(self) -> None:
-        """Closes TensorBoard's files; the log may be written to again afterwards."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers = {}
+        """Ends TensorBoard's files; the log may be written to again afterwards, to new ones."""
+        self._events = {}
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if not self._writes or not rows:
-            return
-        text = "".join(_line(row) for row in rows)
-        path = self.workdir / name
-        try:
-            with open(path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+        if self._writes and rows:
+            _append(self.workdir / name, _encoded("".join(_line(row) for row in rows)))
 
     def _to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """One folder a stage: every stage counts its own steps, and a purge must not reach into another stage."""
-        writer = self._writers.get(stage)
-        if writer is None:
-            from tensorboardX import SummaryWriter
+        """One folder a stage: every stage counts its own steps, and a purge must not reach into another stage.
 
+        Written here and now: tensorboardX's own writer does it in a thread, which cannot say that a disk is full.
+        """
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        proto: Any = event_pb2  # protobuf makes its classes when it is imported, which no checker can follow
+        events, now = [], time.time()
+        if stage not in self._events:
             folder = self.workdir / "tensorboard" / stage
-            part = sum(1 for _ in folder.glob("*")) if folder.exists() else 0  # file names only tell seconds apart
-            writer = self._writers[stage] = SummaryWriter(
-                logdir=str(folder), purge_step=self._purge.get(stage), filename_suffix=f".{part}"
-            )
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                part = sum(1 for _ in folder.iterdir())  # the rest of the name only tells seconds apart
+            except OSError as error:
+                raise _cannot_write(folder, error) from error
+            self._events[stage] = folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{part}"
+            events.append(proto.Event(wall_time=now, file_version="brain.Event:2"))
+            if stage in self._purge:
+                start = proto.SessionLog(status=proto.SessionLog.START)
+                events.append(proto.Event(wall_time=now, step=self._purge[stage], session_log=start))
         for name, value in values.items():
-            writer.add_scalar(name, float(value), int(step))
-        writer.flush()
+            events.append(proto.Event(wall_time=now, step=int(step), summary=scalar(name, float(value))))
+        _append(self._events[stage], b"".join(_event_record(event.SerializeToString()) for event in events))
+
+
+def _event_record(data: bytes) -> bytes:
+    """A TFRecord: the length, its checksum, the data, their checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+
+
+def _append(path: pathlib.Path, data: bytes) -> None:
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _rewrite(path: pathlib.Path, keeps) -> None:
@@ -205,15 +234,26 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
       InputError: the file cannot be written (no space, no permission), naming it.
     """
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(pathlib.Path(path), text.encode())
+    _replace(pathlib.Path(path), _encoded(text))
+
+
+def _encoded(text: str) -> bytes:
+    r"""JSON as UTF-8; half a surrogate pair (a file name that is not UTF-8 has them) becomes its JSON escape \uXXXX."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads one JSON file; InputError names the file and the line where it is broken."""
+    """Reads one JSON file; InputError names the file and, where it is known, the line where it is broken."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return json.loads(pathlib.Path(path).read_bytes().decode("utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore or delete the file") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        found = f"byte 0x{error.object[error.start]:02x}"
+        raise InputError(f"{path}:{line}: not UTF-8 ({found}); restore or delete the file") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deep
+        raise InputError(f"{path}: not JSON ({error}); restore or delete the file") from error
 
 
 def _replace(path: pathlib.Path, data: bytes) -> None:
@@ -225,7 +265,8 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
 
 

@@ -366,7 +366,8 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a JSONL file, one record a line")
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a JSONL file, one record a line")
+        found = "not a regular file, and it is read more than once" if path.exists() else "no such file"
+        raise InputError(f"{path}: {found}; give a JSONL file, one record a line")
     first_line: dict[str | float, int] = {}
     count = 0
     with path.open("rb") as lines:

@@ -3,10 +3,14 @@
 Everything goes through `lfjax.cli.main`, as the command does.
 """
 
+import io
 import os
 import pathlib
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -92,12 +96,16 @@ OVERRIDES = {
     "stages in the wrong order": ("--config.stages=tokenizer,sft,pretrain", "config.sft.init_from", "put it there"),
     "evaluate without a result": ("--config.stages=tokenizer,pretrain,evaluate", "config.stages", "before it"),
     "an unknown source": ("--config.data.source=json", "config.data.source", "did you mean 'jsonl'?"),
+    "a source that reads no file": ("--config.data.source=vader", "config.data.path", "set data.source to jsonl or"),
     "a source without a path": ("--config.data.path=none", "config.data.path", "needs the file's path"),
     "a fraction of 2": ("--config.data.test_fraction=2.0", "config.data.test_fraction", "between 0 and 0.5"),
     "a mesh that does not multiply": ("--config.mesh.data=3", "config.mesh", "set one to -1"),
     "a mesh axis of 0": ("--config.mesh.tensor=0", "config.mesh.tensor", "a positive size, or -1"),
     "two axes of -1": ("--config.mesh.fsdp=-1", "config.mesh", "only one axis"),
     "rules that are none": ("--config.mesh.rules=(('embed','model'),)", "config.mesh.rules", "a row is (regex"),
+    "an axis twice": ("--config.mesh.rules=(('.*',('data','data')),)", "config.mesh.rules", "each axis once"),
+    "a rule of bytes": ("--config.mesh.rules=((b'.*',('data',)),)", "config.mesh.rules", "a row is (regex"),
+    "a group of bytes": ("--config.optim.groups=((b'.*',1.0,0.0),)", "config.optim.groups", "a row is (regex"),
     "microbatches": ("--config.pretrain.step.num_microbatches=3", "config.pretrain.batch_size", "do not divide"),
     "minibatches": ("--config.ppo.update_step.minibatches=0", "config.ppo.batch_size", "do not divide"),
     "a batch over devices": ("--config.reward.batch_size=12", "config.reward.batch_size", "a multiple of 8"),
@@ -123,6 +131,21 @@ OVERRIDES = {
     "a momentum of 1": ("--config.optim.b1=1.0", "optim.b1", "0 up to, not including, 1"),
     "groups that are none": ("--config.optim.groups=(('(',1.0,0.0),)", "config.optim.groups", "a row is (regex"),
     "a dropout of 1": ("--config.reward.dropout=1.0", "config.reward.dropout", "not including, 1"),
+    "a negative momentum of all stages": ("--config.optim.b2=-1", "config.optim.b2: -1.0", "not including, 1"),
+    "a momentum of one stage": ("--config.reward.optim.b2=-1", "config.reward.optim.b2: -1.0", "not including, 1"),
+    "a decay multiplier below 0": ("--config.optim.groups=(('a',1.0,-1.0),)", "config.optim.groups", "a row is (regex"),
+    "an infinite multiplier": ("--config.optim.groups=(('a',1e999,0.0),)", "config.optim.groups", "finite numbers"),
+    "a width beyond 32 bits": ("--config.model.width=1000000000000", "config.model.width", "below 2^31"),
+    "layers beyond 32 bits": ("--config.model.layers=1000000000000", "config.model.layers", "below 2^31"),
+    "a vocabulary beyond 32 bits": ("--config.tokenizer.vocab_size=9999999999", "tokenizer.vocab_size", "below 2^31"),
+    "a multiple beyond 32 bits": ("--config.model.vocab_multiple=9999999999", "model.vocab_multiple", "below 2^31"),
+    "steps beyond 32 bits": ("--config.sft.steps=9999999999", "config.sft.steps", "below 2^31"),
+    "a bucket beyond 32 bits": ("--config.reward.buckets=24,9999999999", "config.reward.buckets", "below 2^31"),
+    "a start of no name": ("--config.ppo.init_from=", "config.ppo.init_from: ''", "give a value such as 'auto'"),
+    "a file of no name": ("--config.data.test_path=", "config.data.test_path: ''", "give a value, or none"),
+    "a negative length": ("--config.ppo.experience_step.min_length=-1", "experience_step.min_length", "at least 0"),
+    "a loss of negative weight": ("--config.reward.step.hinge=-1", "config.reward.step.hinge: -1.0", "at least 0"),
+    "a negative gap": ("--config.reward.min_gap=-1", "config.reward.min_gap: -1.0", "at least 0"),
     "not module:function": ("--config.steps.sft=my_step", "config.steps.sft", 'write "module:function"'),
     "an unknown step module": ("--config.steps.sft=no_such_module:f", "config.steps.sft", "tried "),
     "an unknown step function": ("--config.steps.sft=lfjax.steps.sft:sft_stp", "config.steps.sft", "mean 'sft_step'?"),
@@ -142,11 +165,29 @@ def test_a_wrong_override_is_refused_before_anything_is_written(kind, command, t
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("key, value", [("validation_fraction", 0.2), ("test_fraction", 0.1), ("test_path", "a.jsonl")])
+def test_what_the_fixed_splits_would_ignore_is_refused(key, value, command, tmp_path):
+    given = ("--config.data.source=vader", "--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05")
+    line = command(*arguments(tmp_path / "w", None, *given, f"--config.data.{key}={value}"))
+    assert f'config.data.{key}: {value}; data.source="vader" has fixed splits' in line and "leave it at" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_reward_model_without_a_loss_is_refused(command, tmp_path, records):
+    """Also one that is only centred: nothing tells it what is better."""
+    given = ("--config.reward.step.regression=0", "--config.reward.step.bradley_terry=0")
+    line = command(*arguments(tmp_path / "w", records, *given, "--config.reward.step.centering=1"))
+    assert "config.reward.step: every loss has weight 0; set one of regression" in line
+    assert not (tmp_path / "w").exists()
+
+
 CONFIGS = {
     "a syntax error": ("def get_config(:\n", "SyntaxError", "line 1"),
     "no get_config": ("config = 3\n", "no get_config()", "defines one that returns a ConfigDict"),
     "get_config raises": ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError", "line 2"),
     "get_config gives a dict": ("def get_config():\n    return {}\n", "returned dict", "has to return a ConfigDict"),
+    "the file exits": ("raise SystemExit(3)\n", "it ends the program (exit 3)", "mend the config file"),
+    "get_config exits": ("def get_config():\n    exit()\n", "it ends the program", "mend the config file"),
     "the file raises": ("import no_such_module\n", "no_such_module", "line 1"),
     "not text": ("\0\1\2", "mend the config file", "null bytes"),
     "a misspelt key": (
@@ -233,6 +274,16 @@ DATA = {
     "not an object": (b"[1, 2]\n", ":1: found [1, 2]", "a record is a JSON object"),
     "not UTF-8": (b'{"prompt": "\xff"}\n', ":1: not UTF-8", "save the file as UTF-8"),
     "empty": (b"", ": is empty", "at least one record"),
+    "one text only": (
+        [row | {"responses": ["the same"], "feedback": [{"kind": "critique", "response": 0, "text": "no"}]}
+         for row in smallest.records()],
+        "split is empty (120 records in all, only 1 of them different)", "give more records",
+    ),
+    "one prompt only": (
+        [row | {"prompt": "Describe rain."} for row in smallest.records()],
+        "all 120 have one prompt", "give data.validation_path and data.test_path",
+    ),
+    "no text": ([row | {"responses": [" "]} for row in smallest.records()], "120 of them empty", "give more records"),
     "too few": (smallest.records(1), "split is empty (1 records in all)", "give more records"),
 }  # fmt: skip
 
@@ -298,6 +349,50 @@ def test_a_prompt_longer_than_its_room_is_named_by_its_line(command, tmp_path, t
 
 def folder_of(trained: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(trained / "models" / "pretrain", into / "model"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are always UTF-8")
+def test_names_that_are_not_utf8_are_names_too(tmp_path, records, capfd):
+    """On a second start too: config.json gives the names back."""
+    file = shutil.copy(records, tmp_path / "caf\udce9.jsonl")
+    for _ in range(2):
+        assert cli.main(arguments(tmp_path / "w\udce9", file, "--config.stages=tokenizer")) == 0
+    assert "caf\\udce9.jsonl" in (tmp_path / "w\udce9" / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_pipe_is_no_data_file(command, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("jsonl", "text"):
+        line = command(*arguments(tmp_path / "w", tmp_path / "pipe", f"--config.data.source={source}"))
+        assert f"{tmp_path}/pipe: not a regular file" in line and "give a" in line
+
+
+@pytest.mark.parametrize(
+    "error, found",
+    [
+        (MemoryError("Unable to allocate 7 TiB for an array"), "Unable to allocate 7 TiB"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 64 bytes.\nstack"),
+            "64 bytes. stack",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 7 bytes."), "7 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, found, command, tmp_path, records, monkeypatch):
+    def stage(run):
+        raise error
+
+    monkeypatch.setitem(chain.STAGE_FUNCTIONS, "tokenizer", stage)
+    line = command(*arguments(tmp_path / "w", records))
+    assert "lfjax train: out of memory: " in line and found in line and "a smaller batch_size" in line
+
+
+@pytest.mark.parametrize("text, found", [("[1]", "found a JSON list"), ("{", ":1: not JSON"), ("\xff", "not UTF-8")])
+def test_a_broken_summary_is_named(text, found, command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    (workdir / "summary.json").write_bytes(text.encode("latin-1"))
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{workdir}/summary.json:" in line and found in line and "restore or delete the file" in line
 
 
 def test_a_damaged_model_is_named(command, tmp_path, records, trained):
@@ -415,6 +510,37 @@ def test_a_broken_config_in_the_workdir_is_refused(text, found, command, tmp_pat
     assert (workdir / "config.json").read_text() == text
 
 
+FINISHED = {
+    "not UTF-8": (b'{"figures": "\xff"}', ":1: not UTF-8 (byte 0xff)"),
+    "not JSON": (b"{", ":1: not JSON"),
+    "empty": (b"", ":1: not JSON"),
+    "no object": (b"[]", "no JSON object"),
+    "no figures": (b'{"seconds": 1.0, "parts": {}, "programs": {}}', "no figures in it"),
+    "no seconds": (b'{"figures": {}, "parts": {}, "programs": {}}', "no seconds in it"),
+    "seconds that are none": (b'{"figures": {}, "seconds": NaN, "parts": {}, "programs": {}}', "no seconds in it"),
+    "seconds of another kind": (
+        b'{"figures": {}, "seconds": "1", "parts": {}, "programs": null}',
+        "no seconds and no programs",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FINISHED)
+def test_a_finished_file_that_is_none_is_named_and_the_fix_works(kind, command, tmp_path, records, trained):
+    data, found = FINISHED[kind]
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    file = workdir / "checkpoints" / "pretrain" / "FINISHED"
+    file.write_bytes(data)
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert f"{file}:" in line and found in line
+    assert 'delete it: stage "pretrain" goes on from its last checkpoint' in line and "restore" not in line
+    assert file.read_bytes() == data
+    if kind == "no figures":
+        file.unlink()
+        assert train(workdir, records, PRETRAINING) == 0
+        assert same_model(workdir, trained)
+
+
 def test_a_broken_log_in_the_workdir_is_refused_by_line(command, tmp_path, records, trained):
     workdir = unfinished(trained, tmp_path)
     (workdir / "metrics.jsonl").write_text("{}\n" + (workdir / "metrics.jsonl").read_text())
@@ -483,6 +609,19 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     assert same_model(workdir, trained)
 
 
+def test_a_tensorboard_folder_that_cannot_be_written_ends_a_run_in_one_line(command, tmp_path, records, trained):
+    """The folder is a file: the one way to close it that also holds for root."""
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    (workdir / "tensorboard").write_text("mine")
+    tensorboard = "--config.run.tensorboard=True"
+    line = command(*arguments(workdir, records, PRETRAINING, tensorboard), progress=True)
+    assert f"{workdir}/tensorboard/pretrain: cannot write: " in line and "free some space" in line
+    (workdir / "tensorboard").unlink()
+    assert train(workdir, records, PRETRAINING, tensorboard) == 0
+    assert same_model(workdir, trained)
+
+
 def test_a_full_disk_at_the_last_moment_leaves_no_half_written_model(command, tmp_path, records, trained, small_disk):
     workdir = unfinished(trained, tmp_path)
     small_disk(10_000)
@@ -524,6 +663,7 @@ COMMANDS = {
     "a temperature of nan": (("sample", "{trained}", "--temperature=nan"), "--temperature: nan"),
     "a top_p of 2": (("sample", "{trained}", "--top-p=2"), "--top-p: 2.0; allowed: above 0, at most 1"),
     "more tokens than the context": (("sample", "{trained}", "--max-new-tokens=99"), "64"),
+    "a prompt that is no text": (("sample", "{trained}", "--prompt=caf\udce9"), "--prompt: 'caf\\udce9' is not UTF-8"),
     "an unknown flag": (("sample", "{trained}", "--nn=3"), "unknown argument --nn=3"),
     "report on nothing": (("report", "nowhere"), "nowhere: no such run directory"),
     "report on an empty folder": (("report", "{tmp}"), "not a run directory"),
@@ -538,14 +678,93 @@ def test_a_command_that_cannot_be_done_is_refused(kind, command, tmp_path, train
     assert found in command(*(part.format(**places) for part in argv))
 
 
+JOINING = {
+    "only the address": ({"LFJAX_COORDINATOR": "127.0.0.1:1"}, "LFJAX_NUM_PROCESSES: not set"),
+    "no id": ({"LFJAX_COORDINATOR": "127.0.0.1:1", "LFJAX_NUM_PROCESSES": "2"}, "LFJAX_PROCESS_ID: not set"),
+    "no address": ({"LFJAX_NUM_PROCESSES": "2"}, "LFJAX_NUM_PROCESSES: set, but not LFJAX_COORDINATOR=HOST:PORT"),
+    "an id alone": ({"LFJAX_PROCESS_ID": "1"}, "LFJAX_PROCESS_ID: set, but not LFJAX_COORDINATOR"),
+    "no port": ({"LFJAX_COORDINATOR": "127.0.0.1"}, "LFJAX_COORDINATOR: '127.0.0.1'; write HOST:PORT"),
+    "a port that is none": ({"LFJAX_COORDINATOR": "a:99999"}, "LFJAX_COORDINATOR: 'a:99999'; write HOST:PORT"),
+    "a number that is none": ({"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "two"}, "LFJAX_NUM_PROCESSES: 'two'"),
+    "no process": ({"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "0"}, "LFJAX_NUM_PROCESSES: '0'"),
+    "an id too large": (
+        {"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "2", "LFJAX_PROCESS_ID": "2"},
+        "LFJAX_PROCESS_ID: '2'; give a whole number from 0 to 1",
+    ),
+    "a time-out that is none": (
+        {"LFJAX_COORDINATOR": "a:1", "LFJAX_NUM_PROCESSES": "2", "LFJAX_PROCESS_ID": "1",
+         "LFJAX_COORDINATOR_TIMEOUT": "1m"},
+        "LFJAX_COORDINATOR_TIMEOUT: '1m'; give a whole number",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JOINING)
+def test_what_tells_processes_of_each_other_is_checked(kind, command, tmp_path, records, monkeypatch):
+    variables, found = JOINING[kind]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert found in command(*arguments(tmp_path / "w", records))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def joins(tmp_path, records, port: int, process: int, seconds: int = 2) -> list[str]:
+    """The lines of a process, one of two, that nobody joins; it has to end by itself in time, with code 2."""
+    given = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": 2, "PROCESS_ID": process}
+    given = {f"LFJAX_{k}": str(v) for k, v in {**given, "COORDINATOR_TIMEOUT": seconds}.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "lfjax.cli", *arguments(tmp_path / "w", records)],
+        env=os.environ | given, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "w").exists(), done.stderr
+    return done.stderr.splitlines()
+
+
+def test_a_process_that_finds_no_other_ends_in_one_line(tmp_path, records):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    (line,) = joins(tmp_path, records, free, 1)
+    assert f"LFJAX_COORDINATOR=127.0.0.1:{free}: after 2 s process 1 has found no process 0 there" in line
+    assert "Connection refused" in line and "LFJAX_COORDINATOR_TIMEOUT" in line
+    (line,) = joins(tmp_path, records, free, 0)
+    assert "after 2 s not all of LFJAX_NUM_PROCESSES=2 processes have come" in line
+
+
+def test_a_port_that_another_program_has_is_named(tmp_path, records, port):
+    (line,) = joins(tmp_path, records, port, 0)
+    assert f"process 0 cannot listen on port {port}: Address already in use; choose another" in line
+
+
 def test_the_run_directory_stands_for_its_last_model(trained, capfd):
     assert cli.main(["sample", str(trained), "--prompt=the film", "--n=2", "--max-new-tokens=3", "--seed=1"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) >= 2 and lines[0].startswith("the film")
 
 
+def test_what_the_encoding_of_the_output_lacks_is_escaped(trained, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["sample", str(trained), "--prompt=caf\u00e9", "--max-new-tokens=1"]) == 0
+    assert out.buffer.getvalue().startswith(rb"caf\xe9")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "lfjax.cli", "doctor"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug")]
+    "error",
+    [ZeroDivisionError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug"), RuntimeError("a bug")],
 )
 def test_a_bug_of_our_own_is_not_dressed_up_as_bad_input(error, tmp_path, records, monkeypatch):
     def stage(run):

@@ -214,6 +214,51 @@ def read_events(path):
     return events
 
 
+def test_tensorboard_on_a_full_disk_is_one_clear_line_and_nothing_after_it(tmp_path, capfd):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    log = RunLog(tmp_path)
+    log.metrics("ppo", 1, {"a": 1.0})
+    (file,) = (tmp_path / "tensorboard" / "ppo").iterdir()
+    file.unlink()
+    file.symlink_to("/dev/full")
+    for _ in range(30):  # more than a writer in the background would queue
+        with pytest.raises(InputError, match=r"events.*: cannot write: No space left on device; free some space"):
+            log.metrics("ppo", 2, {f"name{i}": 1.0 for i in range(1000)})
+    log.close()
+    del log
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "tensorboard/ppo"])
+def test_a_file_in_place_of_tensorboards_folder_is_one_clear_line(name, tmp_path):
+    log = RunLog(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=r"tensorboard/ppo: cannot write: (File exists|Not a directory); free"):
+        log.metrics("ppo", 1, {"a": 1.0})
+    log.close()
+
+
+def test_tensorboards_records_are_checked_by_their_sums(tmp_path):
+    from tensorboardX.crc32c import crc32c
+
+    log = RunLog(tmp_path)
+    log.metrics("ppo", 3, {"ppo/a b": 1.5, "ppo/nan": float("nan")})
+    (file,) = (tmp_path / "tensorboard" / "ppo").iterdir()
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        for part, place in ((data[at : at + 8], at + 8), (data[at + 12 : at + 12 + length], at + 12 + length)):
+            crc = crc32c(part)
+            masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+            assert struct.unpack_from("<I", data, place) == (masked,)
+        at += 16 + length
+    first, *others = read_events(file)
+    assert first.file_version == "brain.Event:2" and [event.step for event in others] == [3, 3]
+    assert others[0].summary.value[0].simple_value == 1.5 and others[0].wall_time > 1e9
+
+
 # JSON files
 
 
@@ -232,9 +277,27 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_text_that_is_no_utf8_comes_back(tmp_path):
+    path, odd = tmp_path / "x.json", "caf\udce9 é 🙂 \ud83d"
+    write_json(path, {odd: odd})
+    assert read_json(path) == {odd: odd} and "é 🙂" in path.read_text(encoding="utf-8")
+    RunLog(tmp_path, tensorboard=False).samples("ppo", 1, [{"response": odd}])
+    assert rows(tmp_path / "samples.jsonl")[0]["response"] == odd
+
+
 def test_broken_json_is_named_with_its_line(tmp_path):
     (tmp_path / "x.json").write_text('{\n"a": }')
     with pytest.raises(InputError, match=r"x\.json:2: not JSON"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "data, found", [(b'{\n"a": "\xff"}', r"x\.json:2: not UTF-8 \(byte 0xff\)"), (b"[" * 100_000, r"x\.json: not JSON"),
+                    (b"[" + b"1" * 5000 + b"]", r"x\.json: not JSON")]
+)  # fmt: skip
+def test_json_that_no_parser_reads_is_named(data, found, tmp_path):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(InputError, match=found + ".*restore or delete the file"):
         read_json(tmp_path / "x.json")
 
 

@@ -26,6 +26,18 @@ def record_key(record: Record) -> str:
     return text_key(record.prompt_text) or text_key(" ".join(record.responses))
 
 
+def overlap_keys(records: list[Record]) -> list[str]:
+    """The key of each record by which files given as training, validation and test data must not overlap.
+
+    It is `record_key`, as for the split; but where all of several records answer one prompt, that tells nothing, and
+    it is the responses'.
+    """
+    prompts = {text_key(record.prompt_text) for record in records}
+    if len(records) > 1 and len(prompts) == 1:
+        return [text_key(" ".join(record.responses)) for record in records]
+    return [record_key(record) for record in records]
+
+
 def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
     """train, validation or test, by the key's sha256: the same on every machine, whatever else is in the data."""
     place = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "big") / 2.0**64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 from lfjax.config import InputError
 from lfjax.data import vader
-from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of
+from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, overlap_keys, record_key, split_of, text_key
 from lfjax.records import Rating, Record, read_records
 
 SOURCES = ("vader", "jsonl", "text")
@@ -35,7 +36,8 @@ def load_records(data: Any) -> Splits:
 
     A record's split depends on its normalised text alone (see `duplicates.record_key`), so near-identical texts never
     straddle two splits and a seed never moves one. With explicit `validation_path` and `test_path`, training records
-    that are near-identical to a held-out one are left out and counted.
+    that are near-identical to a held-out one are left out and counted (`train_also_held_out`), and so are validation
+    records that are near-identical to a test one (`validation_also_test`).
 
     Args:
       data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction and
@@ -55,11 +57,34 @@ def load_records(data: Any) -> Splits:
     for name in SPLITS:
         counts[f"{name}/records"] = len(splits[name])
         if not splits[name]:
-            raise InputError(
-                f"data: the {name} split is empty ({counts['rows']} records in all); give more records, a larger "
-                f"data.validation_fraction and data.test_fraction, or data.validation_path and data.test_path"
-            )
+            raise InputError(_why_empty(name, splits, counts, data))
     return Splits(**splits, counts=counts)
+
+
+def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any], data: Any) -> str:
+    """What to say of a split that holds nothing."""
+    left_out = {"train": "train_also_held_out", "validation": "validation_also_test"}.get(name, "")
+    if counts.get(left_out):
+        other = "held-out" if name == "train" else "test"
+        return (
+            f"data: the {name} split is empty: {counts[left_out]} records of {_path(data, name)} are left out because"
+            f" they are near-identical to {other} ones (by the prompt, where there is one); give others"
+        )
+    cut = [record for split in splits.values() for record in split]
+    prompts = {text_key(record.prompt_text) for record in cut}
+    if len(cut) > 1 and prompts != {""} and len(prompts) < len(SPLITS):
+        return (
+            f"data: the {name} split is empty: records are split by their prompt, so that answers to one prompt stay"
+            f" together, and all {len(cut)} have {'one prompt' if len(prompts) == 1 else f'{len(prompts)} prompts'};"
+            " give data.validation_path and data.test_path"
+        )
+    empty = f", {counts['empty']} of them empty" if counts["empty"] else ""
+    different = len({record_key(record) for record in cut})
+    empty += f", only {different} of them different" if 0 < different < len(cut) else ""
+    return (
+        f"data: the {name} split is empty ({counts['rows']} records in all{empty}); give more records, a larger "
+        f"data.validation_fraction and data.test_fraction, or data.validation_path and data.test_path"
+    )
 
 
 def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
@@ -79,20 +104,37 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
         counts["duplicates"] += merged
         counts["duplicates_max_gap"] = max(counts["duplicates_max_gap"], gap)
     splits: dict[str, list[Record]] = {name: files.get(name, []) for name in SPLITS}
-    held_out = {record_key(record) for name in ("validation", "test") for record in splits[name]}
+    keys = _keys({**splits, **files})
     fractions = {
         f"{name}_fraction": 0.0 if name in files else getattr(data, f"{name}_fraction")
         for name in ("validation", "test")
     }
+    tested = set(keys["test"])
+    splits["validation"] = [
+        r for r, key in zip(splits["validation"], keys["validation"], strict=True) if key not in tested
+    ]
+    counts["validation_also_test"] = len(keys["validation"]) - len(splits["validation"])
+    held_out = tested | set(keys["validation"])
     splits["train"] = []
     counts["train_also_held_out"] = 0
-    for record in files["train"]:
-        key = record_key(record)
+    for record, key in zip(files["train"], keys["train"], strict=True):
         if key in held_out:
             counts["train_also_held_out"] += 1
         else:
-            splits[split_of(key, **fractions)].append(record)
+            splits[split_of(record_key(record), **fractions)].append(record)
     return splits, counts
+
+
+def _keys(splits: dict[str, list[Record]]) -> dict[str, list[str]]:
+    """`overlap_keys` of the records of all the files together, a list for each."""
+    keys = iter(overlap_keys([record for name in SPLITS for record in splits[name]]))
+    return {name: list(itertools.islice(keys, len(splits[name]))) for name in SPLITS}
+
+
+def _path(data: Any, name: str) -> str:
+    """The config key and value of the file that a split is taken from."""
+    key = "path" if name == "train" else f"{name}_path"
+    return f"data.{key}={getattr(data, key)}"
 
 
 def _paths(data: Any) -> tuple[str | None, str | None, str | None]:
@@ -121,7 +163,8 @@ def read_text(path: str) -> Iterator[Record]:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise InputError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}; give a plain text file")
+        found = "is a folder" if file.is_dir() else "not a regular file" if file.exists() else "no such file"
+        raise InputError(f"{file}: {found}; give a plain text file")
     try:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -7,7 +7,6 @@ Adding a family is adding a table to FAMILIES.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from lfjax.interop.tensors import Tensor
 from lfjax.models.transformer import TransformerConfig
 
 REQUIRED = object()
+LARGEST = {int: 2**31 - 1, float: 1e30}  # what 32 bits hold
 
 
 class Field(NamedTuple):
@@ -191,7 +191,7 @@ EXECUTION = ("dtype", "remat", "unroll", "dropout", "vocab_multiple")
 def family_of(config: dict, where: str) -> Family:
     """The table for a config.json; `where` names the file in errors."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"{where}: field 'model_type': found {model_type!r}; known are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
@@ -233,8 +233,13 @@ def _read_field(config: dict, field: Field, known: dict, where: str) -> Any:
         value = field.default(known) if isinstance(field.default, Callable) else field.default
     number = (int, float) if field.kind is float else field.kind
     right = isinstance(value, number) and (field.kind is bool or not isinstance(value, bool))
-    if not right or (field.kind in (int, float) and value <= 0):
-        kind = {int: "a positive integer", float: "a positive number", bool: "true or false", str: "a string"}
+    if not right or (field.kind in LARGEST and not 0 < value <= LARGEST[field.kind]):
+        kind = {
+            int: "a positive integer below 2^31",
+            float: "a positive number",
+            bool: "true or false",
+            str: "a string",
+        }
         raise InputError(f"{where}: field {field.theirs!r}: found {value!r}; must be {kind[field.kind]}")
     if field.values is not None and value not in field.values:
         raise InputError(f"{where}: field {field.theirs!r}: found {value!r}; known are {', '.join(field.values)}")
@@ -267,7 +272,7 @@ def _read_rope(config: dict, where: str) -> float:
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise InputError(f"{where}: field 'partial_rotary_factor': only 1.0 is computed here")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta <= LARGEST[float]:
         raise InputError(f"{where}: field 'rope_theta': found {theta!r}; must be a positive number")
     return float(theta)
 
@@ -276,7 +281,7 @@ def _task_of(config: dict, family: Family, where: str) -> str:
     architectures = config.get("architectures")
     tasks = {architecture: task for task, (architecture, _) in family.heads.items()}
     found = architectures[0] if isinstance(architectures, list) and architectures else None
-    if found not in tasks:
+    if not isinstance(found, str) or found not in tasks:
         raise InputError(
             f"{where}: field 'architectures': found {found!r}; known are {', '.join(tasks)} (or give task=)"
         )
@@ -286,7 +291,7 @@ def _task_of(config: dict, family: Family, where: str) -> str:
 def _num_labels(config: dict, where: str) -> int:
     labels = config.get("id2label")
     count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # 2 is the layout's default
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or not 0 < count <= LARGEST[int]:
         raise InputError(f"{where}: field 'num_labels': found {count!r}; must be a positive integer")
     return count
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -116,8 +117,9 @@ def save(path: str | os.PathLike[str], loaded: Loaded) -> None:
     """Writes a model folder: first whole beside `path`, then renamed, so that no half-written model is ever seen.
 
     Tensors are written in the config's dtype where that holds every value exactly, else in float32. A folder that is
-    already there is replaced if it holds only such a model. With several processes all call it (parameters may be
-    spread over them) and process 0 writes; whoever reads the folder next synchronises first.
+    already there is replaced if it holds only such a model. What a killed save left beside `path` (`.NAME.new-PID`,
+    `.NAME.old-PID`) is removed, an older model only once this one is in its place. With several processes all call it
+    (parameters may be spread over them) and process 0 writes; whoever reads the folder next synchronises first.
 
     Raises:
       InputError: `path` holds other files, or `loaded.config` describes another model than `loaded.model`.
@@ -133,8 +135,8 @@ def save(path: str | os.PathLike[str], loaded: Loaded) -> None:
     dtype = lossless_dtype(tensors, str(loaded.config.get("dtype") or loaded.config.get("torch_dtype")))
     config = loaded.config | {key: dtype for key in ("dtype", "torch_dtype") if key in loaded.config}
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target, "new")
     fresh = target.parent / f".{target.name}.new-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
         write_safetensors(fresh / SINGLE, tensors, dtype)
@@ -160,12 +162,22 @@ def _check_replaceable(target: pathlib.Path) -> None:
 
 def _swap(fresh: pathlib.Path, target: pathlib.Path) -> None:
     """Puts the folder `fresh` in the place of `target`; on the same file system, by renaming alone."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        target.rename(old)
+        _remove_leftovers(target, "old")
+        target.rename(target.parent / f".{target.name}.old-{os.getpid()}")
     fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_leftovers(target, "old")
+
+
+def _remove_leftovers(target: pathlib.Path, kind: str) -> None:
+    """Removes the folders of `kind` ("new" or "old") that saves of `target` have left, of this process or a killed one.
+
+    One process at a time saves a model: whatever is there belongs to nobody.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-\d+")
+    for entry in target.parent.iterdir():
+        if name.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _load_tokenizer(folder: pathlib.Path, vocab_size: int):
@@ -224,6 +236,8 @@ def _import_params(folder: TensorFolder, family: Family, config: TransformerConf
         sharding = {path: _at(tree, path) for path in shapes}
     flat = {}
     for tensor, sizes in _active(family, config):
+        last = _stored_name(tensor.name.format(i=config.layers - 1), family, folder)
+        folder.check(last, tensor.their_shape(sizes))  # before memory is taken for what config.json says
         arrays = [np.zeros(shapes[path], np.float32) for path in tensor.ours]
         for i in range(config.layers) if tensor.stacked else (None,):
             name = _stored_name(tensor.name.format(i=i), family, folder)

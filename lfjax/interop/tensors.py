@@ -112,12 +112,18 @@ class TensorFolder:
         """All tensor names."""
         return set(self._tensors)
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InputError if the tensor has another shape; reads nothing."""
+        file, _, entry = self._tensors[name]
+        if tuple(entry["shape"]) != shape:
+            found = f"found shape {entry['shape']}; config.json asks for {list(shape)}"
+            raise InputError(f"{file}: tensor {name!r}: {found}")
+
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor as float32; raises InputError on another shape, an unsupported type, NaN or infinity."""
+        self.check(name, shape)
         file, data, entry = self._tensors[name]
         where = f"{file}: tensor {name!r}"
-        if tuple(entry["shape"]) != shape:
-            raise InputError(f"{where}: found shape {entry['shape']}; config.json asks for {list(shape)}")
         if entry["dtype"] not in STORED:
             raise InputError(f"{where}: stored as {entry['dtype']}; allowed are {', '.join(STORED)}")
         begin, end = entry["data_offsets"]
@@ -162,7 +168,7 @@ def read_json(file: pathlib.Path) -> dict:
         raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8; a number of too many digits; nested too deep
         raise InputError(f"{file}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: found a JSON {type(value).__name__}; must be an object")

@@ -332,9 +332,28 @@ class Run:
         return Checkpoints(self.checkpoint_folder(stage), keep=self.config[stage].keep)
 
     def finished(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left: its figures, a `Meter` reading, the config's hash; None while it is not done."""
+        """What a finished stage left: figures, a `Meter` reading and the config's hash; None while it is not done.
+
+        Raises:
+          InputError: the file holds anything else.
+        """
         path = self.checkpoint_folder(stage) / FINISHED
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        fix = f'delete it: stage "{stage}" goes on from its last checkpoint'
+        try:
+            done = read_json(path)
+        except InputError as error:
+            raise InputError(f"{str(error).removesuffix('; restore or delete the file')}; {fix}") from error
+        if not isinstance(done, dict):
+            raise InputError(f"{path}: not what a finished stage leaves: no JSON object; {fix}")
+        kinds = {"figures": dict, "seconds": (int, float), "parts": dict, "programs": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(done.get(key), kind)]
+        if "seconds" not in wrong and not math.isfinite(done["seconds"]):
+            wrong.append("seconds")
+        if wrong:
+            raise InputError(f"{path}: not what a finished stage leaves: no {' and no '.join(wrong)} in it; {fix}")
+        return done
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop; all processes get the same answer."""

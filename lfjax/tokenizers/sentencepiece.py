@@ -48,12 +48,15 @@ class SentencePieceTokenizer:
         return [self._processor.IdToPiece(int(i)) for i in ids]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes FOLDER/tokenizer.model, in place of an older one only when it is whole."""
+        """Writes FOLDER/tokenizer.model, in place of an older one only when it is whole; a failure leaves nothing."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{MODEL_FILE}.{os.getpid()}"
-        temporary.write_bytes(self._model)
-        os.replace(temporary, folder / MODEL_FILE)
+        try:
+            temporary.write_bytes(self._model)
+            os.replace(temporary, folder / MODEL_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def train(
@@ -103,7 +106,7 @@ def train(
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise InputError(_vocabulary_error(str(error), vocab_size)) from None
     tokenizer = SentencePieceTokenizer(model.getvalue())
     if folder is not None:

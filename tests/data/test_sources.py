@@ -88,6 +88,65 @@ def test_explicit_splits_are_kept_and_training_loses_what_is_held_out(tmp_path):
     assert splits.counts["train_also_held_out"] == 1
 
 
+def test_what_validation_and_test_file_share_stays_in_the_test_file_alone(tmp_path):
+    paths = {
+        "path": write(tmp_path / "train.jsonl", [*TEXTS[:50], "In BOTH!"]),
+        "validation_path": write(
+            tmp_path / "validation.jsonl", ["in both", *TEXTS[60:70], "In both, twice", "in both"]
+        ),
+        "test_path": write(tmp_path / "test.jsonl", ["In both.", *TEXTS[70:75], "in both: twice"]),
+    }
+    splits = load_records(section(**paths))
+    assert [record.responses[0] for record in splits.validation] == TEXTS[60:70]
+    assert len(splits.test) == 7 and splits.counts["validation_also_test"] == 2  # the copy in its own file was merged
+    assert len(splits.train) == 50 and splits.counts["train_also_held_out"] == 1
+
+
+def test_a_validation_file_that_is_the_test_file_is_said(tmp_path):
+    paths = {"path": write(tmp_path / "a.jsonl", TEXTS[:50]), "test_path": write(tmp_path / "b.jsonl", TEXTS[60:70])}
+    message = r"validation split is empty: 10 records of data.validation_path=.*b.jsonl .* near-identical to test ones"
+    with pytest.raises(InputError, match=message):
+        load_records(section(**paths, validation_path=paths["test_path"]))
+    message = r"train split is empty: 50 records of data.path=.*a.jsonl .* near-identical to held-out ones"
+    with pytest.raises(InputError, match=message):
+        load_records(section(**(paths | {"test_path": paths["path"]})))
+
+
+def one_prompt(path, texts, prompts=("Describe rain.",)):
+    write_records(path, [rated(text, prompt=prompts[i % len(prompts)]) for i, text in enumerate(texts)])
+    return str(path)
+
+
+@pytest.mark.parametrize("prompts, found", [(("A",), "all 60 have one prompt"), (("A", "B"), "all 60 have 2 prompts")])
+def test_answers_to_too_few_prompts_cannot_be_split_and_the_message_says_why(prompts, found, tmp_path):
+    path = one_prompt(tmp_path / "a.jsonl", TEXTS[:60], prompts)
+    message = f"split is empty: records are split by their prompt, .*{found}; give data.validation_path and"
+    with pytest.raises(InputError, match=message):
+        load_records(section(path=path))
+
+
+def test_answers_to_one_prompt_in_three_files_are_compared_by_the_answers(tmp_path):
+    paths = {
+        "path": one_prompt(tmp_path / "train.jsonl", [*TEXTS[:50], TEXTS[60].upper(), TEXTS[70]]),
+        "validation_path": one_prompt(tmp_path / "validation.jsonl", [*TEXTS[60:70], TEXTS[71]]),
+        "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:75]),
+    }
+    splits = load_records(section(**paths))
+    assert [len(splits[name]) for name in SPLITS] == [50, 10, 5]
+    assert (splits.counts["train_also_held_out"], splits.counts["validation_also_test"]) == (2, 1)
+
+
+def test_with_several_prompts_files_are_compared_by_the_prompt(tmp_path):
+    paths = {
+        "path": one_prompt(tmp_path / "train.jsonl", TEXTS[:50], ("A", "B")),
+        "validation_path": one_prompt(tmp_path / "validation.jsonl", TEXTS[60:70], ("C",)),
+        "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:80], ("D", "B")),
+    }
+    splits = load_records(section(**paths))
+    assert [len(splits[name]) for name in SPLITS] == [25, 10, 10]
+    assert {record.prompt for record in splits.train} == {"A"} and splits.counts["train_also_held_out"] == 25
+
+
 def test_one_explicit_split_leaves_the_other_to_be_cut_from_the_training_file(tmp_path):
     test = write(tmp_path / "test.jsonl", ["held out"])
     splits = load_records(section(path=write(tmp_path / "train.jsonl", TEXTS), test_path=test))
@@ -110,6 +169,8 @@ def test_empty_texts_and_duplicates_are_counted(tmp_path):
     splits = load_records(section(path=write(tmp_path / "a.jsonl", [*TEXTS, "", " ", TEXTS[0].upper()])))
     assert (splits.counts["rows"], splits.counts["empty"], splits.counts["duplicates"]) == (203, 2, 1)
     assert sum(len(splits[name]) for name in SPLITS) == 200
+    with pytest.raises(InputError, match=r"split is empty \(3 records in all, 3 of them empty\)"):
+        load_records(section(path=write(tmp_path / "b.jsonl", ["", " ", "\n"])))
 
 
 def test_plain_text_is_one_record_a_paragraph(tmp_path):

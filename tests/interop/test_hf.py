@@ -374,6 +374,26 @@ DAMAGED = {
     "config cut": (lambda f: (f / "config.json").write_text('{\n"a": 1,'), r"config\.json:2: not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list; must be an object"),
     "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: cannot be read"),
+    "config with a number of 5000 digits": (
+        lambda f: (f / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
+        r"config\.json: cannot be read",
+    ),
+    "config nested too deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        r"config\.json: cannot be read",
+    ),
+    "model_type a list": (set_key(model_type=["llama"]), r"field 'model_type': found \['llama'\]; known are"),
+    "architecture a list": (set_key(architectures=[["a"]]), r"field 'architectures': found \['a'\]; known are"),
+    "eps not a number": (set_key(rms_norm_eps=float("nan")), "field 'rms_norm_eps': found nan; must be a positive"),
+    "eps too large": (set_key(rms_norm_eps=10**400), "field 'rms_norm_eps': found 1000"),
+    "rope theta too large": (set_key(rope_theta=10**400, rope_parameters=None), "field 'rope_theta': found 1000"),
+    "a context too large": (set_key(max_position_embeddings=2**31), "'max_position_embeddings'.*below 2\\^31"),
+    "a vocabulary that no memory holds": (set_key(vocab_size=2**31 - 1), r"found shape \[61, 16\]; config.json asks"),
+    "layers that no memory holds": (set_key(num_hidden_layers=2**31 - 1), r"model\.layers\.2147483646\.\S+ is missing"),
+    "a label count of true": (
+        set_key(architectures=["LlamaForSequenceClassification"], num_labels=True),
+        "'num_labels': found True",
+    ),
     "no folder": (shutil.rmtree, "no such folder"),
     "tokenizer damaged": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model: not a Sentence"),
 }
@@ -440,6 +460,47 @@ def test_saving_again_replaces_the_model_and_leaves_no_litter(tmp_path, saved):
     hf.save(saved, changed)
     jax.tree.map(np.testing.assert_array_equal, hf.load(saved).params, changed.params)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_a_killed_save_left_is_removed_by_the_next(missing, tmp_path, saved, monkeypatch):
+    loaded = hf.load(saved)
+    rename = pathlib.Path.rename
+
+    def killed(self, target):
+        rename(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "rename", killed)
+    monkeypatch.setattr(hf.shutil, "rmtree", lambda *_, **__: None)  # kill -9: nothing is cleared up
+    with pytest.raises(KeyboardInterrupt):
+        hf.save(saved, loaded)
+    monkeypatch.undo()
+    assert not saved.exists() and len(list(tmp_path.iterdir())) == 2
+    for entry in list(tmp_path.iterdir()):  # of a process of another number, or of a save that got further
+        entry.rename(tmp_path / f"{entry.name.rpartition('-')[0]}-4194305")
+    if not missing:
+        shutil.copytree(tmp_path / ".model.old-4194305", saved)
+    others = [tmp_path / name for name in (".model.old-mine", ".models.old-7", ".model.newer-7", "xmodel.new-7")]
+    for other in others:
+        other.mkdir()
+    hf.save(saved, loaded)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", *(other.name for other in others)}
+    jax.tree.map(np.testing.assert_array_equal, hf.load(saved).params, loaded.params)
+
+
+def test_the_older_model_outlives_a_save_that_fails(tmp_path, saved, monkeypatch):
+    """It may be the only one: the save before was killed between its two renames."""
+    loaded = hf.load(saved)
+    saved.rename(tmp_path / ".model.old-4194305")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        hf.save(saved, loaded)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".model.old-4194305"]
 
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path, saved):

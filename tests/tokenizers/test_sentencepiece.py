@@ -102,3 +102,20 @@ def test_other_peoples_models_load(shared: pathlib.Path):
         tokenizer = sentencepiece.load(path)
         assert tokenizer.decode(tokenizer.encode("Hello world")) == "Hello world"
         assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
+
+
+def test_a_failed_write_leaves_the_old_vocabulary_and_nothing_else(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    before = (tmp_path / "tokenizer.model").read_bytes()
+    write = pathlib.Path.write_bytes
+
+    def full(self, data):
+        write(self, data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.save(tmp_path)
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.model"]
+    assert (tmp_path / "tokenizer.model").read_bytes() == before
