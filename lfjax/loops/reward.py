@@ -139,7 +139,7 @@ def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, flo
         out[f"{prefix}mse"] = float(np.mean((values - ratings) ** 2))
     ranked = [(row, [np.nan if r is None else r for r in e.ranks]) for row, e in zip(scores, examples, strict=True)]
     right = [
-        float(row[i] > row[j])
+        0.5 * float(row[i] > row[j]) + 0.5 * float(row[i] >= row[j])
         for row, ranks in ranked
         for i in range(len(ranks))
         for j in range(len(ranks))

@@ -102,7 +102,7 @@ def reward_terms(values, batch: RewardBatch, *, across_records: bool, min_gap: f
     }
     return terms, {
         "reward/mse": Mean.over((scores - batch.ratings) ** 2, batch.rated),
-        "reward/pair_accuracy": Mean.over((chosen > rejected) * 1.0, counts),
+        "reward/pair_accuracy": Mean.over(0.5 * (chosen > rejected) + 0.5 * (chosen >= rejected), counts),
     }
 
 
@@ -119,7 +119,7 @@ def reward_pairs(scores, batch: RewardBatch, *, across_records: bool, min_gap: f
     same = record[:, None] == record[None, :]
     by_rank = same & ranked[:, None] & ranked[None, :]
     gap = rating[:, None] - rating[None, :]
-    apart = (gap > 0) & (gap >= min_gap)  # equal ratings, an answer and itself among them, are no pair
+    apart = (gap > 0) & (gap >= ratings.least_gap(min_gap))  # an answer and itself are no pair
     by_rating = ~by_rank & rated[:, None] & rated[None, :] & apart & (same | across_records)
     better = (by_rank & (rank[:, None] < rank[None, :])) | by_rating
     margins = margin_scale * jnp.where(by_rank, margin[:, None], jnp.maximum(gap, 0.0))

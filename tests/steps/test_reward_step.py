@@ -10,9 +10,10 @@ from reference import losses as reference
 from tiny import close_trees
 
 from lfjax.optim import make_optimizer
+from lfjax.rewards import baselines
 from lfjax.state import RewardState
 from lfjax.steps.ppo_score import ppo_score
-from lfjax.steps.reward import reward_pairs, reward_step
+from lfjax.steps.reward import reward_pairs, reward_step, reward_terms
 from lfjax.types import RewardBatch
 
 MODEL = tiny.scorer()
@@ -135,6 +136,28 @@ def test_equal_ratings_make_no_pair_whatever_the_gap():
     for min_gap in (0.0, 1.0):
         options = {"across_records": True, "min_gap": min_gap, "margin_scale": 0.0}
         assert not np.any(reward_pairs(np.zeros(batch.ratings.shape), batch, **options)[3])
+
+
+@pytest.mark.parametrize("scale", [1, 5, 50])
+def test_training_and_figures_take_the_pairs_that_exact_arithmetic_takes(scale):
+    """Means of twenty raters, centred and rounded to float32: a gap of exactly `min_gap` counts, one step less not."""
+    twentieths = np.random.default_rng(1).integers(0, 20 * scale, 64)
+    centred = twentieths / 20 - np.mean(twentieths / 20)
+    batch = tiny.reward_batch(rows=64)
+    batch = batch._replace(ratings=centred[:, None].astype(np.float32), rated=np.ones((64, 1), bool))
+    for least in (1, 5, 7, 20):
+        wanted = twentieths[:, None] - twentieths[None, :] >= least
+        rules = {"across_records": True, "min_gap": least / 20, "margin_scale": 0.0}
+        found = reward_pairs(np.zeros((64, 1), np.float32), batch, **rules)[3]
+        np.testing.assert_array_equal(found, wanted)
+        assert baselines.pair_accuracy(np.zeros(64), centred, least / 20)[1] == wanted.sum()
+
+
+def test_pairs_with_equal_scores_are_half_right():
+    batch = tiny.reward_batch(candidates=2)
+    values = jnp.zeros(batch.tokens.shape)
+    _, metrics = reward_terms(values, batch, across_records=True, min_gap=1.0, margin_scale=0.0)
+    assert metrics["reward/pair_accuracy"].value == 0.5 and metrics["reward/pair_accuracy"].weight > 0
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 3])

@@ -1,0 +1,26 @@
+"""What is said of a reward model: figures on held-out answers."""
+
+import numpy as np
+import pytest
+
+from lfjax.data.examples import RewardExample
+from lfjax.loops.reward import pair_figures
+
+
+def example(ratings, ranks=None) -> RewardExample:
+    count = len(ratings)
+    return RewardExample([[1, 2]] * count, list(ratings), list(ranks or [None] * count))
+
+
+def test_pairs_with_equal_scores_are_half_right_by_ratings_and_by_ranks():
+    rated, ranked = example([1.0]), example([None, None, None], ranks=[0, 1, 1])
+    scores = [np.array([0.5]), np.array([2.0]), np.array([0.5, 0.5, 0.1])]
+    figures = pair_figures(scores, [rated, example([3.0]), ranked], 1.0, "reward/")
+    assert figures["reward/pair_accuracy"] == 1.0 and figures["reward/pairs"] == 1
+    assert figures["reward/ranked_pair_accuracy"] == 0.75
+    assert pair_figures([np.zeros(3)], [ranked], 1.0, "")["pair_accuracy"] == 0.5
+
+
+def test_the_squared_error_is_over_all_rated_answers():
+    figures = pair_figures([np.array([1.0, 9.0]), np.array([0.0])], [example([2.0, None]), example([3.0])], 1.0, "")
+    assert figures["mse"] == pytest.approx((1 + 9) / 2)
