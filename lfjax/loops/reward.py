@@ -23,7 +23,7 @@ from lfjax.loops.supervised import (
 )
 from lfjax.loops.training import train
 from lfjax.records import mean_ratings
-from lfjax.rewards import baselines, lexicon
+from lfjax.rewards import baselines, calibration, lexicon
 from lfjax.sharding import abstract, batch_sharding, jit_step, place, replicated
 from lfjax.state import RewardState
 
@@ -124,7 +124,10 @@ def scorer(run: Run, model):
 
 
 def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, float]:
-    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any."""
+    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any.
+
+    calibration_error is that of the pairs by ratings, or by ranks where there are none; so is pair_accuracy.
+    """
     rated = [
         (s, r)
         for row, e in zip(scores, examples, strict=True)
@@ -137,17 +140,23 @@ def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, flo
         accuracy, pairs = baselines.pair_accuracy(values, ratings, min_gap)
         out |= {f"{prefix}pair_accuracy": accuracy, f"{prefix}pairs": float(pairs)}
         out[f"{prefix}mse"] = float(np.mean((values - ratings) ** 2))
+        out[f"{prefix}rating_slope"] = calibration.rating_slope(values, ratings)
+        apart = calibration.rated_differences(values, ratings, min_gap)
+        out[f"{prefix}calibration_error"] = calibration.calibration_error(apart)
     ranked = [(row, [np.nan if r is None else r for r in e.ranks]) for row, e in zip(scores, examples, strict=True)]
-    right = [
-        0.5 * float(row[i] > row[j]) + 0.5 * float(row[i] >= row[j])
+    differences = [
+        float(row[i] - row[j])
         for row, ranks in ranked
         for i in range(len(ranks))
         for j in range(len(ranks))
         if ranks[i] < ranks[j]
     ]
-    if right:
-        out[f"{prefix}ranked_pair_accuracy"] = float(np.mean(right))
-        out.setdefault(f"{prefix}pair_accuracy", float(np.mean(right)))
+    if differences:
+        accuracy = float(np.mean(np.heaviside(differences, 0.5)))  # equal scores are half right
+        out[f"{prefix}ranked_pair_accuracy"] = accuracy
+        if not out.get(f"{prefix}pairs"):
+            out[f"{prefix}pair_accuracy"] = accuracy
+            out[f"{prefix}calibration_error"] = calibration.calibration_error(np.array(differences))
     return out
 
 

@@ -24,3 +24,15 @@ def test_pairs_with_equal_scores_are_half_right_by_ratings_and_by_ranks():
 def test_the_squared_error_is_over_all_rated_answers():
     figures = pair_figures([np.array([1.0, 9.0]), np.array([0.0])], [example([2.0, None]), example([3.0])], 1.0, "")
     assert figures["mse"] == pytest.approx((1 + 9) / 2)
+
+
+def test_calibration_is_that_of_the_pairs_by_ratings_and_else_of_those_by_ranks():
+    rated, ranked = example([3.0, 1.0]), example([None, None], ranks=[0, 1])
+    sure, unsure = np.array([2.0, 0.0]), np.array([0.0, 2.0])
+    error = 1 - 1 / (1 + np.exp(-2.0))
+    assert pair_figures([sure, unsure], [rated, ranked], 1.0, "")["calibration_error"] == pytest.approx(error)
+    assert pair_figures([unsure], [ranked], 1.0, "")["calibration_error"] == pytest.approx(1 - error)
+    assert pair_figures([sure], [rated], 1.0, "reward/")["reward/rating_slope"] == pytest.approx(1.0)
+    far = pair_figures([unsure, np.zeros(1)], [ranked, example([1.0])], 1.0, "")  # a rating, but no pair of them
+    assert far["pair_accuracy"] == 0.0 and far["calibration_error"] == pytest.approx(1 - error)
+    assert "rating_slope" not in pair_figures([unsure], [ranked], 1.0, "")
