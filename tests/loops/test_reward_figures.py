@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lfjax.data.examples import RewardExample
-from lfjax.loops.reward import pair_figures
+from lfjax.loops.reward import pair_figures, rating_mean, shifted
 
 
 def example(ratings, ranks=None) -> RewardExample:
@@ -36,3 +36,21 @@ def test_calibration_is_that_of_the_pairs_by_ratings_and_else_of_those_by_ranks(
     far = pair_figures([unsure, np.zeros(1)], [ranked, example([1.0])], 1.0, "")  # a rating, but no pair of them
     assert far["pair_accuracy"] == 0.0 and far["calibration_error"] == pytest.approx(1 - error)
     assert "rating_slope" not in pair_figures([unsure], [ranked], 1.0, "")
+
+
+def test_centred_ratings_have_mean_zero_and_the_gaps_they_had():
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 6, 40).astype(float)
+    train = [example([value, None, 3.0]) for value in values] + [example([None], ranks=[0])]
+    mean = rating_mean(train)
+    assert mean == pytest.approx(np.mean([*values, *[3.0] * 40]))
+    centred = shifted(train, mean)
+    found = [r for e in centred for r in e.ratings if r is not None]
+    assert np.mean(found) == pytest.approx(0.0, abs=1e-12)
+    np.testing.assert_allclose([e.ratings[0] - e.ratings[2] for e in centred[:-1]], values - 3.0)
+    assert centred[-1] == train[-1] and all(e.ratings[1] is None for e in centred[:-1])
+    assert [e.ratings[0] for e in train[:-1]] == values.tolist()
+
+
+def test_without_ratings_there_is_no_mean():
+    assert rating_mean([example([None, None], ranks=[0, 1])]) is None
