@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import json
 import math
 import re
@@ -104,7 +105,7 @@ def base_config() -> Config:
         eps=1e-8,
         weight_decay=0.0,
         clip_norm=1.0,  # 0: no clipping
-        groups=((r"norm\d?/|bias$|positions$", 1.0, 0.0),),  # (regex, learning-rate x, weight-decay x)
+        groups=((r"norm\d?/|bias$|positions$|cutpoints$", 1.0, 0.0),),  # (regex, learning-rate x, weight-decay x)
     )
     lm = {"num_microbatches": 1, "chunk_size": 64, "z_loss": 0.0}
     config.pretrain = _section(**_training(seq_len=64, dropout=0.0, step=_section(**lm)))
@@ -116,7 +117,8 @@ def base_config() -> Config:
             buckets=(32, 64, 128),  # sequence lengths, each compiled once
             max_candidates=0,  # answers a record that are read, the best ranked first; 0: as many as there are
             dropout=0.0,
-            min_gap=1.0,  # rating points between the answers of a pair that counts in reward/pair_accuracy
+            center_ratings=True,  # learn ratings less the training mean (reward/rating_mean): the head has no bias
+            min_gap=1.0,  # figures: rating points between the held-out answers of a pair that counts; as step.min_gap
             head_init="normal",  # "normal": std 1/sqrt(D+1); "zero"
             step=_section(
                 regression=1.0,  # weights of the losses; 0 leaves one out
@@ -127,8 +129,10 @@ def base_config() -> Config:
                 plackett_luce=0.0,
                 softmax=0.0,
                 centering=0.0,
+                ordinal=0.0,  # above 0: classes of ratings, with learnt cutpoints
+                ordinal_bounds=(),  # rating points between the classes; (): midway between the scale's whole points
                 across_records=True,  # also pair answers of different records by their ratings
-                min_gap=1.0,  # rating points
+                min_gap=1.0,  # training: rating points between two answers that the pair losses take as a pair
                 margin_scale=0.0,  # margin = this x rating gap
                 num_microbatches=1,
             ),
@@ -601,11 +605,26 @@ def _check_buckets(config: Config, key: str, low: int) -> None:
 def _check_reward(config: Config) -> None:
     reward = config.reward
     _at_least(config, 0, "reward.max_candidates", "reward.min_gap", "reward.step.min_gap", "reward.step.margin_scale")
-    losses = ("regression", "every_token", "bradley_terry", "hinge", "listwise_hinge", "plackett_luce", "softmax")
+    losses = (
+        "regression",
+        "every_token",
+        "bradley_terry",
+        "hinge",
+        "listwise_hinge",
+        "plackett_luce",
+        "softmax",
+        "ordinal",
+    )
     _at_least(config, 0, *(f"reward.step.{name}" for name in (*losses, "centering")))
     own = config.steps.reward == base_config().steps.reward
     if own and not any(reward.step.get(name) for name in losses):
         raise InputError(f"config.reward.step: every loss has weight 0; set one of {', '.join(losses)} above 0")
+    bounds = reward.step.get("ordinal_bounds", ())
+    numbers = all(type(bound) in (int, float) and math.isfinite(bound) for bound in bounds)
+    if not numbers or any(low >= high for low, high in itertools.pairwise(bounds)):
+        raise InputError(
+            f"config.reward.step.ordinal_bounds: {bounds}; give increasing numbers in rating points, such as (1.5, 2.5)"
+        )
     _check_buckets(config, "reward.buckets", 2)
     if max(reward.buckets) > config.model.context:
         raise InputError(

@@ -169,10 +169,10 @@ def test_a_config_file_may_add_and_delete_the_keywords_of_its_own_step(tmp_path)
 
 @pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
 def test_every_config_of_the_project_loads_is_valid_and_says_what_it_is(file):
-    config = load(file)
-    validate(config)
     docstring = file.read_text().split('"""')[1]
-    assert f"lfjax train --config=configs/{file.name}" in docstring
+    command = next(line.split() for line in docstring.splitlines() if line.strip().startswith("lfjax train"))
+    assert command[2] == f"--config=configs/{file.name}" and command[3].startswith("--workdir=runs/")
+    validate(load(file, command[4:]))
 
 
 def test_the_resolved_config_survives_json_and_nothing_in_it_is_hidden():

@@ -60,6 +60,10 @@ def test_ridge_is_the_same_every_time():
     assert np.array_equal(first, second)
 
 
+def test_ridge_on_texts_without_words_gives_the_mean_rating():
+    assert baselines.ridge_scores([":)", "!"], [1.0, 4.0], ["fine", "?", ""]).tolist() == [2.5, 2.5, 2.5]
+
+
 def test_the_judge_calls_praise_positive_and_blame_not():
     texts = ["This is great, I love it!", "This is terrible, I hate it.", "The table has four legs.", ""]
     scores = lexicon.compound_scores(texts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 
 from lfjax.config import InputError, init_from
 from lfjax.data.batching import RewardBatches
-from lfjax.data.examples import reward_examples
+from lfjax.data.examples import RewardExample, reward_examples
 from lfjax.data.sources import rating_scale
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
@@ -23,13 +25,20 @@ from lfjax.loops.supervised import (
 from lfjax.loops.training import train
 from lfjax.models.flops import forward_flops
 from lfjax.records import mean_ratings
-from lfjax.rewards import baselines, lexicon
+from lfjax.rewards import baselines, calibration, lexicon
 from lfjax.sharding import abstract, batch_sharding, jit_step, place, replicated
 from lfjax.state import RewardState
+from lfjax.steps.reward import model_params
+
+MOST_BOUNDS = 1000  # between classes of ratings
 
 
 def reward_stage(run: Run) -> dict[str, float]:
-    """Trains from the language model; figures are on held-out answers at least `min_gap` rating points apart."""
+    """Trains from the language model; figures are on held-out answers at least `min_gap` rating points apart.
+
+    Where `center_ratings`, a score says rating points above the training split's mean, reward/rating_mean: the head
+    has no bias that could learn it. Gaps, pairs and their figures are the same.
+    """
     section = run.config.reward
     rows = {
         "batch_size": section.batch_size,
@@ -38,7 +47,8 @@ def reward_stage(run: Run) -> dict[str, float]:
         "seed": run.config.seed,
     }
     everything = [record for name in ("train", "validation", "test") for record in getattr(run.records, name)]
-    options = {"max_length": section.seq_len, "scale": rating_scale(everything) or (0.0, 1.0)}
+    scale = rating_scale(everything)
+    options = {"max_length": section.seq_len, "scale": scale or (0.0, 1.0)}
     sets = {}
     for split in ("train", "validation", "test"):
         found = reward_examples(getattr(run.records, split), run.tokenizer, **options)
@@ -48,15 +58,23 @@ def reward_stage(run: Run) -> dict[str, float]:
                 ' label to learn from; add some, or leave "reward" out of config.stages'
             )
         sets[split] = found
+    label_scale = rating_span(sets["train"])
+    mean = rating_mean(sets["train"]) if section.center_ratings else None
+    sets = {split: shifted(found, mean or 0.0) for split, found in sets.items()}
     most = section.max_candidates or max(len(e.candidates) for found in sets.values() for e in found)
     sets = {split: RewardBatches(found, max_candidates=most, **rows) for split, found in sets.items()}
     batches = sets["train"]
     total = total_steps(section, batches.steps_per_epoch)
 
     model, params = reward_model(run)
+    keywords = section.step.to_dict()
+    if keywords.get("ordinal") and "ordinal_bounds" in keywords:
+        bounds = keywords["ordinal_bounds"] or midpoints(scale or label_scale)
+        keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
+        params = with_cutpoints(run, params, keywords["ordinal_bounds"])
     tx, rate = training_parts(run, "reward", total)
     state, shardings = create_state(run, RewardState, params, tx)
-    function = functools.partial(run.steps["reward"], model=model, tx=tx, **section.step.to_dict())
+    function = functools.partial(run.steps["reward"], model=model, tx=tx, **keywords)
     first = {}
     for index in range(batches.steps_per_epoch):
         batch = batches.batch_at(index)
@@ -67,7 +85,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     score = scorer(run, model)
 
     def figures(state, split: str = "validation", prefix: str = "reward/validation_") -> dict[str, float]:
-        scores = score(state.params, sets[split])
+        scores = score(model_params(state.params), sets[split])
         return pair_figures(scores, sets[split].examples, section.min_gap, prefix)
 
     state, out = train(
@@ -81,9 +99,48 @@ def reward_stage(run: Run) -> dict[str, float]:
         evaluate=figures,
         learning_rate=rate,
     )
-    run.save_model("reward", model, state.params)
+    run.save_model("reward", model, model_params(state.params))
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
+    if mean is not None:
+        out["reward/rating_mean"] = mean
     return out | figures(state, "test", "reward/") | reward_baselines(run)
+
+
+def rating_mean(examples: list[RewardExample]) -> float | None:
+    """The mean over every rated answer; None where nothing is rated."""
+    ratings = [r for example in examples for r in example.ratings if r is not None]
+    return math.fsum(ratings) / len(ratings) if ratings else None
+
+
+def rating_span(examples: list[RewardExample]) -> tuple[float, float]:
+    """The lowest and the highest rating, (0, 1) where nothing is rated: the scale of labels, which state none."""
+    ratings = [r for example in examples for r in example.ratings if r is not None]
+    return (min(ratings), max(ratings)) if ratings else (0.0, 1.0)
+
+
+def shifted(examples: list[RewardExample], mean: float) -> list[RewardExample]:
+    """The examples with `mean` taken from every rating; the given ones are not changed."""
+    return [
+        dataclasses.replace(example, ratings=[None if r is None else r - mean for r in example.ratings])
+        for example in examples
+    ]
+
+
+def midpoints(scale: tuple[float, float]) -> tuple[float, ...]:
+    """The bounds between the classes of a rating: midway between neighbouring whole points of its scale."""
+    low, high = math.ceil(scale[0]), math.floor(scale[1])
+    if not 1 <= high - low <= MOST_BOUNDS:
+        raise InputError(
+            f"config.reward.step.ordinal_bounds: (); the rating scale {list(scale)} has {max(high - low + 1, 0)} whole"
+            f" points, and 2 to {MOST_BOUNDS + 1} can be classes; give the bounds between classes, in rating points"
+        )
+    return tuple(point + 0.5 for point in range(low, high))
+
+
+def with_cutpoints(run: Run, params, bounds: tuple[float, ...]):
+    """The parameters with the ordinal loss's cutpoints in the head, at the bounds: scores start as rating points."""
+    cutpoints = run.place({"head": {"cutpoints": np.asarray(bounds, np.float32)}})["head"]
+    return {**params, "head": {**params["head"], **cutpoints}}
 
 
 def reward_model(run: Run):
@@ -125,7 +182,10 @@ def scorer(run: Run, model):
 
 
 def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, float]:
-    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any."""
+    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any.
+
+    calibration_error is that of the pairs by ratings, or by ranks where there are none; so is pair_accuracy.
+    """
     rated = [
         (s, r)
         for row, e in zip(scores, examples, strict=True)
@@ -138,17 +198,23 @@ def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, flo
         accuracy, pairs = baselines.pair_accuracy(values, ratings, min_gap)
         out |= {f"{prefix}pair_accuracy": accuracy, f"{prefix}pairs": float(pairs)}
         out[f"{prefix}mse"] = float(np.mean((values - ratings) ** 2))
+        out[f"{prefix}rating_slope"] = calibration.rating_slope(values, ratings)
+        apart = calibration.rated_differences(values, ratings, min_gap)
+        out[f"{prefix}calibration_error"] = calibration.calibration_error(apart)
     ranked = [(row, [np.nan if r is None else r for r in e.ranks]) for row, e in zip(scores, examples, strict=True)]
-    right = [
-        float(row[i] > row[j])
+    differences = [
+        float(row[i] - row[j])
         for row, ranks in ranked
         for i in range(len(ranks))
         for j in range(len(ranks))
         if ranks[i] < ranks[j]
     ]
-    if right:
-        out[f"{prefix}ranked_pair_accuracy"] = float(np.mean(right))
-        out.setdefault(f"{prefix}pair_accuracy", float(np.mean(right)))
+    if differences:
+        accuracy = float(np.mean(np.heaviside(differences, 0.5)))  # equal scores are half right
+        out[f"{prefix}ranked_pair_accuracy"] = accuracy
+        if not out.get(f"{prefix}pairs"):
+            out[f"{prefix}pair_accuracy"] = accuracy
+            out[f"{prefix}calibration_error"] = calibration.calibration_error(np.array(differences))
     return out
 
 

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+GAP_SLACK = 1e-4  # of a least gap: ratings are means of raters, centred, in float32
 MIN_GAP = 1e-6  # cutpoints nearer than this count as this far apart, so that a crossing gives a large finite loss
+
+
+def least_gap(min_gap: float) -> float:
+    """The difference from which on two ratings count as `min_gap` apart: just below it, whatever rounding took away.
+
+    The one rule of training pairs and of figures; ratings that are equal are never apart, also at a `min_gap` of 0.
+    """
+    return min_gap * (1.0 - GAP_SLACK)
 
 
 def regression_losses(scores: Float[Array, "*B"], ratings: Float[Array, "*B"]) -> Float[Array, "*B"]:

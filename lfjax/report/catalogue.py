@@ -37,6 +37,8 @@ BY_LEAF = {
     "perplexity": Entry("Perplexity", "held-out texts", "lower", log=True),
     "bits_per_byte": Entry("Bits per byte", "held-out texts", "lower"),
     "pair_accuracy": Entry("Pair accuracy", "pairs in people's order", "higher", percent),
+    "calibration_error": Entry("Calibration error", "|odds said - pairs so ordered|; 0 is best", "lower", percent),
+    "rating_slope": Entry("Rating points a point of score", "1: scores are in rating points"),
     "ranked_pair_accuracy": Entry("Ranked pair accuracy", "pairs in people's order", "higher", percent),
     "entropy": Entry("Entropy", "nats a token"),
     "clip_fraction": Entry("Clip fraction", "tokens whose ratio was clipped", "", percent),

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lfjax.losses.ratings import least_gap
+
 
 def pair_accuracy(
     scores: Sequence[float] | np.ndarray, ratings: Sequence[float] | np.ndarray, min_gap: float = 1.0
 ) -> tuple[float, int]:
     """How often the higher rated of two texts also has the higher score, over all pairs rated `min_gap` apart or more.
 
-    Equal scores count half.
+    Equal scores count half; `ratings.least_gap` says which pairs are apart.
 
     Args:
       scores, ratings: [N], of the same texts in the same order; any scales.
@@ -30,7 +32,7 @@ def pair_accuracy(
     scores, ratings = scores[order], ratings[order]
     right, pairs = 0.0, 0
     for i in range(len(ratings)):
-        below = scores[: np.searchsorted(ratings, ratings[i] - min_gap + 1e-9, side="right")]
+        below = scores[: np.searchsorted(ratings, ratings[i] - least_gap(min_gap), side="right")]
         below = below[: i if min_gap > 0 else np.searchsorted(ratings, ratings[i], side="left")]
         right += int(np.count_nonzero(below < scores[i])) + 0.5 * int(np.count_nonzero(below == scores[i]))
         pairs += len(below)
@@ -42,12 +44,15 @@ def ridge_scores(
 ) -> np.ndarray:
     """Ratings of `texts` predicted by ridge regression on tf-idf of lower-cased word unigrams and bigrams. [N] float64.
 
-    A few seconds for 20,000 sentences; deterministic.
+    A few seconds for 20,000 sentences; deterministic. Training texts without a word of two letters give their mean.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2))
+    words = vectorizer.build_analyzer()
+    if not any(words(text) for text in train_texts):
+        return np.full(len(texts), np.mean(train_ratings))
     features = vectorizer.fit_transform(train_texts)
     model = Ridge(alpha=alpha).fit(features, np.asarray(train_ratings, np.float64))
     return model.predict(vectorizer.transform(texts))

@@ -30,6 +30,8 @@ def reward_step(
     plackett_luce: float = 0.0,
     softmax: float = 0.0,
     centering: float = 0.0,
+    ordinal: float = 0.0,
+    ordinal_bounds: tuple = (),
     across_records: bool = True,
     min_gap: float = 1.0,
     margin_scale: float = 0.0,
@@ -43,6 +45,10 @@ def reward_step(
       regression .. centering: weights of the losses; 0 leaves one out. `every_token` is the squared error of the
         rating at each token, not the last alone (target replication, Dai and Le 2015, arXiv:1511.01432): it makes the
         score of a beginning a forecast of the whole's, which is what a value network starts from.
+      ordinal: weight of the proportional-odds loss; above 0, `state.params["head"]["cutpoints"]` [K-1] are learnt with
+        the model, which is applied without them (`model_params`). They count sorted, so they never cross.
+      ordinal_bounds: K - 1 increasing values in units of the batch's ratings; a rating's class, 0..K-1, is the number
+        of them below it (it may be a mean of raters, between two points of the scale).
       across_records: pair answers of different records by their ratings, where these lie `min_gap` points apart.
       margin_scale: a pair's margin is this times its rating gap (or its stated margin).
     Returns:
@@ -58,28 +64,51 @@ def reward_step(
         "plackett_luce": plackett_luce,
         "softmax": softmax,
         "centering": centering,
+        "ordinal": ordinal,
     }
+    cutpoints = state.params["head"]["cutpoints"] if ordinal else None
 
     def forward(params, rows, key):
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in rows)  # [b C T] -> [b*C T]
         rngs = {"dropout": key} if model.config.dropout else None
+        params = model_params(params) if ordinal else params
         values = model.apply({"params": params}, tokens, attention_mask=mask, rngs=rngs, method="values")
         return values.reshape(rows[0].shape)
 
-    def batch_loss(values):
+    def batch_loss(values, cutpoints=cutpoints):
         pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
-        terms, metrics = reward_terms(values, batch, **pairs)
+        terms, metrics = reward_terms(values, batch, **pairs, cutpoints=cutpoints, ordinal_bounds=ordinal_bounds)
         loss = sum(weights[name] * mean.value for name, mean in terms.items() if weights[name])
-        return loss, {"reward/loss": Mean.of(loss), **metrics}
+        return loss, ({"reward/loss": Mean.of(loss), **metrics}, values)
 
     rows = (batch.tokens, batch.mask)
-    (loss, metrics), grads = coupled_grads(forward, batch_loss, state.params, rows, num_microbatches, rng=rng)
+    (loss, (metrics, values)), grads = coupled_grads(forward, batch_loss, state.params, rows, num_microbatches, rng=rng)
+    if ordinal:  # no row's forward pass holds the cutpoints: their gradient is that of the loss at these values
+        by_cutpoints = jax.grad(lambda c: batch_loss(values, c)[0])(cutpoints)
+        grads = {**grads, "head": {**grads["head"], "cutpoints": by_cutpoints}}
     metrics["optim/grad_norm"] = Mean.of(optax.tree.norm(grads))
     return state.apply_gradients(grads, tx, loss=loss), metrics
 
 
-def reward_terms(values, batch: RewardBatch, *, across_records: bool, min_gap: float, margin_scale: float):
-    """Every loss of `reward_step` by name, and metrics, from the head's value at each token [B C T]."""
+def model_params(params):
+    """The parameters that the model itself has: all but the ordinal loss's cutpoints."""
+    return {**params, "head": {name: leaf for name, leaf in params["head"].items() if name != "cutpoints"}}
+
+
+def reward_terms(
+    values,
+    batch: RewardBatch,
+    *,
+    across_records: bool,
+    min_gap: float,
+    margin_scale: float,
+    cutpoints=None,
+    ordinal_bounds: tuple = (),
+):
+    """Every loss of `reward_step` by name, and metrics, from the head's value at each token [B C T].
+
+    The ordinal loss is there where `cutpoints` [K-1] are.
+    """
     scores = jnp.take_along_axis(values, last_true_index(batch.mask)[..., None], axis=-1)[..., 0]  # [B C]
     chosen, rejected, margin, counts = reward_pairs(
         scores, batch, across_records=across_records, min_gap=min_gap, margin_scale=margin_scale
@@ -100,9 +129,13 @@ def reward_terms(values, batch: RewardBatch, *, across_records: bool, min_gap: f
         "softmax": Mean.over(ranking.softmax_feedback_losses(scores, best, **in_list), listed),
         "centering": Mean.over(ranking.center_penalty(jnp.where(real, scores, 0.0)), jnp.any(real, axis=-1)),
     }
+    if cutpoints is not None:
+        classes = jnp.searchsorted(jnp.asarray(ordinal_bounds, jnp.float32), batch.ratings)  # bounds below the rating
+        losses = ratings.ordinal_losses(scores, jnp.sort(cutpoints), classes)
+        terms["ordinal"] = Mean.over(losses, batch.rated)
     return terms, {
         "reward/mse": Mean.over((scores - batch.ratings) ** 2, batch.rated),
-        "reward/pair_accuracy": Mean.over((chosen > rejected) * 1.0, counts),
+        "reward/pair_accuracy": Mean.over(0.5 * (chosen > rejected) + 0.5 * (chosen >= rejected), counts),
     }
 
 
@@ -119,7 +152,7 @@ def reward_pairs(scores, batch: RewardBatch, *, across_records: bool, min_gap: f
     same = record[:, None] == record[None, :]
     by_rank = same & ranked[:, None] & ranked[None, :]
     gap = rating[:, None] - rating[None, :]
-    apart = (gap > 0) & (gap >= min_gap)  # equal ratings, an answer and itself among them, are no pair
+    apart = (gap > 0) & (gap >= ratings.least_gap(min_gap))  # an answer and itself are no pair
     by_rating = ~by_rank & rated[:, None] & rated[None, :] & apart & (same | across_records)
     better = (by_rank & (rank[:, None] < rank[None, :])) | by_rating
     margins = margin_scale * jnp.where(by_rank, margin[:, None], jnp.maximum(gap, 0.0))

@@ -10,9 +10,10 @@ from reference import losses as reference
 from tiny import close_trees
 
 from lfjax.optim import make_optimizer
+from lfjax.rewards import baselines
 from lfjax.state import RewardState
 from lfjax.steps.ppo_score import ppo_score
-from lfjax.steps.reward import reward_pairs, reward_step
+from lfjax.steps.reward import model_params, reward_pairs, reward_step, reward_terms
 from lfjax.types import RewardBatch
 
 MODEL = tiny.scorer()
@@ -137,6 +138,28 @@ def test_equal_ratings_make_no_pair_whatever_the_gap():
         assert not np.any(reward_pairs(np.zeros(batch.ratings.shape), batch, **options)[3])
 
 
+@pytest.mark.parametrize("scale", [1, 5, 50])
+def test_training_and_figures_take_the_pairs_that_exact_arithmetic_takes(scale):
+    """Means of twenty raters, centred and rounded to float32: a gap of exactly `min_gap` counts, one step less not."""
+    twentieths = np.random.default_rng(1).integers(0, 20 * scale, 64)
+    centred = twentieths / 20 - np.mean(twentieths / 20)
+    batch = tiny.reward_batch(rows=64)
+    batch = batch._replace(ratings=centred[:, None].astype(np.float32), rated=np.ones((64, 1), bool))
+    for least in (1, 5, 7, 20):
+        wanted = twentieths[:, None] - twentieths[None, :] >= least
+        rules = {"across_records": True, "min_gap": least / 20, "margin_scale": 0.0}
+        found = reward_pairs(np.zeros((64, 1), np.float32), batch, **rules)[3]
+        np.testing.assert_array_equal(found, wanted)
+        assert baselines.pair_accuracy(np.zeros(64), centred, least / 20)[1] == wanted.sum()
+
+
+def test_pairs_with_equal_scores_are_half_right():
+    batch = tiny.reward_batch(candidates=2)
+    values = jnp.zeros(batch.tokens.shape)
+    _, metrics = reward_terms(values, batch, across_records=True, min_gap=1.0, margin_scale=0.0)
+    assert metrics["reward/pair_accuracy"].value == 0.5 and metrics["reward/pair_accuracy"].weight > 0
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 3])
 def test_the_loss_is_a_float64_loops(candidates):
     batch, state = tiny.reward_batch(candidates=candidates), tiny.reward_state(MODEL, RECORDER)
@@ -170,6 +193,76 @@ def test_each_weight_switches_its_own_term(name):
     expected, *_ = loss_by_loop(values, batch, weights, **rules)
     assert expected > 0
     np.testing.assert_allclose(metrics["reward/loss"].value, expected, rtol=1e-5)
+
+
+BOUNDS = (-1.0, 0.25, 1.5)  # four classes; ratings lie on the first and the last of them too
+
+
+def with_cutpoints(state: RewardState, tx, cutpoints=BOUNDS) -> RewardState:
+    params = {**state.params, "head": {**state.params["head"], "cutpoints": jnp.asarray(cutpoints, jnp.float32)}}
+    return RewardState.create(params, tx)
+
+
+def ordinal_by_loop(scores, batch: RewardBatch, cutpoints, bounds=BOUNDS) -> float:
+    losses = []
+    for i in zip(*np.nonzero(batch.rated), strict=True):
+        rank = sum(bound < float(batch.ratings[i]) for bound in bounds)
+        losses.append(-math.log(reference.ordinal_probs(scores[i], sorted(np.float64(cutpoints)))[rank]))
+    return float(np.mean(losses))
+
+
+ORDINAL = {name: 0.0 for name in WEIGHTS} | {"ordinal": 0.5, "ordinal_bounds": BOUNDS}
+
+
+@pytest.mark.parametrize("cutpoints", [BOUNDS, (2.0, -3.0, 0.5)])
+def test_the_ordinal_loss_and_its_gradient_by_the_cutpoints_are_a_float64_loops(cutpoints):
+    """Also where the cutpoints have crossed: they count in order."""
+    batch = tiny.reward_batch(candidates=2)
+    state = with_cutpoints(tiny.reward_state(MODEL, RECORDER), RECORDER, cutpoints)
+    after, metrics = compiled(**ORDINAL)(state, batch, KEY)
+    scores = last_of(values_of(tiny.init(MODEL), batch), batch.mask)
+    np.testing.assert_allclose(metrics["reward/loss"].value, 0.5 * ordinal_by_loop(scores, batch, cutpoints), rtol=1e-5)
+    step = 1e-5
+    slopes = [
+        0.5 * (ordinal_by_loop(scores, batch, up) - ordinal_by_loop(scores, batch, down)) / (2 * step)
+        for up, down in ((np.float64(cutpoints) + sign * step * np.eye(3)[k] for sign in (1, -1)) for k in range(3))
+    ]
+    np.testing.assert_allclose(after.opt_state.grads["head"]["cutpoints"], slopes, rtol=1e-3, atol=1e-5)
+
+
+def test_microbatches_change_no_gradient_of_the_ordinal_loss():
+    batch, state = tiny.reward_batch(candidates=3), with_cutpoints(tiny.reward_state(MODEL, RECORDER), RECORDER)
+    options = {**WEIGHTS, "ordinal": 0.5, "ordinal_bounds": BOUNDS}
+    (whole, a), (parts, b) = (compiled(**options, num_microbatches=n)(state, batch, KEY) for n in (1, 4))
+    close_trees(parts.opt_state.grads, whole.opt_state.grads)
+    assert np.abs(whole.opt_state.grads["head"]["cutpoints"]).min() > 1e-4
+    np.testing.assert_allclose(a["reward/loss"].value, b["reward/loss"].value, rtol=1e-5)
+
+
+def test_the_ordinal_loss_alone_finds_the_order_and_the_cutpoints_move_with_it():
+    batch, tx = tiny.reward_batch(), make_optimizer(0.02)
+    batch = batch._replace(ratings=np.linspace(-3, 3, tiny.ROWS, dtype=np.float32)[:, None], rated=batch.mask.any(-1))
+    bounds = (-1.5, 0.0, 1.5)
+    step = compiled(tx=tx, **ORDINAL | {"ordinal_bounds": bounds, "min_gap": 3.0})
+    state = first = with_cutpoints(tiny.reward_state(MODEL, tx), tx, bounds)
+    losses = []
+    for _ in range(80):
+        state, metrics = step(state, batch, KEY)
+        losses.append(float(metrics["reward/loss"].value))
+    assert losses[-1] < 0.3 * losses[0] and metrics["reward/pair_accuracy"].value == 1.0
+    moved = np.asarray(state.params["head"]["cutpoints"])
+    assert np.abs(moved - first.params["head"]["cutpoints"]).min() > 0.01 and np.all(np.diff(moved) > 0)
+
+
+def test_the_model_is_applied_without_the_cutpoints():
+    """Adding the leaf changes nothing of what the other losses see."""
+    batch, plain = tiny.reward_batch(candidates=3), tiny.reward_state(MODEL, RECORDER)
+    _, a = compiled(**WEIGHTS)(plain, batch, KEY)
+    _, b = compiled(**WEIGHTS, ordinal=1e-30, ordinal_bounds=BOUNDS)(with_cutpoints(plain, RECORDER), batch, KEY)
+    for name in a.keys() - {"optim/grad_norm"}:
+        np.testing.assert_allclose(a[name].value, b[name].value, rtol=1e-6)
+    assert model_params(with_cutpoints(plain, RECORDER).params).keys() == plain.params.keys()
+    jax.tree.map(np.testing.assert_array_equal, model_params(with_cutpoints(plain, RECORDER).params), plain.params)
 
 
 def test_what_is_not_rated_ranked_or_real_may_hold_anything():
