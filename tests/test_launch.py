@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -52,24 +53,66 @@ def test_each_process_learns_who_it_is_and_gets_its_virtual_devices(tmp_path):
     assert seen[0]["LFJAX_COORDINATOR"].startswith("127.0.0.1:")
 
 
-def test_one_failure_ends_all_and_its_code_is_returned(tmp_path):
+def test_one_failure_ends_all_and_its_code_is_returned():
     script = "import os, sys, time\nif os.environ['LFJAX_PROCESS_ID'] == '1': sys.exit(3)\ntime.sleep(60)"
     start = time.monotonic()
-    assert run(cluster("-n", "3", "--", sys.executable, "-c", script)).returncode == 3
+    done = run(cluster("-n", "3", "--", sys.executable, "-c", script))
+    assert done.returncode == 3
+    assert done.stderr == "local_cluster: process 1 ended with exit code 3; ending the others\n"
     assert time.monotonic() - start < 15
 
 
-def test_a_killed_process_counts_as_a_failure():
-    script = "import os, signal\nif os.environ['LFJAX_PROCESS_ID'] == '1': os.kill(os.getpid(), signal.SIGKILL)"
-    assert run(cluster("--", sys.executable, "-c", script)).returncode == 128 + signal.SIGKILL
+def test_a_process_killed_from_outside_is_named_and_those_that_ignore_sigterm_are_killed_too(tmp_path):
+    """The survivors of a real run wait for the dead one in a collective and cannot answer SIGTERM."""
+    stubborn = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: open(f"{sys.argv[1]}/asked{os.environ['LFJAX_PROCESS_ID']}", "w").close())
+with open(f"{sys.argv[1]}/{os.environ['LFJAX_PROCESS_ID']}.tmp", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(file.name, file.name.replace(".tmp", ".pid"))
+while True:
+    time.sleep(0.1)
+"""
+    launcher = (LAUNCH / "local_cluster.py").read_text().replace("GRACE_SECONDS = 20.0", "GRACE_SECONDS = 1.0")
+    (tmp_path / "quick.py").write_text(launcher)  # as it is, in all but the wait
+    assert "GRACE_SECONDS = 1.0" in launcher
+    command = [sys.executable, str(tmp_path / "quick.py"), "-n", "3", "--", sys.executable, "-c", stubborn]
+    files = [tmp_path / f"{index}.pid" for index in range(3)]
+    with subprocess.Popen([*command, str(tmp_path)], stderr=subprocess.PIPE, text=True) as parent:
+        wait_for(*files)
+        pids = [int(file.read_text()) for file in files]
+        os.kill(pids[2], signal.SIGKILL)
+        _, stderr = parent.communicate(timeout=30)
+    assert parent.returncode == 128 + signal.SIGKILL
+    assert stderr == "local_cluster: process 2 was killed by SIGKILL; ending the others\n"
+    assert sorted(file.name for file in tmp_path.glob("asked*")) == ["asked0", "asked1"]  # SIGTERM came first
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_the_survivors_of_a_killed_process_are_gone_within_a_minute():
+    grace = re.search(r"GRACE_SECONDS = ([\d.]+)", (LAUNCH / "local_cluster.py").read_text())
+    assert grace is not None
+    assert float(grace[1]) <= 50
+
+
+def test_local_cluster_names_a_program_that_is_not_there():
+    done = run(cluster("--", "no-such-program"))
+    assert done.returncode == 2
+    assert "no-such-program: no such program" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_every_process_once(tmp_path, number):
-    with subprocess.Popen(cluster("-n", "2", "--", sys.executable, "-c", SAVER, str(tmp_path))) as parent:
+    command = cluster("-n", "2", "--", sys.executable, "-c", SAVER, str(tmp_path))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
         wait_for(tmp_path / "ready0", tmp_path / "ready1")
         parent.send_signal(number)
-        assert parent.wait(timeout=30) == 130
+        _, stderr = parent.communicate(timeout=30)
+    assert parent.returncode == 130
+    assert stderr == ""  # nothing failed
     assert (tmp_path / "got").read_text() == f"{int(number)} " * 2
 
 
