@@ -34,6 +34,11 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=50, **options)
 
 
+def shell_words(line: str) -> list[str]:
+    """The words that a shell reads from a line of printf %q."""
+    return run(["bash", "-c", f"printf '%s\\0' {line}"]).stdout.split("\0")[:-1]
+
+
 def wait_for(*files: pathlib.Path) -> None:
     deadline = time.monotonic() + 30
     while not all(file.exists() for file in files):
@@ -198,22 +203,42 @@ def test_tpu_workers_learn_who_they_are_from_the_metadata(tmp_path, endpoints):
     assert " create " not in (tmp_path / "called").read_text()  # describe found it
 
 
-def test_slurm_dry_run_prints_the_step():
-    done = run([str(LAUNCH / "slurm.sbatch"), "--dry-run", "lfjax", "train", "--config=a b.py"])
+TASK = """export LFJAX_PROCESS_ID=$SLURM_PROCID
+gpus=${SLURM_GPUS_ON_NODE:-0}
+[ "$gpus" = 0 ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
+exec "$@\""""
+
+
+def without_slurm() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "LFJAX_"))}
+
+
+def test_slurm_dry_run_prints_the_step(tmp_path):
+    fake(tmp_path, "hostname", "echo here")
+    environment = without_slurm() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = [str(LAUNCH / "slurm.sbatch"), "--dry-run", "lfjax", "train", "--config=a b.py"]
+    done = run(script, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "LFJAX_NUM_PROCESSES=1" in done.stdout
-    words = shlex.split(done.stdout.splitlines()[-1])
-    assert words[0] == "srun"
-    assert words[-3:] == ["lfjax", "train", "--config=a b.py"]
+    first, second = done.stdout.splitlines()
+    assert first == "export LFJAX_COORDINATOR=here:20000 LFJAX_NUM_PROCESSES=1"
+    assert shell_words(second) == [
+        *("srun", "--kill-on-bad-exit=1", "--label", "--cpus-per-task=32"),
+        *("bash", "-c", TASK, "lfjax", "lfjax", "train", "--config=a b.py"),
+    ]
 
 
-def test_slurm_tasks_learn_who_they_are(tmp_path):
+def test_slurm_tasks_learn_who_they_are_and_keep_all_gpus_of_their_node(tmp_path):
     """The real script against an scontrol that expands the node list and an srun that is task 1 of 2."""
     fake(tmp_path, "scontrol", "printf 'node-3\\nnode-7\\n'")
     fake(tmp_path, "srun", 'while [ "${1#-}" != "$1" ]; do shift; done; SLURM_PROCID=1 exec "$@"')
-    fake(tmp_path, "show", 'echo "$LFJAX_PROCESS_ID of $LFJAX_NUM_PROCESSES at $LFJAX_COORDINATOR: $1"; exit 7')
+    show = (
+        'echo "$LFJAX_PROCESS_ID of $LFJAX_NUM_PROCESSES at $LFJAX_COORDINATOR, GPUs $JAX_LOCAL_DEVICE_IDS: $1"; exit 7'
+    )
+    fake(tmp_path, "show", show)
     slurm = {"SLURM_JOB_NODELIST": "node-[3,7]", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "20005"}
-    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = run(["bash", str(LAUNCH / "slurm.sbatch"), "show", "a b"], env=environment)
-    assert done.stdout == "1 of 2 at node-3:20005: a b\n", done.stderr
-    assert done.returncode == 7
+    environment = without_slurm() | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for gpus, ids in (("4", "0,1,2,3"), ("1", "0")):
+        command = ["bash", str(LAUNCH / "slurm.sbatch"), "show", "a b"]
+        done = run(command, env=environment | {"SLURM_GPUS_ON_NODE": gpus})
+        assert done.stdout == f"1 of 2 at node-3:20005, GPUs {ids}: a b\n", done.stderr
+        assert done.returncode == 7
