@@ -14,7 +14,7 @@ import time
 import pytest
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[1] / "launch"
-SCRIPTS = ("tpu_pod.sh", "slurm.sbatch")
+SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "slurm.sbatch")
 WHO = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + os.environ['LFJAX_PROCESS_ID'], 'w'))"
 # Writes a file when it is ready; at SIGTERM or SIGINT exits with 130, as a run that has saved.
 SAVER = """
@@ -37,6 +37,15 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
 def shell_words(line: str) -> list[str]:
     """The words that a shell reads from a line of printf %q."""
     return run(["bash", "-c", f"printf '%s\\0' {line}"]).stdout.split("\0")[:-1]
+
+
+def fake(folder: pathlib.Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def without_slurm() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "LFJAX_"))}
 
 
 def wait_for(*files: pathlib.Path) -> None:
@@ -152,7 +161,8 @@ def test_shell_scripts_parse_and_explain_themselves(script):
     assert run(["bash", "-n", str(LAUNCH / script)]).stderr == ""
     done = run(["bash", str(LAUNCH / script)])
     assert done.returncode == 2
-    assert "--dry-run" in done.stderr
+    assert f"launch/{script} " in done.stderr or f"/{script} [--dry-run]" in done.stderr
+    assert "--dry-run" in done.stderr or script == "tpu_worker.sh"  # which tpu_pod.sh calls
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -163,54 +173,192 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_tpu_dry_run_creates_installs_and_runs_on_all_workers(tmp_path):
-    script = [str(LAUNCH / "tpu_pod.sh"), "--dry-run", "pod", "us-east5-a", "v5p-64"]
-    environment = os.environ | {"TPU_FLAGS": "--spot --network=a"}
-    done = run([*script, "lfjax", "train", "--config=a b.py"], cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    commands = [
-        shlex.split(line.replace("$'", "'")) for line in done.stdout.splitlines() if not line.startswith("log:")
-    ]
-    verbs = [next(word for word in command if word in ("create", "archive", "scp", "ssh")) for command in commands]
-    assert verbs == ["create", "archive", "scp", "ssh", "ssh"]
-    assert {"--accelerator-type=v5p-64", "--version=v2-alpha-tpuv5", "--spot", "--network=a"} <= set(commands[0])
-    assert all("--worker=all" in command and "--zone=us-east5-a" in command for command in commands[2:])
-    assert all(f"LFJAX_{key}=" in done.stdout for key in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID"))
-    assert list(tmp_path.iterdir()) == []
+TPU_INSTALL = """set -e; flock -n lfjax.lock true || exit 0; mount /mnt/x
+mkdir -p lfjax; tar -xzf lfjax.tar.gz -C lfjax; python3 -m pip install -q --user uv
+PATH=$HOME/.local/bin:$PATH; cd lfjax; [ -d .venv ] || uv venv -q --python 3.12; uv pip install -q -e ".[tpu]\""""
+TPU_DRY_RUN = """
+{tpu} describe pod --zone=us-east5-a --format=value(state)
+{tpu} create pod --zone=us-east5-a {shape} --version={runtime} --spot --network=a
+mkdir -p logs/pod/NOW-1
+git -C {launch}/.. archive --format=tar.gz --output={here}/logs/pod/NOW-1/lfjax.tar.gz HEAD
+{tpu} scp logs/pod/NOW-1/lfjax.tar.gz pod:lfjax.tar.gz --zone=us-east5-a --worker=all
+{ssh} --command={install}
+{ssh} '--command=bash lfjax/launch/tpu_worker.sh NOW-1 lfjax train --config=a\\ b.py '
+{ssh} --output-directory=logs/pod/NOW-1 '--command=cat lfjax.log'
+"""
 
 
-def fake(folder: pathlib.Path, name: str, body: str) -> None:
-    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-    (folder / name).chmod(0o755)
-
-
-@pytest.mark.parametrize("endpoints", ["a:1:10.0.0.1,b:2:10.0.0.2", "10.0.0.1,10.0.0.2"])
-def test_tpu_workers_learn_who_they_are_from_the_metadata(tmp_path, endpoints):
-    """The real script against a gcloud that runs the last remote command here, and a curl that is the metadata."""
-    bin_dir, home = tmp_path / "bin", tmp_path / "home"
+@pytest.mark.parametrize(
+    "size, shape, runtime",
+    [
+        ("v5p:4x4x4", "--type=v5p --topology=4x4x4", "v2-alpha-tpuv5"),
+        ("v5e:4x4", "--type=v5litepod --topology=4x4", "v2-alpha-tpuv5-lite"),
+        ("v6e-16", "--accelerator-type=v6e-16", "v2-alpha-tpuv6e"),
+        ("v4:2x2x4", "--type=v4 --topology=2x2x4", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_tpu_dry_run_prints_every_command_and_runs_none(tmp_path, size, shape, runtime):
+    bin_dir, here = tmp_path / "bin", tmp_path / "here"
     bin_dir.mkdir()
-    (home / "lfjax").mkdir(parents=True)
-    fake(bin_dir, "curl", f'case "${{@: -1}}" in */agent-worker-number) echo -n 1 ;; *) echo -n "{endpoints}" ;; esac')
-    fake(bin_dir, "git", 'for word; do case $word in --output=*) touch "${word#*=}" ;; esac; done')
-    remote = '*--command=*attribute*) bash -c "cd \\"$HOME\\"; ${all##*--command=}" ;; *describe*) exit 0 ;;'
-    fake(bin_dir, "gcloud", f'all="$*"; echo "$all" >> {tmp_path}/called; case $all in {remote} esac')
-    fake(bin_dir, "show", 'echo "$LFJAX_PROCESS_ID of $LFJAX_NUM_PROCESSES at $LFJAX_COORDINATOR: $1"; exit 7')
-    environment = os.environ | {"PATH": f"{bin_dir}:{os.environ['PATH']}", "HOME": str(home)}
-    done = run([str(LAUNCH / "tpu_pod.sh"), "pod", "zone", "v5p-16", "show", "a b"], cwd=tmp_path, env=environment)
-    assert "1 of 2 at 10.0.0.1:8476: a b" in done.stdout, done
-    assert "1 of 2 at 10.0.0.1:8476: a b" in (tmp_path / "logs" / "pod.log").read_text()
+    here.mkdir()
+    for program in ("gcloud", "git", "mkdir"):
+        fake(bin_dir, program, f"touch {tmp_path}/ran")
+    fake(bin_dir, "date", "echo NOW")
+    environment = os.environ | {"PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    environment |= {"TPU_FLAGS": "--spot --network=a", "TPU_SETUP": "mount /mnt/x"}
+    script = [str(LAUNCH / "tpu_pod.sh"), "--dry-run", "pod", "us-east5-a", size, "lfjax", "train", "--config=a b.py"]
+    done = run(script, cwd=here, env=environment)
+    assert done.returncode == 0, done.stderr
+    *commands, last = done.stdout.splitlines()
+    tpu = "gcloud compute tpus tpu-vm"
+    names = {"tpu": tpu, "ssh": f"{tpu} ssh pod --zone=us-east5-a --worker=all --batch-size=all"}
+    names |= {"shape": shape, "runtime": runtime, "launch": LAUNCH, "here": here, "install": "INSTALL"}
+    expected = [shlex.split(line) for line in TPU_DRY_RUN.format(**names).strip().splitlines()]
+    expected = [[word.replace("INSTALL", TPU_INSTALL) for word in command] for command in expected]
+    assert [shell_words(line) for line in commands] == expected
+    assert last.endswith("delete the slice: gcloud compute tpus tpu-vm delete pod --zone=us-east5-a")
+    assert not (tmp_path / "ran").exists()
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("workdir", [["--workdir=gs://bucket/x"], ["--workdir", "gs://bucket/x"]])
+def test_tpu_refuses_a_workdir_in_an_object_store(workdir):
+    script = [str(LAUNCH / "tpu_pod.sh"), "--dry-run", "pod", "zone", "v5p:2x2x2", "lfjax", "train", *workdir]
+    done = run(script)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*gs://bucket/x: .*TPU_SETUP.*\n", done.stderr)
+    assert done.stdout == ""
+
+
+# A Cloud of one slice with two workers: its state in a file, a home folder each, commands run on both at a time.
+GCLOUD = """
+echo "$4" >>"$CLOUD/called"
+slice=$CLOUD/slice
+for word; do case $word in --command=*) command=${word#*=} ;; --output-directory=*) folder=${word#*=} ;; esac; done
+case $4 in
+  describe) cat "$slice/state" ;;
+  create) mkdir -p "$slice/0" "$slice/1" && echo READY >"$slice/state" ;;
+  delete) rm -r "$slice" ;;
+  *)
+    [ "$(cat "$slice/state")" = READY ] || exit 255
+    if [ "$4" = scp ]; then cp "$5" "$slice/0" && cp "$5" "$slice/1"; exit; fi
+    for k in 0 1; do
+      (cd "$slice/$k" && HOME=$PWD WORKER=$k exec bash -c "$command") >"${folder:-$CLOUD}/$k.log" &
+      pids[k]=$!
+    done
+    status=0
+    for k in 0 1; do wait "${pids[k]}" || status=$?; done
+    [ -n "${folder:-}" ] || cat "$CLOUD/0.log" "$CLOUD/1.log"
+    exit $status ;;
+esac
+"""
+CURL = 'case "${@: -1}" in */agent-worker-number) echo -n "$WORKER" ;; *) echo -n "$ENDPOINTS" ;; esac'
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """Stand-ins of gcloud and of what the workers run; returns the environment. `train` is for the test to add."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    (tmp_path / "shared").mkdir()
+    fake(bin_dir, "gcloud", GCLOUD)
+    fake(bin_dir, "curl", CURL)
+    archive = f'for word; do case $word in --output=*) tar -czf "${{word#*=}}" -C {LAUNCH.parent} launch ;; esac; done'
+    fake(bin_dir, "git", archive)
+    fake(bin_dir, "python3", "exit 0")
+    fake(bin_dir, "uv", "if [ $1 = venv ]; then mkdir .venv; fi")
+    path = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "TPU_WAIT": "0"}
+    return without_slurm() | path | {"ENDPOINTS": "a:1:10.0.0.1,b:2:10.0.0.2"}
+
+
+def called(tmp_path: pathlib.Path) -> list[str]:
+    return [verb for verb in (tmp_path / "called").read_text().split() if verb != "describe"]
+
+
+def logs(tmp_path: pathlib.Path) -> dict[str, str]:
+    """attempt/file -> text."""
+    files = sorted((tmp_path / "logs" / "pod").glob("*/*.log"))
+    return {f"{file.parent.name.rpartition('-')[2]}/{file.name}": file.read_text() for file in files}
+
+
+TPU = [str(LAUNCH / "tpu_pod.sh"), "pod", "zone", "v5p:2x2x2"]
+
+
+def test_a_preempted_tpu_is_deleted_created_again_and_the_run_resumed(tmp_path, cloud):
+    train = """
+echo "process $LFJAX_PROCESS_ID of $LFJAX_NUM_PROCESSES at $LFJAX_COORDINATOR with $1"
+touch "$CLOUD/shared/started$LFJAX_PROCESS_ID"
+if [ -e "$CLOUD/shared/saved" ]; then echo resumed; exit 0; fi
+while [ ! -e "$CLOUD/shared/started0" ] || [ ! -e "$CLOUD/shared/started1" ]; do sleep 0.05; done
+sleep 0.5
+touch "$CLOUD/shared/saved"
+echo PREEMPTED >"$CLOUD/slice/state"
+exit 143"""
+    fake(tmp_path / "bin", "train", train)
+    done = run([*TPU, "train", "a b"], cwd=tmp_path, env=cloud)
+    assert done.returncode == 0, done
+    attempt = ["create", "scp", "ssh", "ssh", "ssh"]
+    assert called(tmp_path) == [*attempt, "delete", *attempt]
+    assert "pod is PREEMPTED, exit code 143: going on" in done.stderr
+    written = logs(tmp_path)
+    assert sorted(written) == ["1/live.log", "2/0.log", "2/1.log", "2/live.log"]  # the first slice's disks are gone
+    for k in range(2):
+        first = f"process {k} of 2 at 10.0.0.1:8482 with a b\n"
+        assert first in written["1/live.log"]
+        assert written[f"2/{k}.log"] == f"{first}resumed\n"
+
+
+def test_a_tpu_run_that_fails_passes_its_exit_code_on_and_leaves_all_workers_logs(tmp_path, cloud):
+    fake(tmp_path / "bin", "train", 'echo "process $LFJAX_PROCESS_ID"; exit $((7 * LFJAX_PROCESS_ID))')
+    done = run([*TPU, "train"], cwd=tmp_path, env=cloud | {"ENDPOINTS": "10.0.0.1,10.0.0.2"})
     assert done.returncode == 7
-    assert " create " not in (tmp_path / "called").read_text()  # describe found it
+    assert called(tmp_path) == ["create", "scp", "ssh", "ssh", "ssh"]  # nothing is tried again
+    written = logs(tmp_path)
+    assert (written["1/0.log"], written["1/1.log"]) == ("process 0\n", "process 1\n")
+    assert "process 1\n" in written["1/live.log"]
+    assert "process 1\n" in done.stdout
+    fake(tmp_path / "bin", "train", "exit 0")
+    assert run([*TPU, "train"], cwd=tmp_path, env=cloud).returncode == 0
+    assert called(tmp_path).count("create") == 1  # the slice was there
+
+
+def test_a_tpu_that_is_lost_again_and_again_ends_the_launcher(tmp_path, cloud):
+    fake(tmp_path / "bin", "train", 'echo PREEMPTED >"$CLOUD/slice/state"; exit 143')
+    done = run([*TPU, "train"], cwd=tmp_path, env=cloud | {"TPU_RESTARTS": "1"})
+    assert done.returncode != 0
+    assert called(tmp_path).count("create") == 2
+
+
+def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud):
+    """The worker script is killed as a lost connection would; the run goes on, and is started once."""
+    home = tmp_path / "home"
+    (home / "lfjax").mkdir(parents=True)
+    train = 'echo "started"; while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done; echo "over"; exit 5'
+    fake(tmp_path / "bin", "train", train)
+    environment = cloud | {"HOME": str(home), "WORKER": "0"}
+    worker = ["bash", str(LAUNCH / "tpu_worker.sh")]
+    log = home / "lfjax.log"
+    with subprocess.Popen([*worker, "one", "train"], env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "started\n"
+        first.kill()
+    with subprocess.Popen([*worker, "two", "train"], env=environment, stdout=subprocess.PIPE, text=True) as second:
+        time.sleep(0.3)
+        assert second.poll() is None
+        (tmp_path / "go").touch()
+        assert second.communicate(timeout=30)[0] == "started\nover\n"
+        assert second.returncode == 5
+    assert run([*worker, "one", "train"], env=environment).returncode == 5  # gcloud repeats what it could not end
+    assert log.read_text() == "started\nover\n"
+    log.unlink()
+    assert run([*worker, "three", "train"], env=environment).returncode == 5
+    assert log.read_text() == "started\nover\n"  # a new line starts it again
 
 
 TASK = """export LFJAX_PROCESS_ID=$SLURM_PROCID
 gpus=${SLURM_GPUS_ON_NODE:-0}
 [ "$gpus" = 0 ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
 exec "$@\""""
-
-
-def without_slurm() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "LFJAX_"))}
 
 
 def test_slurm_dry_run_prints_the_step(tmp_path):
