@@ -28,13 +28,12 @@ touch lfjax.id
 exec 9>lfjax.lock
 if [ "$(cat lfjax.id)" != "$id" ] && flock -n 9; then
   rm -f lfjax.exit
+  : >lfjax.log
   echo "$id" >lfjax.id
   # shellcheck disable=SC2016  # by the inner shell, which inherits the lock and outlives this one
   (cd lfjax && setsid nohup bash -c '"$@"; echo $? >~/lfjax.exit' lfjax "$@" </dev/null >~/lfjax.log 2>&1 &)
 fi
 exec 9>&-
-tail -n +1 -F lfjax.log &
-flock -s lfjax.lock true # until the run has ended
-sleep 1                  # for the last lines
-kill $!
+flock -s lfjax.lock true & # until the run has ended
+tail -n +1 -F --pid=$! lfjax.log
 exit "$(cat lfjax.exit || echo 255)"

@@ -1,6 +1,7 @@
 """The launchers: what they would run, that they pass signals and exit codes on, that the shell scripts are sound."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -12,9 +13,10 @@ import sys
 import time
 
 import pytest
+import yaml  # PyYAML comes with flax and orbax-checkpoint
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[1] / "launch"
-SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "slurm.sbatch")
+SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "slurm.sbatch", "gke/run.sh")
 WHO = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + os.environ['LFJAX_PROCESS_ID'], 'w'))"
 # Writes a file when it is ready; at SIGTERM or SIGINT exits with 130, as a run that has saved.
 SAVER = """
@@ -390,3 +392,296 @@ def test_slurm_tasks_learn_who_they_are_and_keep_all_gpus_of_their_node(tmp_path
         done = run(command, env=environment | {"SLURM_GPUS_ON_NODE": gpus})
         assert done.stdout == f"1 of 2 at node-3:20005, GPUs {ids}: a b\n", done.stderr
         assert done.returncode == 7
+
+
+# What a JobSet may hold: every field of jobset.x-k8s.io/v1alpha2 (kubernetes-sigs/jobset, jobset_types.go) and of a
+# Kubernetes 1.33 Job down to the pod; of the pod those in use. "!": required. A list has one kind of element.
+STRINGS = {"*": str}
+ANY = object
+CONTAINER = {
+    "name!": str,
+    "image!": str,
+    "command": [str],
+    "args": [str],
+    "env": [{"name!": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath!": str, "apiVersion": str}}}],
+    "resources!": {"limits!": {"google.com/tpu": int, "nvidia.com/gpu": int}},
+    "volumeMounts": [{"name!": str, "mountPath!": str, "readOnly": bool, "subPath": str}],
+}
+POD = {
+    "restartPolicy!": ("Never",),  # a podFailurePolicy allows no other
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector!": {
+        "cloud.google.com/gke-tpu-accelerator": str,
+        "cloud.google.com/gke-tpu-topology": str,
+        "cloud.google.com/gke-accelerator": str,
+    },
+    "containers!": [CONTAINER],
+    "volumes": [
+        {
+            "name!": str,
+            "persistentVolumeClaim": {"claimName!": str, "readOnly": bool},
+            "emptyDir": {"medium": ("Memory",), "sizeLimit": str},
+        }
+    ],
+}
+EXIT_CODES = {"containerName": str, "operator!": ("In", "NotIn"), "values!": [int]}
+POD_FAILURE_RULE = {
+    "action!": ("FailJob", "FailIndex", "Ignore", "Count"),
+    "onExitCodes": EXIT_CODES,
+    "onPodConditions": [{"type!": str, "status": str}],
+}
+JOB = {
+    "parallelism!": int,
+    "completions!": int,
+    "completionMode!": ("Indexed", "NonIndexed"),
+    "backoffLimit!": int,
+    "podFailurePolicy": {"rules!": [POD_FAILURE_RULE]},
+    "template!": {"metadata": {"labels": STRINGS, "annotations": STRINGS}, "spec!": POD},
+    **{key: int for key in ("activeDeadlineSeconds", "ttlSecondsAfterFinished", "backoffLimitPerIndex")},
+    **{key: int for key in ("maxFailedIndexes",)},
+    **{key: bool for key in ("suspend", "manualSelector")},
+    **{key: str for key in ("managedBy", "podReplacementPolicy")},
+    **{key: ANY for key in ("selector", "successPolicy")},
+}
+FAILURE_RULE = {
+    "name!": str,
+    "action!": (
+        *("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
+        *("RestartJob", "RestartJobAndIgnoreMaxRestarts"),
+    ),
+    "onJobFailureReasons": [str],
+    "onJobFailureMessagePatterns": [str],
+    "targetReplicatedJobs": [str],
+}
+REPLICATED_JOB = {
+    "name!": str,
+    "groupName": str,
+    "replicas": int,
+    "dependsOn": [{"name!": str, "status!": ("Ready", "Complete")}],
+    "template!": {"metadata": {"labels": STRINGS, "annotations": STRINGS}, "spec!": JOB},
+}
+JOBSET = {
+    "apiVersion!": ("jobset.x-k8s.io/v1alpha2",),
+    "kind!": ("JobSet",),
+    "metadata!": {"name!": str, "namespace": str, "labels": STRINGS, "annotations": STRINGS},
+    "spec!": {
+        "replicatedJobs!": [REPLICATED_JOB],
+        "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
+        "failurePolicy": {
+            "maxRestarts": int,
+            "restartStrategy": ("Recreate", "BlockingRecreate", "InPlaceRestart"),
+            "rules": [FAILURE_RULE],
+        },
+        "coordinator": {"replicatedJob!": str, "jobIndex": int, "podIndex": int},
+        "suspend": bool,
+        "managedBy": str,
+        "ttlSecondsAfterFinished": int,
+        **{key: ANY for key in ("successPolicy", "startupPolicy", "volumeClaimPolicies")},
+    },
+}
+
+
+def problems(value, schema, place: str = "") -> list[str]:
+    """Where `value` is not what `schema` allows."""
+    if schema is ANY:
+        return []
+    if isinstance(schema, tuple):
+        return [] if value in schema else [f"{place}: {value!r} is none of {schema}"]
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return [f"{place}: not a list"]
+        return [found for i, item in enumerate(value) for found in problems(item, schema[0], f"{place}[{i}]")]
+    if isinstance(schema, type):
+        return [] if type(value) is schema else [f"{place}: {value!r} is no {schema.__name__}"]
+    if not isinstance(value, dict):
+        return [f"{place}: not a mapping"]
+    known = {key.rstrip("!"): part for key, part in schema.items()}
+    found = [f"{place}.{key[:-1]}: missing" for key in schema if key.endswith("!") and key[:-1] not in value]
+    for key, item in value.items():
+        if key in known or "*" in known:
+            found += problems(item, known.get(key, known.get("*")), f"{place}.{key}")
+        else:
+            found.append(f"{place}.{key}: no such field")
+    return found
+
+
+def gke(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return run([str(LAUNCH / "gke" / "run.sh"), *arguments], **options)
+
+
+def filled(size: str, *more: str, **options) -> dict:
+    done = gke("--dry-run", size, "trainer", "images/lfjax:1", "configs/x.py", "/mnt/lfjax/x", *more, **options)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout.split("<<'EOF'\n")[1].split("\nEOF\n")[0])
+
+
+def pod_of(jobset: dict) -> dict:
+    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+GKE_SIZES = {  # size -> template, accelerator, nodes, chips or GPUs of each
+    "v5p:4x4x4": ("tpu.yaml", "tpu-v5p-slice", 16, 4),
+    "v4:2x2x2": ("tpu.yaml", "tpu-v4-podslice", 2, 4),
+    "v5e:4x8": ("tpu.yaml", "tpu-v5-lite-podslice", 8, 4),
+    "v6e:1x1": ("tpu.yaml", "tpu-v6e-slice", 1, 1),
+    "h100:2x8": ("gpu.yaml", "nvidia-h100-80gb", 2, 8),
+    "l4:1x1": ("gpu.yaml", "nvidia-l4", 1, 1),
+    "nvidia-h100-mega-80gb:4x8": ("gpu.yaml", "nvidia-h100-mega-80gb", 4, 8),
+}
+
+
+@pytest.mark.parametrize("size", GKE_SIZES)
+def test_gke_jobsets_hold_what_jobset_and_kubernetes_know(size):
+    template, accelerator, nodes, each = GKE_SIZES[size]
+    jobset = filled(size)
+    assert problems(jobset, JOBSET) == []
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (nodes, nodes, "Indexed")
+    assert job["backoffLimit"] == 0  # a lost pod is a lost run: all start again
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
+    pod = pod_of(jobset)
+    (container,) = pod["containers"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "lfjax"}
+    kind = "google.com/tpu" if template == "tpu.yaml" else "nvidia.com/gpu"
+    assert container["resources"]["limits"] == {kind: each}
+    if template == "tpu.yaml":
+        topology = size.partition(":")[2]
+        assert pod["nodeSelector"] == {
+            "cloud.google.com/gke-tpu-accelerator": accelerator,
+            "cloud.google.com/gke-tpu-topology": topology,
+        }
+        assert nodes * each == math.prod(int(side) for side in topology.split("x"))
+    else:
+        assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": accelerator}
+
+
+@pytest.mark.parametrize("size", ["v5p:4x4x4", "h100:2x8"])
+def test_the_check_of_jobsets_finds_a_misspelt_or_missing_field_at_every_level(size):
+    text = yaml.safe_dump(filled(size))
+    fields = {
+        line.strip(" -").partition(":")[0] for line in text.splitlines() if re.match(r"[ -]*[\w./-]+:( |$)", line)
+    }
+    strings = ("alpha.jobset.sigs.k8s.io/exclusive-topology",)  # free to choose
+    assert len(fields) > 35
+    for field in fields.difference(strings):
+        changed = re.sub(rf"^([ -]*){re.escape(field)}:", rf"\1{field}x:", text, flags=re.MULTILINE)
+        assert any("no such field" in each for each in problems(yaml.safe_load(changed), JOBSET)), field
+    for field in ("name", "replicatedJobs", "completions", "backoffLimit", "nodeSelector", "limits", "kind"):
+        changed = re.sub(rf"^( *(- )?){field}:", r"\1unknown:", text, flags=re.MULTILINE)
+        assert any("missing" in each for each in problems(yaml.safe_load(changed), JOBSET)), field
+    assert problems(yaml.safe_load(text.replace("completions: ", "completions: x")), JOBSET)
+    assert problems(yaml.safe_load(text.replace("v1alpha2", "v1alpha1")), JOBSET)
+
+
+def test_gke_tpu_pods_learn_who_they_are_from_what_gke_tells_them(tmp_path):
+    (container,) = pod_of(filled("v5p:2x2x2", "--config.stages=('a','b')"))["containers"]
+    show = 'echo "$LFJAX_PROCESS_ID of $LFJAX_NUM_PROCESSES at $LFJAX_COORDINATOR: $*"; exit 7'
+    fake(tmp_path, "lfjax", show)
+    told = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "trainer-worker-0-0.trainer,trainer-worker-0-1.trainer"}
+    environment = without_slurm() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = run([*container["command"], *container["args"]], env=environment | told)
+    command = "train --config=configs/x.py --workdir=/mnt/lfjax/x --config.stages=('a','b')"
+    assert done.stdout == f"1 of 2 at trainer-worker-0-0.trainer:8482: {command}\n"
+    assert done.returncode == 7
+    (single,) = pod_of(filled("v6e:2x2"))["containers"]
+    alone = run([*single["command"], *single["args"]], env=environment)
+    assert alone.stdout.startswith("0 of 1 at : train ")  # no coordinator: lfjax is one process
+
+
+def test_gke_gpu_pods_learn_who_they_are():
+    (container,) = pod_of(filled("h100:2x4"))["containers"]
+    environment = {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}
+    index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    assert environment == {
+        "LFJAX_COORDINATOR": "trainer-worker-0-0.trainer:8482",
+        "LFJAX_NUM_PROCESSES": "2",
+        "LFJAX_PROCESS_ID": index,
+        "JAX_LOCAL_DEVICE_IDS": "0,1,2,3",
+    }
+    assert container["command"] == ["lfjax", "train", "--config=configs/x.py", "--workdir=/mnt/lfjax/x"]
+
+
+@pytest.mark.parametrize("size", ["v5p:4x4x4", "h100:2x8"])
+def test_gke_creates_exactly_what_the_dry_run_prints(tmp_path, size):
+    fake(tmp_path, "kubectl", f'echo "$@" >{tmp_path}/arguments; cat >{tmp_path}/jobset; exit $CODE')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LFJAX_CLAIM": "disk", "CODE": "0"}
+    odd = """--config.x=a "b" \\c & $(d) 'e' ${NAME}"""
+    arguments = (size, "trainer", "images/lfjax:1", "configs/x.py", "/mnt/lfjax/x", odd)
+    dry = gke("--dry-run", *arguments, env=environment)
+    assert not (tmp_path / "arguments").exists()
+
+    template, accelerator, nodes, each = GKE_SIZES[size]
+    words = ["lfjax", "train", "--config=configs/x.py", "--workdir=/mnt/lfjax/x", odd.replace("$(", "$$(")]
+    values = {"NAME": "trainer", "IMAGE": "images/lfjax:1", "ACCELERATOR": accelerator, "NODES": nodes}
+    values |= {"TOPOLOGY": size.partition(":")[2], "PER_NODE": each, "DEVICES": '"0,1,2,3,4,5,6,7"', "CLAIM": "disk"}
+    values["COMMAND"] = json.dumps(words)
+    jobset = (LAUNCH / "gke" / template).read_text()
+    for key, value in values.items():
+        jobset = jobset.replace(f"${{{key}}}", str(value))
+    assert dry.stdout.startswith(f"kubectl create -f - <<'EOF'\n{jobset}EOF\n# logs: kubectl logs -f ")
+
+    real = gke(*arguments, env=environment)
+    assert real.returncode == 0, real.stderr
+    assert (tmp_path / "arguments").read_text() == "create -f -\n"
+    assert (tmp_path / "jobset").read_text() == jobset
+    container = pod_of(yaml.safe_load(jobset))["containers"][0]
+    assert container.get("args", container["command"])[-1] == odd.replace("$(", "$$(")  # Kubernetes' own escape
+    assert gke(*arguments, env=environment | {"CODE": "1"}).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "position, value, said",
+    [
+        (0, "v5p", "write the topology"),
+        (0, "v5p:64", "write the topology"),
+        (0, "h100:16", "write nodes x GPUs"),
+        (0, "v9:2x2", "not a TPU"),
+        (1, "Trainer", "small letters"),
+        (4, "gs://bucket/x", "must be under /mnt/lfjax"),
+        (4, "runs/x", "must be under /mnt/lfjax"),
+    ],
+)
+def test_gke_refuses_what_cannot_run(position, value, said):
+    arguments = ["v5p:2x2x2", "trainer", "image", "configs/x.py", "/mnt/lfjax/x"]
+    arguments[position] = value
+    done = gke("--dry-run", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(rf"error: [A-Z]+ {re.escape(value)}: .*{said}.*\n", done.stderr)
+
+
+def shell_blocks() -> str:
+    """The shell commands of docs/cloud.md."""
+    text = (LAUNCH.parent / "docs" / "cloud.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(block for language, block in blocks if not language)
+
+
+def documented_commands() -> list[str]:
+    """The lines of docs/cloud.md that start a launcher, continuation lines joined."""
+    lines = shell_blocks().replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.search(r"\blaunch/[\w./]+ ", line) and not line.startswith("git archive")]
+
+
+def test_the_cloud_page_shows_every_launcher():
+    shown = {name for line in documented_commands() for name in re.findall(r"\blaunch/([\w./]+) ", line)}
+    assert run(["bash", "-n"], input=shell_blocks()).stderr == ""
+    assert shown == {"local_cluster.py", "tpu_pod.sh", "slurm.sbatch", "gke/run.sh"}
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_the_commands_of_the_cloud_page_run_dry(tmp_path, line):
+    for program in ("gcloud", "kubectl", "srun", "sbatch"):
+        fake(tmp_path, program, f"touch {tmp_path}/ran")
+    command = re.sub(r"^.*?\blaunch/([\w./]+)( --dry-run)? ", rf"{LAUNCH}/\1 --dry-run ", line)
+    environment = without_slurm() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = run(["bash", "-c", command], cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+    config = re.search(r"configs/(quickstart|tiny|mine)\.py", done.stdout)
+    assert config is not None
+    assert config[1] == "mine" or (LAUNCH.parent / config[0]).is_file()
+    assert not (tmp_path / "ran").exists()
