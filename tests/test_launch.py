@@ -98,7 +98,12 @@ while True:
         wait_for(*files)
         pids = [int(file.read_text()) for file in files]
         os.kill(pids[2], signal.SIGKILL)
-        _, stderr = parent.communicate(timeout=30)
+        try:
+            _, stderr = parent.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            for pid in (parent.pid, *pids[:2]):
+                os.kill(pid, signal.SIGKILL)
+            raise
     assert parent.returncode == 128 + signal.SIGKILL
     assert stderr == "local_cluster: process 2 was killed by SIGKILL; ending the others\n"
     assert sorted(file.name for file in tmp_path.glob("asked*")) == ["asked0", "asked1"]  # SIGTERM came first
@@ -335,7 +340,9 @@ def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud)
     """The worker script is killed as a lost connection would; the run goes on, and is started once."""
     home = tmp_path / "home"
     (home / "lfjax").mkdir(parents=True)
-    train = 'echo "started"; while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done; echo "over"; exit 5'
+    train = (
+        'echo x >>"$CLOUD/starts"; echo "started"; while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done; echo over; exit 5'
+    )
     fake(tmp_path / "bin", "train", train)
     environment = cloud | {"HOME": str(home), "WORKER": "0"}
     worker = ["bash", str(LAUNCH / "tpu_worker.sh")]
@@ -352,9 +359,9 @@ def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud)
         assert second.returncode == 5
     assert run([*worker, "one", "train"], env=environment).returncode == 5  # gcloud repeats what it could not end
     assert log.read_text() == "started\nover\n"
-    log.unlink()
-    assert run([*worker, "three", "train"], env=environment).returncode == 5
-    assert log.read_text() == "started\nover\n"  # a new line starts it again
+    assert (tmp_path / "starts").read_text() == "x\n"
+    assert run([*worker, "three", "train"], env=environment).returncode == 5  # the launcher run once more
+    assert (tmp_path / "starts").read_text() == "x\nx\n"
 
 
 TASK = """export LFJAX_PROCESS_ID=$SLURM_PROCID
