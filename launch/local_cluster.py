@@ -3,13 +3,15 @@
 
     launch/local_cluster.py -n 2 --devices 4 -- lfjax train --config=configs/tiny.py --workdir=runs/tiny
 
-LFJAX_COORDINATOR, LFJAX_NUM_PROCESSES and LFJAX_PROCESS_ID tell each where the others are. If one fails, the rest are
-ended; SIGTERM and SIGINT are passed on. Exit code: the first that is not 0 (128 + number for a signal).
+LFJAX_COORDINATOR, LFJAX_NUM_PROCESSES and LFJAX_PROCESS_ID tell each where the others are. SIGTERM and SIGINT are
+passed on. If a process fails or is killed, one line says which and how, and the rest are ended: SIGTERM, and SIGKILL 20
+seconds later. Exit code: the first that is not 0 (128 + number for a signal).
 """
 
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,11 +50,15 @@ def run(command: list[str], extra: list[dict[str, str]]) -> int:
         children.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
         if received:  # while the first were starting
             children[-1].send_signal(received[0])
-    while None in (codes := [child.poll() for child in children]) or (not code and any(codes)):
-        code = code or next((c for c in codes if c), 0)
-        if code and not deadline:
+    while None in (codes := [child.poll() for child in children]) or (any(codes) and not deadline):
+        if any(codes) and not deadline:
             deadline = time.monotonic() + GRACE_SECONDS
-            send(0 if received else signal.SIGTERM)  # after a signal they are saving already
+            code = min(filter(None, codes))  # one killed by a signal, before those that failed because of it
+            if not received or code not in (130, -received[0]):  # 130: stopped when asked to
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                print(f"local_cluster: process {codes.index(code)} {how}; ending the others", file=sys.stderr)
+            if not received:  # after a signal they are saving already
+                send(signal.SIGTERM)
         if deadline and time.monotonic() > deadline:
             send(signal.SIGKILL)
         time.sleep(0.05)
@@ -69,6 +75,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if min(args.n, args.devices) < 1:
         parser.error("-n and --devices must be at least 1")
+    if not args.dry_run and not shutil.which(args.command[0]):
+        parser.error(f"{args.command[0]}: no such program; give its path or put its folder on PATH")
     extra = environments(args.n, args.devices)
     for environment in extra if args.dry_run else ():
         print("env", shlex.join([*(f"{key}={value}" for key, value in environment.items()), *args.command]))

@@ -1,69 +1,78 @@
 #!/bin/bash
 # One lfjax run on all workers of a Cloud TPU slice: created if it is missing, this commit installed, the command run on
-# every worker, its output in logs/NAME.log.
+# every worker. A preempted slice is deleted and created again, and the run goes on. docs/cloud.md has all steps.
 #
-#   launch/tpu_pod.sh [--dry-run] NAME ZONE TYPE COMMAND...
-#   launch/tpu_pod.sh trainer us-east5-a v5p-64 lfjax train --config=configs/x.py --workdir=gs://bucket/runs/x
+#   launch/tpu_pod.sh [--dry-run] NAME ZONE SIZE COMMAND...
+#   launch/tpu_pod.sh trainer us-east5-a v5p:4x4x4 lfjax train --config=configs/x.py --workdir=/mnt/lfjax/x
 #
-# TYPE is Cloud's name (v5p-64 has 32 chips). --dry-run prints the commands. Optional: TPU_RUNTIME, the image; TPU_FLAGS,
-# more flags for creation ("--spot --network=lfjax"). The slice is not deleted, the last line says how. A run that was
-# preempted goes on when the same line is run again. Needs gcloud with a project set, and git.
+# SIZE is generation:topology (v5p:4x4x4, 64 chips) or Cloud's own name (v5p-128, which counts cores). The workdir is a
+# folder that all workers see. Output goes to logs/NAME/TIME-ATTEMPT/: live.log, and K.log of worker K. A run outlives
+# Ctrl-C here and lost connections; the same line again watches it. Exit code: the command's. Optional: TPU_FLAGS, more
+# flags for creation ("--spot --network=lfjax"); TPU_SETUP, shell commands for every worker, before the run (a mount);
+# TPU_RUNTIME, the image; TPU_RESTARTS, how often it goes on after a loss (10). Needs git, and gcloud with a project.
 set -euo pipefail
 
 dry_run=
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=1
-  shift
-fi
-if [ $# -lt 4 ]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-fi
-name=$1 zone=$2 type=$3
+[ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
+[ $# -ge 4 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+name=$1 zone=$2 size=$3
 shift 3
-case $type in
-  v5p-*) runtime=v2-alpha-tpuv5 ;;
-  v5litepod-* | v5e-*) runtime=v2-alpha-tpuv5-lite ;;
-  v6e-*) runtime=v2-alpha-tpuv6e ;;
+for word; do
+  case $word in --workdir=gs://* | gs://*)
+    echo "error: $word: lfjax writes to folders; mount the bucket on the workers (TPU_SETUP, see docs/cloud.md)" >&2
+    exit 2 ;;
+  esac
+done
+case $size in
+  v5p*) runtime='v2-alpha-tpuv5' ;;
+  v5litepod* | v5e*) runtime='v2-alpha-tpuv5-lite' ;;
+  v6e*) runtime='v2-alpha-tpuv6e' ;;
   *) runtime='tpu-ubuntu2204-base' ;;
 esac
+size=${size/#v5e/v5litepod}
+case $size in *:*) shape=(--type="${size%%:*}" --topology="${size#*:}") ;; *) shape=(--accelerator-type="$size") ;; esac
 read -r -a flags <<<"${TPU_FLAGS:-}"
 tpu=(gcloud compute tpus tpu-vm)
+describe=("${tpu[@]}" describe "$name" --zone="$zone" '--format=value(state)')
 
-run() {
-  if [ -n "$dry_run" ]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
-on_workers() { run "${tpu[@]}" ssh "$name" --zone="$zone" --worker=all --command="$1"; }
+run() { if [ -n "$dry_run" ]; then printf '%q ' "$@" && echo; else "$@"; fi; }
+on_workers() { run "${tpu[@]}" ssh "$name" --zone="$zone" --worker=all --batch-size=all "$@"; }
+state() { [ -n "$dry_run" ] || "${describe[@]}" 2>/dev/null || true; } # nothing where there is no slice
+quoted=$(printf '%q ' "$@")
 
-if [ -n "$dry_run" ] || ! "${tpu[@]}" describe "$name" --zone="$zone" >/dev/null 2>&1; then
-  run "${tpu[@]}" create "$name" --zone="$zone" --accelerator-type="$type" \
-    --version="${TPU_RUNTIME:-$runtime}" ${flags[@]+"${flags[@]}"}
-fi
-
-archive=$(mktemp -d)/lfjax.tar.gz
-trap 'rm -rf "$(dirname "$archive")"' EXIT
-run git archive --format=tar.gz --output="$archive" HEAD
-run "${tpu[@]}" scp "$archive" "$name":lfjax.tar.gz --zone="$zone" --worker=all
-# shellcheck disable=SC2016  # single quotes: evaluated on the workers
-on_workers 'set -e; mkdir -p lfjax; tar -xzf lfjax.tar.gz -C lfjax; python3 -m pip install -q --user uv
+# shellcheck disable=SC2016  # evaluated on the workers; lfjax.lock is held by a run that goes on
+install='set -e; flock -n lfjax.lock true || exit 0; '${TPU_SETUP:-true}'
+mkdir -p lfjax; tar -xzf lfjax.tar.gz -C lfjax; python3 -m pip install -q --user uv
 PATH=$HOME/.local/bin:$PATH; cd lfjax; [ -d .venv ] || uv venv -q --python 3.12; uv pip install -q -e ".[tpu]"'
 
-# The slice's metadata say who this worker is and where worker 0 listens.
-# shellcheck disable=SC2016
-identity='attribute() { curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1; }
-endpoints=$(attribute worker-network-endpoints); LFJAX_PROCESS_ID=$(attribute agent-worker-number)
-LFJAX_COORDINATOR=$(echo "$endpoints" | cut -d, -f1 | sed "s/.*://"):8476
-LFJAX_NUM_PROCESSES=$(echo "$endpoints" | tr , "\n" | wc -l)
-export LFJAX_PROCESS_ID LFJAX_COORDINATOR LFJAX_NUM_PROCESSES'
-log=${dry_run:+/dev/null}
-log=${log:-logs/$name.log}
-mkdir -p "$(dirname "$log")"
-status=0
-on_workers "set -e; $identity; cd lfjax; PATH=\$PWD/.venv/bin:\$PATH exec $(printf '%q ' "$@")" 2>&1 | tee -a "$log" || status=$?
-echo "log: logs/$name.log; delete the slice: ${tpu[*]} delete $name --zone=$zone"
-exit $status
+attempt=0
+stamp=$(date +%Y%m%d-%H%M%S)
+while :; do
+  attempt=$((attempt + 1)) status=0
+  id=$stamp-$attempt found=$(state)
+  folder=logs/$name/$id
+  [ -z "$dry_run" ] || run "${describe[@]}"
+  case $found in
+    READY) ;;
+    '' | PREEMPTED | TERMINATED)
+      [ -z "$found" ] || run "${tpu[@]}" delete "$name" --zone="$zone" --quiet
+      run "${tpu[@]}" create "$name" --zone="$zone" "${shape[@]}" --version="${TPU_RUNTIME:-$runtime}" \
+        ${flags[@]+"${flags[@]}"} ;;
+    *)
+      echo "$name is $found: waiting for READY; to give up: ${tpu[*]} delete $name --zone=$zone" >&2
+      sleep "${TPU_WAIT:-30}" && attempt=$((attempt - 1)) && continue ;;
+  esac
+  run mkdir -p "$folder"
+  run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$PWD/$folder/lfjax.tar.gz" HEAD
+  { run "${tpu[@]}" scp "$folder/lfjax.tar.gz" "$name":lfjax.tar.gz --zone="$zone" --worker=all &&
+    on_workers --command="$install" && on_workers --command="bash lfjax/launch/tpu_worker.sh $id $quoted"; } 2>&1 |
+    if [ -n "$dry_run" ]; then cat; else tee -a "$folder/live.log"; fi || status=$?
+  on_workers --output-directory="$folder" --command='cat lfjax.log' || echo "no worker logs: $name cannot be reached" >&2
+  [ $status != 0 ] || break
+  sleep "${TPU_WAIT:-30}" # for the state to follow
+  found=$(state)
+  if [ "$found" = READY ] && [ $status != 255 ] || [ $attempt -gt "${TPU_RESTARTS:-10}" ]; then break; fi
+  echo "$name is ${found:-gone}, exit code $status: going on" >&2
+done
+echo "logs: logs/$name; when done, delete the slice: ${tpu[*]} delete $name --zone=$zone"
+exit "$status"
