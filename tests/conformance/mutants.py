@@ -622,7 +622,10 @@ MUTANTS = {
         "sft",
         "micro.loss_mask)",
         "micro.loss_mask | True)",
-        ("sft_loss_is_the_mean_over_all_counted_tokens",),
+        (
+            "sft_loss_is_the_mean_over_all_counted_tokens",
+            "steps_averaged_by_multisteps_are_the_big_batch_only_at_equal_weights",
+        ),
         "accumulation_is_the_big_batch",
     ),
     "SFT's weights in half precision": Mutant(
@@ -740,6 +743,20 @@ MUTANTS = {
         "baselines.pair_accuracy(-values, ratings, min_gap)",
         ("the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs",),
         "",
+    ),
+    "the same key in every update": Mutant(
+        "policy",
+        "function(params, prompts, jax.random.fold_in(key, index))",
+        "function(params, prompts, key)",
+        ("every_update_has_noise_of_its_own",),
+        "dropout_is_off_in_every_part_of_ppo",
+    ),
+    "the policy keeps the dropout it was trained with": Mutant(
+        "policy",
+        "compute_settings(run, loaded.model.config, dropout=0.0))\n        self.params",
+        "compute_settings(run, loaded.model.config))\n        self.params",
+        ("dropout_is_off_in_every_part_of_ppo",),
+        "every_update_has_noise_of_its_own",
     ),
     "value head at random": Mutant(
         "value_network",

@@ -5,6 +5,7 @@ expected comes from the model's logits and a float64 loop.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import tiny
 from reference import ppo as reference
 from tiny import EOS, PROMPT
 
+from lfjax import sharding
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.state import RewardNorm
@@ -271,3 +273,24 @@ def update(steps, rollout: Rollout, **options):
     """(policy gradient, value gradient) of the step's first minibatch: the whole rollout."""
     state, _ = full_update(steps, rollout, **options)
     return state.policy.opt_state.grads, state.value.opt_state.grads
+
+
+# The loops' functions
+
+
+def stub_run(steps, **parts):
+    """What a loop's function reads of a run, on one device."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return types.SimpleNamespace(
+        config=steps["base_config"](), mesh=mesh, transformer=Transformer, place=lambda tree: tree, **parts
+    )
+
+
+def loop_policy(steps, model):
+    """What the PPO loop makes of a loaded language model: its rollout program, and parameters."""
+    tokenizer = types.SimpleNamespace(eos_id=EOS, pad_id=tiny.PAD)
+    loaded = types.SimpleNamespace(model=model, params=params())
+    run = stub_run(steps, load_model=lambda key, name: loaded, tokenizer=tokenizer)
+    run.steps = steps
+    run.config.ppo.rollout_step.update(max_new_tokens=tiny.RESPONSE, temperature=TEMPERATURE)
+    return steps["policy"](run, "ppo.init_from", "pretrain")

@@ -18,6 +18,7 @@ LIBRARY = {
     "schedule": "lfjax.optim:schedule",
     "reward_model": "lfjax.loops.reward:reward_model",
     "pair_figures": "lfjax.loops.reward:pair_figures",
+    "policy": "lfjax.loops.ppo:Policy",
     "value_network": "lfjax.loops.ppo:value_network",
     "measure_norm": "lfjax.loops.ppo:measure_norm",
 }

@@ -28,7 +28,7 @@ def own() -> dict:
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS.values(), ids=mutants.MUTANTS)
-def test_a_known_mistake_fails_its_tests_and_no_more(mutant):
+def test_a_known_mistake_fails_its_tests_and_passes_another(mutant):
     table = own() | {mutant.subject: mutants.fork(mutant)}
     for name in mutant.fails:
         with pytest.raises(AssertionError):
@@ -39,6 +39,4 @@ def test_a_known_mistake_fails_its_tests_and_no_more(mutant):
 
 @pytest.mark.parametrize("name", TESTS)
 def test_every_test_can_fail(name):
-    """Some mistake in what it looks at fails it; the test of `optax.MultiSteps` looks at optax."""
-    caught = [mutant for mutant in mutants.MUTANTS.values() if name in mutant.fails]
-    assert caught or "multisteps" in name
+    assert [mutant for mutant in mutants.MUTANTS.values() if name in mutant.fails]

@@ -6,7 +6,7 @@ import numpy as np
 import setting
 import tiny
 from reference import ppo as reference
-from setting import CLOSE, EOS, PLACED, STOPS
+from setting import CLOSE, EOS, LM, PLACED, STOPS
 
 from lfjax import config as configs
 
@@ -180,3 +180,13 @@ def test_noise_belongs_to_the_key_and_the_row(steps):
     )
     rows = setting.sample(steps, prompts=same).tokens
     assert len(np.unique(rows, axis=0)) > 1, "rows of one prompt share their noise"
+
+
+# 26
+def test_every_update_has_noise_of_its_own(steps):
+    """A sampler that is called without a new key draws the same noise in every update: the loop folds in the step."""
+    policy = setting.loop_policy(steps, LM)
+    prompts, key = tiny.prompt_batch(), jax.random.key(7)
+    first, again, second = (policy.rollout.fixed(policy.params, prompts, key, np.int32(step)) for step in (0, 0, 1))
+    np.testing.assert_array_equal(again.tokens, first.tokens)
+    assert np.any(np.asarray(second.tokens) != first.tokens)

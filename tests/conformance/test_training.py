@@ -11,7 +11,6 @@ import tiny
 from setting import CLOSE, HALF, LM, RECORDER, SCORER
 from tiny import close_trees
 
-from lfjax import sharding
 from lfjax.config import optim_section
 from lfjax.data.examples import RewardExample
 from lfjax.models import presets
@@ -21,20 +20,12 @@ from lfjax.state import RewardNorm
 from lfjax.types import RewardBatch, SftBatch
 
 
-def _stub(steps, **parts):
-    """What a loop's function reads of a run, on one device."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return types.SimpleNamespace(
-        config=steps["base_config"](), mesh=mesh, transformer=Transformer, place=lambda tree: tree, **parts
-    )
-
-
 # 11
 def test_the_value_network_starts_at_zero_or_as_the_reward_model(steps):
     """A fresh random head makes advantages of noise, and the policy moves before the values have been learnt: on the
     policy's trunk it starts at 0, else as the reward model, in the units of the normalised score.
     """
-    run, norm = _stub(steps), RewardNorm(jnp.float32(0.3), jnp.float32(1.7))
+    run, norm = setting.stub_run(steps), RewardNorm(jnp.float32(0.3), jnp.float32(1.7))
     policy = types.SimpleNamespace(model=LM, params=setting.params())
     kind = steps["value_network"].__globals__["LearnedReward"]
     reward = kind.__new__(kind)
@@ -59,7 +50,7 @@ def test_the_reward_head_starts_at_one_over_root_width(steps):
     width = 4096
     shape = presets.llama(vocab_size=8, width=width, layers=1, heads=2, mlp_width=2)
     found = types.SimpleNamespace(model=Transformer(shape), params={"embed": {}, "unembed": {}})
-    run = _stub(steps, load_model=lambda key, name: found, key=lambda name: jax.random.key(0))
+    run = setting.stub_run(steps, load_model=lambda key, name: found, key=lambda name: jax.random.key(0))
     _, params = steps["reward_model"](run)
     head = params["head"]
     assert "unembed" not in params and not np.any(head.get("bias", 0.0))
@@ -100,7 +91,7 @@ def test_the_norm_is_measured_on_the_references_samples(steps):
     """Mean and biased deviation of the raw score over as many samples as the config says, written by the frozen start
     of the policy: those of the policy in training would move the goal with it.
     """
-    run = _stub(steps)
+    run = setting.stub_run(steps)
     run.config.ppo.update(norm_samples=12, batch_size=tiny.ROWS)
     scores = np.random.default_rng(0).normal(3.0, 2.0, (2, tiny.ROWS)).astype(np.float32)
     batches = types.SimpleNamespace(

@@ -33,6 +33,7 @@ def test_dropout_is_off_in_every_part_of_ppo(steps):
     """With it the ratio is noise before the policy has moved, the KL of an untouched policy is not 0, and one text gets
     a different score each time.
     """
+    assert setting.loop_policy(steps, DROPPING.policy).model.config.dropout == 0.0
     gen, saved = tiny.generation(), saved_rollout()
     rollout = experience(steps, models=DROPPING)
     for found, seed in ((rollout.old_logprobs, 0), (rollout.ref_logprobs, 3)):
