@@ -1,18 +1,10 @@
 """`pytest tests/conformance --step ppo_update=my_module:my_step` puts a fork under the conformance tests."""
 
 import pytest
+from subjects import LIBRARY, STEPS
 
 from lfjax.config import InputError
 from lfjax.loops.run import resolve
-
-STEPS = {
-    "sft": "lfjax.steps.sft:sft_step",
-    "reward": "lfjax.steps.reward:reward_step",
-    "ppo_rollout": "lfjax.steps.ppo_rollout:ppo_rollout",
-    "ppo_score": "lfjax.steps.ppo_score:ppo_score",
-    "ppo_experience": "lfjax.steps.ppo_experience:ppo_experience",
-    "ppo_update": "lfjax.steps.ppo_update:ppo_update",
-}
 
 
 def pytest_addoption(parser):
@@ -27,8 +19,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def steps(request):
-    """Step name -> function: lfjax's own, or the fork given with --step."""
-    table = dict(STEPS)
+    """Name -> function: lfjax's own, or the fork given with --step."""
+    table = STEPS | LIBRARY
     for given in request.config.getoption("--step", default=None) or []:
         name, _, dotted = given.partition("=")
         if name not in STEPS or not dotted:
