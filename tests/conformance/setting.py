@@ -290,7 +290,8 @@ def loop_policy(steps, model):
     """What the PPO loop makes of a loaded language model: its rollout program, and parameters."""
     tokenizer = types.SimpleNamespace(eos_id=EOS, pad_id=tiny.PAD)
     loaded = types.SimpleNamespace(model=model, params=params())
-    run = stub_run(steps, load_model=lambda key, name: loaded, tokenizer=tokenizer)
+    own = {"load_model": lambda key, name: loaded, "program": lambda key, make: make()}
+    run = stub_run(steps, tokenizer=tokenizer, stop_ids=(EOS,), **own)
     run.steps = steps
     run.config.ppo.rollout_step.update(max_new_tokens=tiny.RESPONSE, temperature=TEMPERATURE)
     return steps["policy"](run, "ppo.init_from", "pretrain")

@@ -39,10 +39,8 @@ def commands() -> str:
     return "\n".join(["set -e", *lines])
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> pathlib.Path:
-    """A copy of the project in which the page's commands have run."""
-    folder = tmp_path_factory.mktemp("fork")
+def project(folder: pathlib.Path) -> pathlib.Path:
+    """A copy of the project in `folder`, in which the page's commands have run."""
     for name in ("lfjax", "configs", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -61,17 +59,19 @@ def project(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_the_commands_run_and_the_run_keeps_the_fork(project):
-    kept = (project / "runs" / "fork" / "steps" / "ppo_update.py").read_text()
-    assert kept == (project / "my_update.py").read_text() and "dual_clip" in kept
-    config = json.loads((project / "runs" / "fork" / "config.json").read_text())
+def test_the_pages_commands_run_and_do_what_it_says(tmp_path):
+    copy = project(tmp_path)
+    kept = (copy / "runs" / "fork" / "steps" / "ppo_update.py").read_text()
+    assert kept == (copy / "my_update.py").read_text() and "dual_clip" in kept
+    config = json.loads((copy / "runs" / "fork" / "config.json").read_text())
     assert config["ppo"]["update_step"]["dual_clip"] == 3.0
     assert config["steps"]["ppo_update"] == "my_update:ppo_update"
+    check_the_bound(copy / "my_update.py")
 
 
-def test_the_fork_does_what_the_page_says(project):
+def check_the_bound(path: pathlib.Path):
     """Tokens of negative advantage whose ratio is beyond dual_clip pull no more; nothing else has changed."""
-    spec = importlib.util.spec_from_file_location("my_update", project / "my_update.py")
+    spec = importlib.util.spec_from_file_location("my_update", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     mask = setting.saved_rollout().mask

@@ -103,7 +103,7 @@ def test_the_norm_is_measured_on_the_references_samples(steps):
         written.append((params, int(index)))
         return int(index)
 
-    policy = types.SimpleNamespace(params="the start's", rollout=types.SimpleNamespace(fixed=rollout))
+    policy = types.SimpleNamespace(params="the start's", rollout=rollout)
     records = list(range(tiny.ROWS))
     norm = steps["measure_norm"](run, policy, lambda index, _: scores[index], batches, records, jax.random.key(0))
     assert written == [("the start's", 0), ("the start's", 1)]
