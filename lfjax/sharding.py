@@ -36,16 +36,12 @@ DEFAULT_RULES = (
     (r"", ()),
 )
 
-# What the model calls its activations -> spec. B rows, N heads, T positions, D width, F mlp, V vocabulary. The
-# tables are gathered over fsdp as they are used, never over tensor: left alone, XLA would gather activations instead.
+# What the model calls its activations -> spec. B rows, N heads, T positions, D width, F mlp, V vocabulary.
 ACTIVATIONS = {
     "residual": P(BATCH, None, None),  # [B T D]
     "heads": P(BATCH, "tensor", None, None),  # [B N T H]
     "mlp": P(BATCH, None, "tensor"),  # [B T F]
     "logits": P(BATCH, None, "tensor"),  # [B T V]
-    "embedding": P("tensor", None),  # [V D]
-    "positions": P(None, None),  # [S D]
-    "unembed": P(None, "tensor"),  # [D V]
 }
 
 

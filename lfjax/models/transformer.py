@@ -160,7 +160,7 @@ class Transformer(nn.Module):
       config: the switches.
       attend: `f(q, k, v, *, key_mask, segment_ids) -> [B N T H]`, causal, for full forward passes.
       constrain: `f(x, name) -> x`, where a sharding can be put: names "residual" [B T D], "heads" [B N T H],
-        "mlp" [B T F], "logits" [B T V], and of the parameters "embedding" [V D], "positions" [S D] and "unembed" [D V].
+        "mlp" [B T F], "logits" [B T V].
     """
 
     config: TransformerConfig
@@ -217,9 +217,7 @@ class Transformer(nn.Module):
         """The map from `hidden` to logits, for chunked losses; a plain method: `model.unembed(params)`."""
         c = self.config
         weight = params["embed"]["tokens"].T if c.tied else params["unembed"]["kernel"]
-        return Unembed(
-            self.constrain(weight, "unembed"), vocab_size=c.vocab_size if c.padded_vocab != c.vocab_size else None
-        )
+        return Unembed(weight, vocab_size=c.vocab_size if c.padded_vocab != c.vocab_size else None)
 
     @nn.nowrap
     def decoder(self, params) -> Decoder:
@@ -245,7 +243,7 @@ class Transformer(nn.Module):
             raise InputError(f"model.context: found {c.context}; the input has {tokens.shape[1]} positions")
         if positions is None:
             positions = default_positions(tokens.shape[1], key_mask, segment_ids)
-        x = embed(c, self._embed, tokens, positions, self.constrain, token_type_ids)
+        x = embed(c, self._embed, tokens, positions, token_type_ids)
         rng = self.make_rng("dropout") if c.dropout > 0.0 and self.has_rng("dropout") else None
         keys = None if rng is None else jax.random.split(rng, 2 * c.layers + 1)
         x = self.constrain(blocks.dropout(x, None if keys is None else keys[-1], c.dropout), "residual")
@@ -273,7 +271,7 @@ class Decoder:
         c = self.model.config
         mask = attention_mask.astype(bool)
         positions = default_positions(tokens.shape[1], mask, None)
-        x = embed(c, self.params["embed"], tokens, positions, self.model.constrain)
+        x = embed(c, self.params["embed"], tokens, positions)
         rope = rope_tables(c, positions)
         room = ((0, 0), (0, 0), (0, cache_size - tokens.shape[1]), (0, 0))
         caches = []
@@ -293,7 +291,7 @@ class Decoder:
         """Runs one token a row, tokens [B 1], against the cache; returns hidden [B 1 D] and the longer cache."""
         c = self.model.config
         positions = cache.positions[:, None]
-        x = embed(c, self.params["embed"], tokens, positions, self.model.constrain)
+        x = embed(c, self.params["embed"], tokens, positions)
         rope = rope_tables(c, positions)
         mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((tokens.shape[0], 1), bool), (0, cache.slot))
         caches = []
@@ -333,14 +331,13 @@ def default_positions(length: int, mask: Array | None, segment_ids: Array | None
     return jnp.maximum(count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1) - 1, 0)
 
 
-def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, constrain, types=None) -> Array:
+def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, token_type_ids=None) -> Array:
     """Token (+ learned position, + token type through the token table, as GPT-2) embeddings: [B T D], compute dtype."""
-    table = constrain(params["tokens"], "embedding")
-    x = jnp.take(table, tokens, axis=0, mode="clip")
-    if types is not None:
-        x = x + jnp.take(table, types, axis=0, mode="clip")
+    x = jnp.take(params["tokens"], tokens, axis=0, mode="clip")
+    if token_type_ids is not None:
+        x = x + jnp.take(params["tokens"], token_type_ids, axis=0, mode="clip")
     if config.position == "learned":
-        x = x + jnp.take(constrain(params["positions"], "positions"), positions, axis=0, mode="clip")
+        x = x + jnp.take(params["positions"], positions, axis=0, mode="clip")
     return x.astype(config.dtype)
 
 
