@@ -13,10 +13,10 @@ quickstart: $(STAMP)
 	$(BIN)/lfjax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0 -q
 
 test-slow: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0 -q -m slow
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

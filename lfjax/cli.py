@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     report.set_defaults(run=_report)
     commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
     arguments = argparse.Namespace(command="")
+    _spare_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may not have
     try:
@@ -195,6 +197,13 @@ def _join_processes() -> None:
     watch.start()
     jax.distributed.initialize(address, processes, process, initialization_timeout=seconds + 60)
     watch.cancel()
+
+
+def _spare_threads() -> None:
+    """XLA's CPU client has one thread a virtual device; collectives that meet the next dispatch there can deadlock."""
+    devices = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if devices:
+        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * int(devices[1]))))
 
 
 def _from_environment(name: str, low: int, high: int, default: str | None = None) -> int:

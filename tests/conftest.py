@@ -4,6 +4,7 @@ import os
 import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("PJRT_NPROC", "32")  # XLA's pools: with a thread a device and no more, collectives can deadlock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -1,4 +1,5 @@
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
+from lfjax import cli
 from lfjax.config import InputError
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
@@ -320,3 +322,18 @@ def test_nothing_compiles_after_the_declaration(shape):
             state, _ = jax.block_until_ready(step(state, batch, key))
         assert len(step.programs) == 1
     assert Step.compiled.total() == before
+
+
+def test_virtual_cpu_devices_get_spare_threads(monkeypatch):
+    """One pool runs a launch's devices and the dispatch of the next: a thread a device and no more can deadlock."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1 --xla_force_host_platform_device_count=100")
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    cli._spare_threads()
+    assert os.environ["PJRT_NPROC"] == "400"
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    cli._spare_threads()
+    assert os.environ["PJRT_NPROC"] == "3"
+    monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    cli._spare_threads()
+    assert "PJRT_NPROC" not in os.environ
