@@ -388,9 +388,18 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
         raise InputError(f"{path}: is empty; it must hold at least one record (a JSON object a line)")
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; of a field given twice JSON readers keep one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {_show(max(names, key=names.count))} stands twice in one object")
+    return found
+
+
 def _decode(raw: bytes, where: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_reject_constant)
+        return json.loads(raw.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_each_once)
     except UnicodeDecodeError as error:
         found = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
         raise InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8") from None

@@ -271,6 +271,13 @@ DATA = {
     "an id twice": (broken(id=5), ":7: field 'id': found 5, as on line 6", "each id once"),
     "another scale": (broken(feedback=rating(scale=[1, 5])), "field 'scale'", "one scale"),
     "not JSON": (b"\n{]\n", ":2: not JSON", "one JSON object a line"),
+    "a field twice": (
+        b'{"prompt": "", "prompt": "a", "responses": ["b"], "feedback": []}\n', ":1: not JSON", '"prompt" stands twice',
+    ),
+    "a scale without classes": (
+        [row | {"feedback": rating(value=0.5, scale=[0.2, 0.9])} for row in smallest.records()],
+        "config.reward.step.ordinal_bounds: (); the rating scale [0.2, 0.9] has 0 whole points", "give the bounds",
+    ),
     "not an object": (b"[1, 2]\n", ":1: found [1, 2]", "a record is a JSON object"),
     "not UTF-8": (b'{"prompt": "\xff"}\n', ":1: not UTF-8", "save the file as UTF-8"),
     "empty": (b"", ": is empty", "at least one record"),
@@ -296,9 +303,11 @@ def test_broken_data_is_named_by_file_line_and_field_before_a_run_directory_is_m
         file.write_bytes(content)
     else:
         smallest.write_records(file, content)
-    line = command(*arguments(tmp_path / "w", file))
+    line = command(
+        *arguments(tmp_path / "w", file, *(("--config.reward.step.ordinal=1",) if "classes" in kind else ()))
+    )
     assert found in line and fix in line
-    assert str(file) in line or "data.validation_path" in line
+    assert str(file) in line or "config." in line or "data.validation_path" in line
     assert not (tmp_path / "w").exists()
 
 
@@ -485,6 +494,40 @@ def test_a_workdir_that_is_a_file_or_below_one_is_refused(command, tmp_path, rec
     assert file.read_text() == "mine"
 
 
+def test_a_workdir_that_is_an_address_is_refused(command, tmp_path, records, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--workdir=gs://bucket/run: an address; name a folder" in command(*arguments("gs://bucket/run", records))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_where_a_model_goes_is_refused_before_the_stage(command, tmp_path, records):
+    (tmp_path / "w" / "models").mkdir(parents=True)
+    (tmp_path / "w" / "models" / "pretrain").write_text("mine")
+    line = command(*arguments(tmp_path / "w", records))
+    assert f"{tmp_path}/w/models/pretrain: a file where a model's folder goes; move it away" in line
+
+
+def test_a_finished_stage_whose_model_is_gone_says_how_to_make_it_again(command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    shutil.rmtree(workdir / "models" / "pretrain")
+    for name in ("config.json", "metrics.jsonl"):
+        (workdir / name).unlink()  # the chain grows by a stage: another config
+    (workdir / "models").rename(workdir / "kept")
+    given = ("--config.stages=tokenizer,pretrain,sft", f"--config.tokenizer.path={workdir}/kept/tokenizer")
+    line = command(*arguments(workdir, records, *given))
+    assert f"delete {workdir}/checkpoints/pretrain/FINISHED, and it is made again" in line
+    (workdir / "checkpoints" / "pretrain" / "FINISHED").unlink()
+    assert train(workdir, records, *given) == 0
+    assert same_model(workdir, trained)
+
+
+def test_a_model_of_scores_is_no_language_model(command, tmp_path, records, trained, scorer):
+    given = (f"--config.tokenizer.path={trained}/models/tokenizer", f"--config.sft.init_from={scorer}")
+    line = command(*arguments(tmp_path / "w", records, "--config.stages=sft", *given))
+    assert f"config.sft.init_from: {scorer} is a model of scores, not a language model" in line
+    assert untouched(tmp_path / "w")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere: no folder is closed to it")
 def test_a_workdir_that_may_not_be_written_is_refused(command, tmp_path, records):
     tmp_path.chmod(0o500)
@@ -660,6 +703,7 @@ COMMANDS = {
     "a temperature of nan": (("sample", "{trained}", "--temperature=nan"), "--temperature: nan"),
     "a top_p of 2": (("sample", "{trained}", "--top-p=2"), "--top-p: 2.0; allowed: above 0, at most 1"),
     "more tokens than the context": (("sample", "{trained}", "--max-new-tokens=99"), "64"),
+    "a prompt beyond the context": (("sample", "{trained}", f"--prompt={'no ' * 99}"), "fewer than 64, the model's"),
     "a prompt that is no text": (("sample", "{trained}", "--prompt=caf\udce9"), "--prompt: 'caf\\udce9' is not UTF-8"),
     "an unknown flag": (("sample", "{trained}", "--nn=3"), "unknown argument --nn=3"),
     "report on nothing": (("report", "nowhere"), "nowhere: no such run directory"),

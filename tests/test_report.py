@@ -329,12 +329,20 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path):
         report.build(folder)
 
 
+def test_times_that_are_no_numbers_are_left_out(tmp_path):
+    folder = synthetic_run(tmp_path / "run")
+    with open(folder / "timing.jsonl", "a") as file:
+        file.write('{"stage": "ppo", "step": 99, "seconds": "long", "mfu": null, "tokens_per_s": {}}\n')
+    report.build(folder)
+
+
 @pytest.mark.parametrize(
     "files, message",
     [
         (None, "no such run directory"),
         ({}, "not a run directory"),
         ({"config.json": "{"}, r"config\.json: not JSON"),
+        ({"config.json": '{"stages": 3}'}, r"config\.json: field 'stages': found 3; a list of names is expected"),
         ({"summary.json": "[]"}, r"summary\.json: a list; a JSON object is expected"),
         ({"metrics.jsonl": '{"stage": 1, "step": 0}\n{"stage": "a", "step": 0}\n'}, r"metrics\.jsonl:1: "),
     ],
@@ -438,6 +446,8 @@ def test_a_chart_keeps_every_point_inside_its_frame():
         [(i, 10.0 ** rng.uniform(-8, 8)) for i in range(50)],
         [(i, -float(i)) for i in range(9)],
         [(0, 3.0), (1, 3.0)],
+        [(0, 1e30), (1, 1e30 * (1 + 2**-52))],
+        [(0, -1e30), (1, 1e30)],
     ]
     for points in cases:
         svg = charts.line_chart([charts.Line("x", points, dots=True)], label="x", marks=[charts.Mark(3.0, "m")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, overlap_keys, 
 from lfjax.records import Rating, Record, read_records
 
 SOURCES = ("vader", "jsonl", "text")
+MOST_BOUNDS = 1000  # between classes of ratings
 
 
 @dataclasses.dataclass
@@ -196,3 +198,14 @@ def rating_scale(records: list[Record]) -> tuple[float, float] | None:
                     found = f"found {list(entry.scale)}, but {first[1]} has {list(first[0])}"
                     raise InputError(f"{record.where}: field 'scale': {found}; allowed: one scale for all of a run")
     return None if first is None else first[0]
+
+
+def rating_classes(scale: tuple[float, float]) -> tuple[float, ...]:
+    """The bounds between the classes of a rating: midway between neighbouring whole points of its scale."""
+    low, high = math.ceil(scale[0]), math.floor(scale[1])
+    if not 1 <= high - low <= MOST_BOUNDS:
+        raise InputError(
+            f"config.reward.step.ordinal_bounds: (); the rating scale {list(scale)} has {max(high - low + 1, 0)} whole"
+            f" points, and 2 to {MOST_BOUNDS + 1} can be classes; give the bounds between classes, in rating points"
+        )
+    return tuple(point + 0.5 for point in range(low, high))

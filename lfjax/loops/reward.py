@@ -13,7 +13,7 @@ import numpy as np
 from lfjax.config import InputError, init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import RewardExample, reward_examples
-from lfjax.data.sources import rating_scale
+from lfjax.data.sources import rating_classes, rating_scale
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
     compiled_step,
@@ -26,11 +26,9 @@ from lfjax.loops.training import train
 from lfjax.models.flops import forward_flops
 from lfjax.records import mean_ratings
 from lfjax.rewards import baselines, calibration, lexicon
-from lfjax.sharding import abstract, batch_sharding, jit_step, place, replicated
+from lfjax.sharding import abstract, global_batch, jit_step, replicated
 from lfjax.state import RewardState
 from lfjax.steps.reward import model_params
-
-MOST_BOUNDS = 1000  # between classes of ratings
 
 
 def reward_stage(run: Run) -> dict[str, float]:
@@ -69,7 +67,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     model, params = reward_model(run)
     keywords = section.step.to_dict()
     if keywords.get("ordinal") and "ordinal_bounds" in keywords:
-        bounds = keywords["ordinal_bounds"] or midpoints(scale or label_scale)
+        bounds = keywords["ordinal_bounds"] or rating_classes(scale or label_scale)
         keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
         params = with_cutpoints(run, params, keywords["ordinal_bounds"])
     tx, rate = training_parts(run, "reward", total)
@@ -126,17 +124,6 @@ def shifted(examples: list[RewardExample], mean: float) -> list[RewardExample]:
     ]
 
 
-def midpoints(scale: tuple[float, float]) -> tuple[float, ...]:
-    """The bounds between the classes of a rating: midway between neighbouring whole points of its scale."""
-    low, high = math.ceil(scale[0]), math.floor(scale[1])
-    if not 1 <= high - low <= MOST_BOUNDS:
-        raise InputError(
-            f"config.reward.step.ordinal_bounds: (); the rating scale {list(scale)} has {max(high - low + 1, 0)} whole"
-            f" points, and 2 to {MOST_BOUNDS + 1} can be classes; give the bounds between classes, in rating points"
-        )
-    return tuple(point + 0.5 for point in range(low, high))
-
-
 def with_cutpoints(run: Run, params, bounds: tuple[float, ...]):
     """The parameters with the ordinal loss's cutpoints in the head, at the bounds: scores start as rating points."""
     cutpoints = run.place({"head": {"cutpoints": np.asarray(bounds, np.float32)}})["head"]
@@ -168,7 +155,7 @@ def scorer(run: Run, model):
         pieces = []
         for indices, batch in batches.evaluation():
             flat = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask)]
-            tokens, mask = place(flat, [batch_sharding(run.mesh)] * 2)
+            tokens, mask = global_batch(flat, run.mesh)
             step.compile(*abstract((params, tokens, mask)))
             pieces.append((indices, step(params, tokens, mask)))
         scores = [np.zeros(0)] * len(batches.examples)

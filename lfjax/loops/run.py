@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from lfjax import config as configs
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
-from lfjax.data.sources import load_records, rating_scale
+from lfjax.data.sources import load_records, rating_classes, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.flops import peak_flops
@@ -97,6 +97,8 @@ class Run:
         configs.validate(config)
         self.profile = profile  # steps of every training stage to trace
         self.config = config
+        if "://" in os.fspath(workdir):
+            raise InputError(f"--workdir={os.fspath(workdir)}: an address; name a folder, of a mounted bucket perhaps")
         self.workdir = Path(workdir)
         self.search = search
         self.stages = tuple(config.stages)
@@ -166,6 +168,9 @@ class Run:
         if self.workdir.exists() and not self.workdir.is_dir():
             raise InputError(f"--workdir={self.workdir}: a file, not a folder; choose another --workdir")
         begun = any((self.workdir / name).exists() for name in ("checkpoints", "models", METRICS))
+        for stage in self.stages:
+            if self.models(stage).exists() and not self.models(stage).is_dir():
+                raise InputError(f"{self.models(stage)}: a file where a model's folder goes; move it away")
         if path.exists():
             before = read_json(path)
             differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
@@ -175,7 +180,10 @@ class Run:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(f"{path}: the run was started with another config ({shown}); use another --workdir")
         if "reward" in self.stages:
-            rating_scale([*self.records.train, *self.records.validation, *self.records.test])
+            scale = rating_scale([*self.records.train, *self.records.validation, *self.records.test])
+            step = self.config.reward.step
+            if scale and step.get("ordinal") and "ordinal_bounds" in step and not step.ordinal_bounds:
+                rating_classes(scale)
         _ = self.records
         if jax.process_index() == 0:
             try:
@@ -243,10 +251,10 @@ class Run:
             if name == "pretrain" and self.config.model.init_from and "pretrain" not in self.stages:
                 folder = Path(self.config.model.init_from)
             if not folder.is_dir():
-                raise InputError(
-                    f'config.{key}: stage "{name}" has no model in {folder}; put it before in config.stages,'
-                    " or name a model folder"
-                )
+                finished = self.checkpoint_folder(name) / FINISHED
+                made = f"delete {finished}, and it is made again from the last checkpoint"
+                fix = made if finished.exists() else "put it before in config.stages, or name a model folder"
+                raise InputError(f'config.{key}: stage "{name}" has no model in {folder}; {fix}')
             return folder
         if not Path(name).is_dir():
             near = difflib.get_close_matches(name, configs.STAGES, n=1)
@@ -268,6 +276,8 @@ class Run:
         """
         folder = self.source(key, name)
         loaded = hf.load(folder, mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
+        if loaded.model.config.num_labels and key.endswith("init_from") and not key.startswith("reward."):
+            raise InputError(f"config.{key}: {folder} is a model of scores, not a language model; name another")
         size, own, other = loaded.model.config.vocab_size, self.tokenizer, loaded.tokenizer
         if size < own.vocab_size:
             raise InputError(

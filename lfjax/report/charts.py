@@ -95,7 +95,7 @@ class Scale:
     def __call__(self, value: float) -> float:
         """The pixel of a value."""
         low, high, value = (math.log(max(v, 1e-300)) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
+        return self.start + (value - low) / (high - low or 1.0) * (self.end - self.start)
 
     def ticks(self, wanted: int) -> list[float]:
         """Where the axis is labelled."""

@@ -71,8 +71,11 @@ def read(workdir: str | os.PathLike) -> RunDir:
                 metrics.setdefault(name, []).append((int(row["step"]), float(value)))
     timing: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(folder / "timing.jsonl"):
-        timing.setdefault(str(row["stage"]), []).append(row)
-    order = [str(stage) for stage in config.get("stages") or ()]
+        timing.setdefault(str(row["stage"]), []).append({k: v for k, v in row.items() if isinstance(v, (int, float))})
+    named = config.get("stages") or ()
+    if not isinstance(named, (list, tuple)):
+        raise InputError(f"{folder / 'config.json'}: field 'stages': found {named!r}; a list of names is expected")
+    order = [str(stage) for stage in named]
     order = order or [stage for stage in STAGE_ORDER if stage in {*series, *timing}]
     order += [stage for stage in {**series, **timing} if stage not in order]
     return RunDir(
@@ -94,7 +97,8 @@ def _stages(folder: pathlib.Path, order: list[str], series, timing) -> list[Stag
     for index, stage in enumerate(order):
         done = bool(finished[stage]) or any(begun[index + 1 :])
         rows = sum(row.get("seconds") or 0.0 for row in timing.get(stage, ()))
-        seconds = finished[stage].get("seconds", rows or None)
+        seconds = finished[stage].get("seconds")
+        seconds = seconds if isinstance(seconds, (int, float)) else rows or None
         state = "done" if done else "started" if begun[index] else "missing"
         programs = finished[stage].get("programs")
         programs = sum(programs.values()) if isinstance(programs, dict) else None

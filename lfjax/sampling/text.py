@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from lfjax.config import InputError
 from lfjax.sampling.generate import generate
 from lfjax.tokenizers import response_text, stop_ids
 
@@ -38,6 +39,8 @@ def sample_texts(
     tokenizer = loaded.tokenizer
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     longest, context = max(map(len, rows)), loaded.model.config.context
+    if longest >= context:
+        raise InputError(f"prompt: {longest} tokens, BOS included; allowed: fewer than {context}, the model's context")
     width = min(-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET, max(longest, context - (max_new_tokens or 1)))
     if max_new_tokens is None:
         max_new_tokens = max(1, min(64, context - width))

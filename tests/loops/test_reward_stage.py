@@ -7,9 +7,8 @@ import pytest
 import smallest
 
 from lfjax.config import InputError, apply_override, base_config, validate
-from lfjax.data.sources import load_records
+from lfjax.data.sources import load_records, rating_classes
 from lfjax.interop import hf
-from lfjax.loops.reward import midpoints
 from lfjax.records import mean_ratings
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -101,13 +100,13 @@ def test_ppo_takes_a_reward_and_a_value_network_from_an_ordinal_model(ordinal, s
     [((1.0, 5.0), (1.5, 2.5, 3.5, 4.5)), ((0.0, 1.0), (0.5,)), ((0.5, 3.2), (1.5, 2.5)), ((-1.0, 1.0), (-0.5, 0.5))],
 )
 def test_bounds_lie_midway_between_the_whole_points_of_the_scale(scale, expected):
-    assert midpoints(scale) == expected
+    assert rating_classes(scale) == expected
 
 
 @pytest.mark.parametrize("scale", [(0.1, 0.9), (0.0, 0.5), (-1e6, 1e6)])
 def test_a_scale_without_classes_of_its_own_needs_the_bounds(scale):
     with pytest.raises(InputError, match=r"config\.reward\.step\.ordinal_bounds: \(\); the rating scale .*give the"):
-        midpoints(scale)
+        rating_classes(scale)
 
 
 @pytest.mark.parametrize(
