@@ -5,7 +5,8 @@
 
 LFJAX_COORDINATOR, LFJAX_NUM_PROCESSES and LFJAX_PROCESS_ID tell each where the others are. SIGTERM and SIGINT are
 passed on. If a process fails or is killed, one line says which and how, and the rest are ended: SIGTERM, and SIGKILL 20
-seconds later. Exit code: the first that is not 0 (128 + number for a signal).
+seconds later. One that ends with 130 was asked to stop and has agreed on it with the others: they get those 20 seconds,
+and no signal, which would be a second one for some. Exit code: the first that is not 0 (128 + number for a signal).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 
+STOPPED = 130  # the exit code of a run that has saved because it was asked to stop
 GRACE_SECONDS = 20.0  # from the first failure to the SIGKILL of those still there
 
 
@@ -44,6 +46,10 @@ def run(command: list[str], extra: list[dict[str, str]]) -> int:
         for child in children:
             child.send_signal(number)  # nothing happens to one that has ended
 
+    def tell(code: int, more: str) -> None:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        print(f"local_cluster: process {codes.index(code)} {how}{more}", file=sys.stderr)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: (received.append(number), send(number)))
     for environment in extra:  # a session each: a terminal's Ctrl-C reaches them once, through here
@@ -54,14 +60,16 @@ def run(command: list[str], extra: list[dict[str, str]]) -> int:
         if any(codes) and not deadline:
             deadline = time.monotonic() + GRACE_SECONDS
             code = min(filter(None, codes))  # one killed by a signal, before those that failed because of it
-            if not received or code not in (130, -received[0]):  # 130: stopped when asked to
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                print(f"local_cluster: process {codes.index(code)} {how}; ending the others", file=sys.stderr)
-            if not received:  # after a signal they are saving already
-                send(signal.SIGTERM)
+            if code != STOPPED and not (received and code == -received[0]):
+                tell(code, "; ending the others")
+                if not received:  # after a signal they are saving already
+                    send(signal.SIGTERM)
         if deadline and time.monotonic() > deadline:
             send(signal.SIGKILL)
         time.sleep(0.05)
+    if code == STOPPED and (failed := [late for late in codes if late not in (0, STOPPED)]):
+        code = failed[0]
+        tell(code, " when all were asked to stop")
     return 128 - code if code < 0 else code
 
 

@@ -19,8 +19,23 @@ from lfjax.config import InputError
 CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
 
 
+HEARTBEAT_SECONDS = 40  # without a sign of life from another process
+LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    try:
+        code = _command(argv)
+    except BaseException:
+        _leave_soon(1)
+        raise
+    if code:
+        _leave_soon(code)
+    return code
+
+
+def _command(argv: list[str] | None) -> int:
     parser = _Parser(prog="lfjax", description="Language feedback to better language models, in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
@@ -55,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         place = error.filename or getattr(arguments, "workdir", f"lfjax {arguments.command}")
         fix = "free some space or mend what stands in the way, then start the same command again"
         return _refuse(f"{place}: {error.strerror}; {fix}")
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if _is_lost_process(error):
+            print(f"error: {_LOST}: {' '.join(str(error).split())[:200]}", file=sys.stderr, flush=True)
+            return 1
         if not _is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split())[:200] or "MemoryError"
@@ -65,7 +83,38 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether NumPy, Python or XLA says that memory is too small; XLA has no kind of its own for it."""
-    return isinstance(error, MemoryError) or any(s in str(error) for s in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    signs = ("RESOURCE_EXHAUSTED", "Out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in signs))
+
+
+_LOST = (
+    "another process of this run has ended, see what it says; start the same command again, it goes on from the last"
+    " checkpoint"
+)
+_LOST_SIGNS = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "Connection reset", "Connection closed", "Barrier")
+
+
+def _is_lost_process(error: Exception) -> bool:
+    """Whether a collective or a barrier failed because a process is there no more; jax raises several kinds for it."""
+    return _is_one_of_several() and any(sign in str(error) for sign in _LOST_SIGNS)
+
+
+def _leave_soon(code: int) -> None:
+    """At its exit jax waits minutes for processes that may be waiting for this one; ends this one before that."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    if _is_one_of_several():
+        watch = threading.Timer(LEAVE_SECONDS, leave)
+        watch.daemon = True
+        watch.start()
+
+
+def _is_one_of_several() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def _refuse(message: str) -> int:
@@ -195,7 +244,14 @@ def _join_processes() -> None:
     watch = threading.Timer(seconds, give_up)
     watch.daemon = True
     watch.start()
-    jax.distributed.initialize(address, processes, process, initialization_timeout=seconds + 60)
+    jax.distributed.initialize(
+        address,
+        processes,
+        process,
+        cluster_detection_method="deactivate",  # else it gives a Slurm task one device of its node
+        initialization_timeout=seconds + 60,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
     watch.cancel()
 
 

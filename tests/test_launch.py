@@ -137,6 +137,26 @@ def test_signals_reach_every_process_once(tmp_path, number):
     assert (tmp_path / "got").read_text() == f"{int(number)} " * 2
 
 
+def test_one_that_was_asked_to_stop_leaves_the_others_time_to_end_by_themselves(tmp_path):
+    """They have agreed on the stop; a signal on top would be a second one, which means now."""
+    script = """
+if os.environ["LFJAX_PROCESS_ID"] == "1":
+    while not os.path.exists(f"{sys.argv[1]}/ready0"):
+        time.sleep(0.01)
+    sys.exit(130)
+open(f"{sys.argv[1]}/ready0", "w").close()
+time.sleep(1)
+sys.exit(CODE)
+"""
+    saver = SAVER.splitlines()[1:4]
+    for code, said in ((130, ""), (5, "local_cluster: process 0 ended with exit code 5 when all were asked to stop\n")):
+        body = "\n".join(saver) + script.replace("CODE", str(code))
+        done = run(cluster("--", sys.executable, "-c", body, str(tmp_path)))
+        assert (done.returncode, done.stderr) == (code, said)
+        assert not (tmp_path / "got").exists()
+        (tmp_path / "ready0").unlink()
+
+
 def test_survivors_of_a_failure_may_save_before_they_end(tmp_path):
     failing = """
 if os.environ["LFJAX_PROCESS_ID"] == "1":

@@ -301,10 +301,14 @@ class Run:
                 f"{self.models(stage)}: cannot write the model: {error}; free some space, then start the same command"
                 " again"
             ) from error
+        self.sync(f"saved {stage}")
+
+    def sync(self, what: str) -> None:
+        """Returns once every process is here: what process 0 has written before can be read by all."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            multihost_utils.sync_global_devices(f"saved {stage}")
+            multihost_utils.sync_global_devices(what)
 
     def transformer(self, model_config) -> Transformer:
         """A model whose activations are pinned to the run's mesh."""

@@ -32,10 +32,11 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
     else:
         tokenizer = sentencepiece.train(
             texts_of(run.records.train),
-            run.models("tokenizer"),
+            run.models("tokenizer") if jax.process_index() == 0 else None,
             vocab_size=options.vocab_size,
             model_type=options.model_type,
         )
+    run.sync("saved tokenizer")
     if "ppo" in run.stages:  # what PPO could not use is better known before hours of training
         run_prompts(run, [*run.records.train, *run.records.test], tokenizer)
         stop_ids(tokenizer, run.config.ppo.stop, "config.ppo.stop")
