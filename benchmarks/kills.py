@@ -27,8 +27,8 @@ import smallest  # noqa: E402
 
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 RESULTS = ("metrics.jsonl", "samples.jsonl", *(f"models/{stage}/model.safetensors" for stage in TRAINED))
-PLAN = {stage: ("any", "save", "save", "any") if stage in TRAINED else ("any", "any") for stage in smallest.STAGES}
-LONGEST = {"any": 1.5, "early": 0.2}  # seconds from a process's first write to its end
+PLAN = {stage: ("save", "save", "any", "any") if stage in TRAINED else ("any", "any") for stage in smallest.STAGES}
+LONGEST = {"any": 4.0, "early": 0.2}  # seconds from a process's first write to its end
 CUT = "cannot be read"  # what a run says of a checkpoint that was cut short
 OVERRIDES = (
     *(f"--config.{stage}.save_every=2" for stage in TRAINED),
