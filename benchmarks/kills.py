@@ -2,9 +2,8 @@
 
     python benchmarks/kills.py [--folder=FOLDER] [--seed=0]
 
-The run is tests/smallest.py with more steps and a checkpoint every other one. Kills fall at any moment after a process
-has begun to write, or while a checkpoint is being written; after one of these in every stage the newest whole
-checkpoint is cut short as well.
+The run is tests/smallest.py with more steps and a checkpoint every other one. In every stage kills fall at any moment,
+in those that train also while a checkpoint is being written; after one of these the newest whole one is cut short.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import jax
+from machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -28,7 +27,7 @@ import smallest  # noqa: E402
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 RESULTS = ("metrics.jsonl", "samples.jsonl", *(f"models/{stage}/model.safetensors" for stage in TRAINED))
 PLAN = {stage: ("save", "save", "any", "any") if stage in TRAINED else ("any", "any") for stage in smallest.STAGES}
-LONGEST = {"any": 4.0, "early": 0.2}  # seconds from a process's first write to its end
+LONGEST = {True: 4.0, False: 0.2}  # seconds to a kill, in a training stage or another
 CUT = "cannot be read"  # what a run says of a checkpoint that was cut short
 OVERRIDES = (
     *(f"--config.{stage}.save_every=2" for stage in TRAINED),
@@ -98,20 +97,24 @@ def checkpoints(workdir: Path, stage: str) -> tuple[list[Path], list[Path]]:
 
 
 def kill(process: subprocess.Popen, workdir: Path, stage: str, delay: float | None) -> bool:
-    """Kills `delay` seconds after the first write, or (None) while the stage's third checkpoint is being written.
+    """Kills in this stage: `delay` seconds after its first write, or (None) while its third checkpoint is written.
 
-    Returns False if the process had ended, or the stage had before such a checkpoint was seen.
+    A stage without checkpoints has nothing to be written before its end: there the delay counts from its beginning.
+    Returns False if the process had ended, or the stage had before its moment came.
     """
-    before, deadline = written(workdir), time.monotonic() + 1200
+    before, deadline, order = None, time.monotonic() + 1200, smallest.STAGES.index
     while process.poll() is None and time.monotonic() < deadline:
-        if delay is not None and written(workdir) != before:
-            time.sleep(delay)
+        now = current(workdir)
+        if now is None or order(now) > order(stage):
             break
-        whole, begun = checkpoints(workdir, stage)
-        if delay is None and begun and len(whole) >= 2:
-            break
-        if delay is None and current(workdir) != stage:
-            break
+        if now == stage:
+            before = before or written(workdir)
+            whole, begun = checkpoints(workdir, stage)
+            if delay is None and begun and len(whole) >= 2:
+                break
+            if delay is not None and (stage not in TRAINED or written(workdir) != before):
+                time.sleep(delay)
+                break
         time.sleep(0.001)
     process.kill()
     return process.wait(timeout=60) < 0
@@ -132,8 +135,7 @@ def experiment(folder: Path, seed: int = 0) -> dict:
     kills, saving, cut = Counter(), Counter(), Counter()
     for stage, plan in PLAN.items():
         for how in plan:
-            short = LONGEST["any" if stage in TRAINED else "early"]
-            delay = None if how == "save" else rng.uniform(0.0, short)
+            delay = None if how == "save" else rng.uniform(0.0, LONGEST[stage in TRAINED])
             if current(workdir) is None or not kill(runs.start("killed"), workdir, stage, delay):
                 continue
             where = current(workdir) or "evaluate"
@@ -151,14 +153,6 @@ def experiment(folder: Path, seed: int = 0) -> dict:
     left = [str(p) for p in workdir.rglob("*") if p.name.endswith(("tmp", ".tmp")) or p.name.startswith(".")]
     lines = [line for line in runs.said("killed").splitlines() if CUT in line]
     return {"kills": kills, "saving": saving, "cut": cut, "said": lines, "differing": differing, "left": left}
-
-
-def machine() -> str:
-    """Processor, cores and versions."""
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {os.cpu_count()} cores, jax {jax.__version__}, Python {sys.version.split()[0]}"
 
 
 def main():

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from kills import RESULTS, ROOT, Runs, machine
+from kills import RESULTS, ROOT, Runs
+from machine import machine
 
 LOSSES = ("pretrain/loss", "sft/loss", "reward/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/kl")
 OVERRIDES = ("--config.sft.steps=10",)  # as many as the other stages, which leaves time to stop it

@@ -7,10 +7,11 @@ A seed whose run directory is finished is not run again.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
+
+from machine import machine
 
 FIGURES = (
     "pretrain/perplexity",
@@ -49,7 +50,7 @@ def main():
         command = [sys.executable, "-m", "lfjax.cli", "train", f"--config={arguments.config}", f"--workdir={workdir}"]
         subprocess.run([*command, f"--config.seed={seed}", *overrides], check=True, stdout=subprocess.DEVNULL)
         runs.append(json.loads((workdir / "summary.json").read_text()))
-    print(f"{arguments.config}, seeds 0..{arguments.seeds - 1}, {platform.processor() or platform.machine()}")
+    print(f"{arguments.config}, seeds 0..{arguments.seeds - 1}, {machine()}")
     print(f"{'figure':32s} {'mean':>9s} {'lowest':>9s} {'highest':>9s}")
     table = {}
     for name in FIGURES:

@@ -9,13 +9,13 @@ minibatches, separate reward, value and reference networks. Every program is com
 import argparse
 import functools
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from machine import machine
 
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
@@ -121,9 +121,7 @@ def main():
     figures |= sft(model, params, arguments.repeats) | ppo(model, params, arguments.repeats)
     figures["sft/flop_utilisation"] = figures["sft/flop_per_s"] / figures["matmul/flop_per_s"]
     device = jax.devices()[0]
-    print(
-        f"{platform.processor() or platform.machine()}, {device.platform} {device.device_kind}, jax {jax.__version__}"
-    )
+    print(f"{machine()}, {device.platform} {device.device_kind}")
     for name, value in figures.items():
         print(f"{name:24s} {value:12.4g}")
     if arguments.json:
