@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# --dist loadgroup waits for ever for a worker that died and was started again.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0 -q
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 export JAX_PLATFORMS ?= cpu
@@ -13,10 +15,10 @@ quickstart: $(STAMP)
 	$(BIN)/lfjax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0 -q
+	$(PYTEST)
 
 test-slow: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0 -q -m slow
+	$(PYTEST) -m slow
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

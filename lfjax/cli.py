@@ -17,22 +17,19 @@ from pathlib import Path
 from lfjax.config import InputError
 
 CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
-
-
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
 LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    code = 1
     try:
         code = _command(argv)
-    except BaseException:
-        _leave_soon(1)
-        raise
-    if code:
-        _leave_soon(code)
-    return code
+        return code
+    finally:
+        if code:
+            _leave_soon(code)
 
 
 def _command(argv: list[str] | None) -> int:
@@ -45,7 +42,7 @@ def _command(argv: list[str] | None) -> int:
     report.set_defaults(run=_report)
     commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
     arguments = argparse.Namespace(command="")
-    _spare_threads()
+    spare_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may not have
     try:
@@ -72,7 +69,9 @@ def _command(argv: list[str] | None) -> int:
         return _refuse(f"{place}: {error.strerror}; {fix}")
     except Exception as error:
         if _is_lost_process(error):
-            print(f"error: {_LOST}: {' '.join(str(error).split())[:200]}", file=sys.stderr, flush=True)
+            lost = "another process of this run has ended, see what it says; start the same command again, it goes on"
+            cause = " ".join(str(error).split())[:200]
+            print(f"error: {lost} from the last checkpoint: {cause}", file=sys.stderr, flush=True)
             return 1
         if not _is_out_of_memory(error):
             raise
@@ -87,10 +86,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in signs))
 
 
-_LOST = (
-    "another process of this run has ended, see what it says; start the same command again, it goes on from the last"
-    " checkpoint"
-)
 _LOST_SIGNS = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "Connection reset", "Connection closed", "Barrier")
 
 
@@ -255,8 +250,11 @@ def _join_processes() -> None:
     watch.cancel()
 
 
-def _spare_threads() -> None:
-    """XLA's CPU client has one thread a virtual device; collectives that meet the next dispatch there can deadlock."""
+def spare_threads() -> None:
+    """Gives XLA's CPU client more threads than virtual devices, before jax starts.
+
+    With one for each, collectives that meet the next dispatch there can deadlock.
+    """
     devices = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if devices:
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * int(devices[1]))))
@@ -321,8 +319,7 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     loaded = hf.load(_model_folder(Path(arguments.model)))
     if loaded.tokenizer is None:
         raise InputError(f"{arguments.model}: no tokenizer.model in the folder; sampling needs one")
-    if loaded.model.config.num_labels:
-        raise InputError(f"{arguments.model}: a model of scores, not a language model; name another")
+    hf.check_language_model(loaded, arguments.model)
     prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
     options = {name: getattr(arguments, name) for name in SAMPLING}
     for prompt, response in zip(prompts, sample_texts(loaded, prompts, **options), strict=True):

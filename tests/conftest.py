@@ -4,11 +4,14 @@ import os
 import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("PJRT_NPROC", "32")  # XLA's pools: with a thread a device and no more, collectives can deadlock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+from lfjax.cli import spare_threads
+
+spare_threads()
 
 CACHE = pathlib.Path(os.environ.get("LFJAX_TEST_CACHE", pathlib.Path.home() / ".cache" / "lfjax" / "test-xla"))
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -28,6 +28,18 @@ time.sleep(60)
 """
 
 
+def one_leaves(code: int, program: str) -> str:
+    """The program, but process 1 exits with this code as soon as process 0 is ready."""
+    leave = f"""
+if os.environ["LFJAX_PROCESS_ID"] == "1":
+    while not os.path.exists(f"{{sys.argv[1]}}/ready0"):
+        time.sleep(0.01)
+    sys.exit({code})
+"""
+    first = "import os, signal, sys, time"
+    return program.replace(first, first + leave)
+
+
 def cluster(*arguments: str, **options) -> list[str]:
     return [sys.executable, str(LAUNCH / "local_cluster.py"), *arguments]
 
@@ -139,33 +151,16 @@ def test_signals_reach_every_process_once(tmp_path, number):
 
 def test_one_that_was_asked_to_stop_leaves_the_others_time_to_end_by_themselves(tmp_path):
     """They have agreed on the stop; a signal on top would be a second one, which means now."""
-    script = """
-if os.environ["LFJAX_PROCESS_ID"] == "1":
-    while not os.path.exists(f"{sys.argv[1]}/ready0"):
-        time.sleep(0.01)
-    sys.exit(130)
-open(f"{sys.argv[1]}/ready0", "w").close()
-time.sleep(1)
-sys.exit(CODE)
-"""
-    saver = SAVER.splitlines()[1:4]
     for code, said in ((130, ""), (5, "local_cluster: process 0 ended with exit code 5 when all were asked to stop\n")):
-        body = "\n".join(saver) + script.replace("CODE", str(code))
-        done = run(cluster("--", sys.executable, "-c", body, str(tmp_path)))
+        program = one_leaves(130, SAVER.replace("time.sleep(60)", f"time.sleep(1)\nsys.exit({code})"))
+        done = run(cluster("--", sys.executable, "-c", program, str(tmp_path)))
         assert (done.returncode, done.stderr) == (code, said)
         assert not (tmp_path / "got").exists()
         (tmp_path / "ready0").unlink()
 
 
 def test_survivors_of_a_failure_may_save_before_they_end(tmp_path):
-    failing = """
-if os.environ["LFJAX_PROCESS_ID"] == "1":
-    while not os.path.exists(f"{sys.argv[1]}/ready0"):
-        time.sleep(0.01)
-    sys.exit(4)
-"""
-    script = SAVER.replace("import os, signal, sys, time", f"import os, signal, sys, time\n{failing}")
-    assert run(cluster("--", sys.executable, "-c", script, str(tmp_path))).returncode == 4
+    assert run(cluster("--", sys.executable, "-c", one_leaves(4, SAVER), str(tmp_path))).returncode == 4
     assert (tmp_path / "got").read_text() == f"{int(signal.SIGTERM)} "
 
 

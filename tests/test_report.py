@@ -448,6 +448,8 @@ def test_a_chart_keeps_every_point_inside_its_frame():
         [(0, 3.0), (1, 3.0)],
         [(0, 1e30), (1, 1e30 * (1 + 2**-52))],
         [(0, -1e30), (1, 1e30)],
+        [(0, 1e-320), (1, 5e-324)],
+        [(0, -5e-324), (10**17, 0.0)],
     ]
     for points in cases:
         svg = charts.line_chart([charts.Line("x", points, dots=True)], label="x", marks=[charts.Mark(3.0, "m")])

@@ -328,12 +328,12 @@ def test_virtual_cpu_devices_get_spare_threads(monkeypatch):
     """One pool runs a launch's devices and the dispatch of the next: a thread a device and no more can deadlock."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1 --xla_force_host_platform_device_count=100")
     monkeypatch.delenv("PJRT_NPROC", raising=False)
-    cli._spare_threads()
+    cli.spare_threads()
     assert os.environ["PJRT_NPROC"] == "400"
     monkeypatch.setenv("PJRT_NPROC", "3")
-    cli._spare_threads()
+    cli.spare_threads()
     assert os.environ["PJRT_NPROC"] == "3"
     monkeypatch.delenv("PJRT_NPROC")
     monkeypatch.setenv("XLA_FLAGS", "")
-    cli._spare_threads()
+    cli.spare_threads()
     assert "PJRT_NPROC" not in os.environ

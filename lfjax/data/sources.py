@@ -209,3 +209,10 @@ def rating_classes(scale: tuple[float, float]) -> tuple[float, ...]:
             f" points, and 2 to {MOST_BOUNDS + 1} can be classes; give the bounds between classes, in rating points"
         )
     return tuple(point + 0.5 for point in range(low, high))
+
+
+def ordinal_bounds(step: Any, scale: tuple[float, float]) -> tuple[float, ...]:
+    """The bounds that `config.reward.step` gives, or those of the scale; none where it has no ordinal loss."""
+    if not step.get("ordinal") or "ordinal_bounds" not in step:
+        return ()
+    return tuple(step.ordinal_bounds) or rating_classes(scale)

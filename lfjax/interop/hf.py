@@ -87,6 +87,12 @@ def load(
     return Loaded(Transformer(shape), params, config, tokenizer)
 
 
+def check_language_model(loaded: Loaded, name: object) -> None:
+    """Raises InputError, with this name of the model, where it gives scores."""
+    if loaded.model.config.num_labels:
+        raise InputError(f"{name} is a model of scores, not a language model; name another")
+
+
 def loaded_from(model: Transformer, params, tokenizer=None, *, config: dict[str, Any] | None = None) -> Loaded:
     """A model trained here, with the config.json that describes it; `save` writes it.
 

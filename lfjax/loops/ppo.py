@@ -29,7 +29,7 @@ class Policy:
 
     def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None):
         self.run = run
-        loaded = run.load_model(key, name)
+        loaded = run.load_model(key, name, language=True)
         self.model = run.transformer(compute_settings(run, loaded.model.config, dropout=0.0))
         self.params = loaded.params
         options = run.config.ppo.rollout_step.to_dict()

@@ -13,7 +13,7 @@ import numpy as np
 from lfjax.config import InputError, init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import RewardExample, reward_examples
-from lfjax.data.sources import rating_classes, rating_scale
+from lfjax.data.sources import ordinal_bounds
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
     compiled_step,
@@ -44,9 +44,7 @@ def reward_stage(run: Run) -> dict[str, float]:
         "pad_id": run.tokenizer.pad_id,
         "seed": run.config.seed,
     }
-    everything = [record for name in ("train", "validation", "test") for record in getattr(run.records, name)]
-    scale = rating_scale(everything)
-    options = {"max_length": section.seq_len, "scale": scale or (0.0, 1.0)}
+    options = {"max_length": section.seq_len, "scale": run.rating_scale or (0.0, 1.0)}
     sets = {}
     for split in ("train", "validation", "test"):
         found = reward_examples(getattr(run.records, split), run.tokenizer, **options)
@@ -66,8 +64,7 @@ def reward_stage(run: Run) -> dict[str, float]:
 
     model, params = reward_model(run)
     keywords = section.step.to_dict()
-    if keywords.get("ordinal") and "ordinal_bounds" in keywords:
-        bounds = keywords["ordinal_bounds"] or rating_classes(scale or label_scale)
+    if bounds := ordinal_bounds(section.step, run.rating_scale or label_scale):
         keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
         params = with_cutpoints(run, params, keywords["ordinal_bounds"])
     tx, rate = training_parts(run, "reward", total)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from lfjax import config as configs
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
-from lfjax.data.sources import load_records, rating_classes, rating_scale
+from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.flops import peak_flops
@@ -179,11 +179,8 @@ class Run:
             if begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(f"{path}: the run was started with another config ({shown}); use another --workdir")
-        if "reward" in self.stages:
-            scale = rating_scale([*self.records.train, *self.records.validation, *self.records.test])
-            step = self.config.reward.step
-            if scale and step.get("ordinal") and "ordinal_bounds" in step and not step.ordinal_bounds:
-                rating_classes(scale)
+        if "reward" in self.stages and self.rating_scale:  # which has to be one, with classes for an ordinal loss
+            ordinal_bounds(self.config.reward.step, self.rating_scale)
         _ = self.records
         if jax.process_index() == 0:
             try:
@@ -218,6 +215,11 @@ class Run:
     def records(self):
         """The feedback records: train, validation, test, and counts of what was left out."""
         return load_records(self.config.data)
+
+    @functools.cached_property
+    def rating_scale(self) -> tuple[float, float] | None:
+        """The one scale of all the ratings; None where there are none."""
+        return rating_scale([*self.records.train, *self.records.validation, *self.records.test])
 
     def data_file(self, split: str) -> str:
         """Where the records of a split come from, for messages."""
@@ -268,16 +270,17 @@ class Run:
         tensor = self.mesh.shape["tensor"]
         return math.lcm(self.config.model.vocab_multiple, 128 if tensor > 1 else 1, tensor)
 
-    def load_model(self, key: str, name: str) -> hf.Loaded:
+    def load_model(self, key: str, name: str, *, language: bool = False) -> hf.Loaded:
         """Reads a stage's (or a folder's) model onto the mesh.
 
         Raises:
-          InputError: token ids do not mean the same to the model as to the run's tokenizer.
+          InputError: it gives scores where `language` is asked for, or token ids do not mean the same to the model as
+            to the run's tokenizer.
         """
         folder = self.source(key, name)
         loaded = hf.load(folder, mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
-        if loaded.model.config.num_labels and key.endswith("init_from") and not key.startswith("reward."):
-            raise InputError(f"config.{key}: {folder} is a model of scores, not a language model; name another")
+        if language:
+            hf.check_language_model(loaded, f"config.{key}: {folder}")
         size, own, other = loaded.model.config.vocab_size, self.tokenizer, loaded.tokenizer
         if size < own.vocab_size:
             raise InputError(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 28
+TINY = 1e-300  # spans and values below it cannot be divided by or drawn on a logarithmic axis
 
 Points = Sequence[tuple[float, float]]
 
@@ -94,8 +95,8 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """The pixel of a value."""
-        low, high, value = (math.log(max(v, 1e-300)) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low or 1.0) * (self.end - self.start)
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, wanted: int) -> list[float]:
         """Where the axis is labelled."""
@@ -111,9 +112,9 @@ class Scale:
 
 def _scale(values: list[float], start: float, end: float, *, pad: float, allow_log: bool) -> Scale:
     low, high = min(values), max(values)
-    if allow_log and low > 0 and high / low > 20:
+    if allow_log and low > TINY and high / low > 20:
         return Scale(low / 1.15, high * 1.15, start, end, log=True)
-    room = (high - low) * pad if high > low else abs(high) * 0.1 or 1.0
+    room = (high - low) * pad if high - low > TINY else abs(high) * 0.1 if abs(high) > TINY else 1.0
     padded = low - room
     if low >= 0 > padded:
         padded = 0.0
@@ -161,8 +162,6 @@ def line_chart(
     ys += [m.value for m in marks if m.axis == "y"]
     xs += [m.value for m in marks if m.axis == "x"]
     sx = _scale(xs, LEFT, WIDTH - RIGHT, pad=0.03 if path_ends else 0.0, allow_log=False)
-    if sx.low == sx.high:
-        sx = Scale(sx.low - 1, sx.high + 1, LEFT, WIDTH - RIGHT)
     sy = _scale(ys, HEIGHT - BOTTOM, TOP, pad=0.08, allow_log=log)
     parts = [_axes(sx, sy, x_label, form, x_form, whole=all(isinstance(x, int) for x in xs))]
     drawn = [_mark(mark, sx, sy) for mark in marks]

@@ -290,7 +290,7 @@ def loop_policy(steps, model):
     """What the PPO loop makes of a loaded language model: its rollout program, and parameters."""
     tokenizer = types.SimpleNamespace(eos_id=EOS, pad_id=tiny.PAD)
     loaded = types.SimpleNamespace(model=model, params=params())
-    own = {"load_model": lambda key, name: loaded, "program": lambda key, make: make()}
+    own = {"load_model": lambda key, name, language: loaded, "program": lambda key, make: make()}
     run = stub_run(steps, tokenizer=tokenizer, stop_ids=(EOS,), **own)
     run.steps = steps
     run.config.ppo.rollout_step.update(max_new_tokens=tiny.RESPONSE, temperature=TEMPERATURE)
