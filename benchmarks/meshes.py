@@ -141,7 +141,7 @@ def main():
         for name, legs in STOPPED.items():
             travel(runs, name, legs)
         names = [name.partition("/")[0] for name in LOSSES[:3]] + ["policy", "value", "KL"]
-        print(f"{machine()}; {time.perf_counter() - began:.0f} s\n")
+        print(f"{machine()}; {time.perf_counter() - began:.0f} s; absolute differences up to 1e-5 count as 0\n")
         print("| run | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
         for name in (*STRAIGHT, *STOPPED):
             found = difference(runs.folder / "1 device", runs.folder / name)
