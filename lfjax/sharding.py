@@ -42,6 +42,8 @@ ACTIVATIONS = {
     "heads": P(BATCH, "tensor", None, None),  # [B N T H]
     "mlp": P(BATCH, None, "tensor"),  # [B T F]
     "logits": P(BATCH, None, "tensor"),  # [B T V]
+    "next_logits": P(BATCH, "tensor"),  # [B V]
+    "rows": P((*BATCH, "tensor"), None),  # [B V]: a sampler needs rows whole, so tensor splits the rows
 }
 
 
@@ -103,19 +105,28 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrainer(mesh: Mesh) -> Callable:
-    """The `constrain(x, name)` that models take: pins activations to the mesh; identity on one device."""
+def constrainer(mesh: Mesh, rules=DEFAULT_RULES) -> Callable:
+    """The `constrain(x, name)` that models take: pins arrays to the mesh; identity on one device.
+
+    An activation's spec is in `ACTIVATIONS`; of a dimension's axes the first that divide it together are kept. Any
+    other name is a parameter's path: gathered over fsdp where it is used, over tensor as its rule says. Left alone,
+    XLA gathers other devices' rows of activations instead, and the vocabulary again for each chunk of a loss.
+    """
     if mesh.size == 1:
         return lambda x, name: x
 
     def constrain(x, name: str):
-        axes = tuple(ACTIVATIONS[name]) if name in ACTIVATIONS else ()
+        axes = ACTIVATIONS[name] if name in ACTIVATIONS else spec_for(name, x.shape, mesh, rules)
         if len(axes) != x.ndim:
             return x
         fits = []
         for axis, size in zip(axes, x.shape, strict=True):
             names = (axis,) if isinstance(axis, str) else axis or ()
-            fits.append(axis if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+            if name not in ACTIVATIONS:
+                names = tuple(n for n in names if n != "fsdp")
+            while size % math.prod(mesh.shape[n] for n in names):
+                names = names[:-1]
+            fits.append(names or None)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*fits)))
 
     return constrain

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from lfjax import cli
 from lfjax.config import InputError
+from lfjax.interop import hf
+from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
 from lfjax.sharding import (
@@ -28,13 +30,14 @@ from lfjax.sharding import (
 from lfjax.state import LMState, PPOState, RewardNorm, RewardState, ValueState
 from lfjax.steps.ppo_experience import ppo_experience
 from lfjax.steps.ppo_forward import PPOModels
+from lfjax.steps.ppo_rollout import ppo_rollout
 from lfjax.steps.ppo_update import ppo_update
 from lfjax.steps.reward import reward_step
 from lfjax.steps.sft import sft_step
 from lfjax.types import leaf_name
 
 pytestmark = pytest.mark.xdist_group("mesh")
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 on_meshes = pytest.mark.parametrize("shape", MESHES, ids=str)
 KEY = jax.random.key(0)
 
@@ -337,3 +340,46 @@ def test_virtual_cpu_devices_get_spare_threads(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     cli.spare_threads()
     assert "PJRT_NPROC" not in os.environ
+
+
+def test_gpt2s_vocabulary_is_padded_inside_and_exported_whole(tmp_path):
+    """50,257 is odd: on tensor=2 the table has 50,304 rows. What they hold is no token's: loss, samples, file."""
+    true, mesh = 50257, make_mesh(2, 2, 2)
+    plain = Transformer(presets.gpt2(vocab_size=true, width=8, layers=1, heads=2, context=16, init_std=0.25))
+    whole = tiny.init(plain)
+    hf.save(tmp_path / "gpt2", hf.loaded_from(plain, jax.device_get(whole)))
+    loaded = hf.load(tmp_path / "gpt2", mesh=mesh)
+    padded = Transformer(loaded.model.config, constrain=constrainer(mesh))
+    table = loaded.params["embed"]["tokens"]
+    assert padded.config.padded_vocab == 50304 and table.sharding.shard_shape(table.shape) == (25152, 4)
+
+    def junk(params):  # a counted column would win every softmax, or lose it by far
+        columns = jnp.concatenate([params["embed"]["tokens"][:true], jnp.full((47, 8), 30.0)])
+        return {**params, "embed": {**params["embed"], "tokens": columns}}
+
+    tx = make_optimizer(1e-2)
+    state = LMState.create(junk(jax.device_get(loaded.params)), tx)
+    shardings = shardings_for(state, mesh)
+    batch, results = tiny.sft_batch(8), {}
+    for name, model, at, start_state, out in (
+        ("one", plain, make_mesh(devices=jax.devices()[:1]), LMState.create(whole, tx), None),
+        ("mesh", padded, mesh, place(state, shardings), (shardings, replicated(mesh))),
+    ):
+        prompts, key = global_batch(tiny.prompt_batch(8), at), jax.device_put(KEY, replicated(at))
+        rollout = functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=4)
+        step = functools.partial(sft_step, model=model, tx=tx)
+        written = jax.block_until_ready(jit_step(rollout, name="rollout", shapes=1)(start_state.params, prompts, key))
+        train = jit_step(step, name="sft", out_shardings=out, shapes=1)
+        results[name] = written, *jax.block_until_ready(train(start_state, global_batch(batch, at), key))
+    (one, after_one, metrics_one), (many, after, metrics) = results["one"], results["mesh"]
+    np.testing.assert_array_equal(many.tokens, one.tokens)
+    np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-5)
+    for name, mean in metrics_one.items():
+        np.testing.assert_allclose(metrics[name].value, mean.value, rtol=1e-5 if name == "sft/loss" else 1e-4)
+    np.testing.assert_array_equal(np.asarray(after.params["embed"]["tokens"])[true:], 30.0)  # no gradient
+    hf.save(tmp_path / "out", loaded._replace(params=after.params))
+    exported = hf.load(tmp_path / "out")
+    assert exported.config["vocab_size"] == true == len(exported.params["embed"]["tokens"])
+    tokens = np.asarray(after.params["embed"]["tokens"])[:true]
+    np.testing.assert_array_equal(exported.params["embed"]["tokens"], tokens)
+    np.testing.assert_allclose(tokens, after_one.params["embed"]["tokens"], atol=1e-4)

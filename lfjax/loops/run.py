@@ -315,7 +315,7 @@ class Run:
 
     def transformer(self, model_config) -> Transformer:
         """A model whose activations are pinned to the run's mesh."""
-        return Transformer(model_config, constrain=constrainer(self.mesh))
+        return Transformer(model_config, constrain=constrainer(self.mesh, self.rules))
 
     def place(self, tree):
         """Host arrays onto the mesh by the run's rules."""

@@ -160,7 +160,8 @@ class Transformer(nn.Module):
       config: the switches.
       attend: `f(q, k, v, *, key_mask, segment_ids) -> [B N T H]`, causal, for full forward passes.
       constrain: `f(x, name) -> x`, where a sharding can be put: names "residual" [B T D], "heads" [B N T H],
-        "mlp" [B T F], "logits" [B T V].
+        "mlp" [B T F], "logits" [B T Vp], a sampler's "next_logits" and then "rows" [B Vp]; and the paths of
+        the tables ("embed/tokens", "embed/positions", "unembed/kernel") as they are used.
     """
 
     config: TransformerConfig
@@ -176,8 +177,7 @@ class Transformer(nn.Module):
         """Logits [B T V] float32, or with num_labels > 0 scores [B num_labels] at each row's last real token."""
         hidden = self._trunk(tokens, attention_mask, positions, segment_ids, token_type_ids)
         if self.config.num_labels == 0:
-            hidden = self._finish(hidden)
-            return self.constrain(heads.vocabulary_logits(hidden, self.unembed(self._params())), "logits")
+            return self.logits(self._params(), self._finish(hidden), "logits")
         if attention_mask is None and segment_ids is not None:
             attention_mask = segment_ids != 0
         if attention_mask is None:
@@ -216,14 +216,23 @@ class Transformer(nn.Module):
     def unembed(self, params) -> Unembed:
         """The map from `hidden` to logits, for chunked losses; a plain method: `model.unembed(params)`."""
         c = self.config
+        params = gathered(params, self.constrain)
         weight = params["embed"]["tokens"].T if c.tied else params["unembed"]["kernel"]
         return Unembed(weight, vocab_size=c.vocab_size if c.padded_vocab != c.vocab_size else None)
+
+    @nn.nowrap
+    def logits(self, params, hidden: Array, *names: str) -> Array:
+        """hidden [... D] -> logits [... V] float32, constrained under `names` while their padding is still there."""
+        logits = heads.vocabulary_logits(hidden, self.unembed(params)._replace(vocab_size=None))
+        for name in names:
+            logits = self.constrain(logits, name)
+        return logits[..., : self.config.vocab_size]
 
     @nn.nowrap
     def decoder(self, params) -> Decoder:
         """Token-by-token use of `params`, split to layers once; a plain method: `model.decoder(params)`."""
         layers = split_layers(params["layers"], self.config.layers)
-        return Decoder(self, {**params, "layers": layers})
+        return Decoder(self, {**gathered(params, self.constrain), "layers": layers})
 
     @nn.nowrap
     def _params(self) -> dict:
@@ -243,7 +252,7 @@ class Transformer(nn.Module):
             raise InputError(f"model.context: found {c.context}; the input has {tokens.shape[1]} positions")
         if positions is None:
             positions = default_positions(tokens.shape[1], key_mask, segment_ids)
-        x = embed(c, self._embed, tokens, positions, token_type_ids)
+        x = embed(c, gathered(self._params(), self.constrain)["embed"], tokens, positions, token_type_ids)
         rng = self.make_rng("dropout") if c.dropout > 0.0 and self.has_rng("dropout") else None
         keys = None if rng is None else jax.random.split(rng, 2 * c.layers + 1)
         x = self.constrain(blocks.dropout(x, None if keys is None else keys[-1], c.dropout), "residual")
@@ -309,7 +318,7 @@ class Decoder:
 
     def logits(self, hidden: Array) -> Array:
         """hidden [... D] -> logits [... V] float32."""
-        return self.model.constrain(heads.vocabulary_logits(hidden, self.model.unembed(self.params)), "logits")
+        return self.model.logits(self.params, hidden, "next_logits", "rows")
 
     def _finish(self, x: Array) -> Array:
         c = self.model.config
@@ -329,6 +338,13 @@ def default_positions(length: int, mask: Array | None, segment_ids: Array | None
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return jnp.maximum(count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1) - 1, 0)
+
+
+def gathered(params: dict, constrain: Callable) -> dict:
+    """`params` with the tables of "embed" and "unembed" constrained under their paths: once, before what reads them."""
+    groups = {group: params[group] for group in ("embed", "unembed") if group in params}
+    tables = {group: {n: constrain(x, f"{group}/{n}") for n, x in of.items()} for group, of in groups.items()}
+    return {**params, **tables}
 
 
 def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, token_type_ids=None) -> Array:
