@@ -318,7 +318,7 @@ def _sample(arguments: argparse.Namespace, _) -> int:
 
     loaded = hf.load(_model_folder(Path(arguments.model)))
     if loaded.tokenizer is None:
-        raise InputError(f"{arguments.model}: no tokenizer.model in the folder; sampling needs one")
+        raise InputError(f"{arguments.model}: no tokenizer in the folder; sampling needs one: put its files there")
     hf.check_language_model(loaded, arguments.model)
     prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
     options = {name: getattr(arguments, name) for name in SAMPLING}

@@ -74,7 +74,7 @@ def base_config() -> Config:
         seed=0,
     )
     config.tokenizer = _section(
-        path=placeholder(str),  # use this sentencepiece model; else train one on the training texts
+        path=placeholder(str),  # a tokenizer's folder or file, of any kind; else a sentencepiece model is trained
         model_type="unigram",  # or "bpe"
         vocab_size=2000,
     )

@@ -1,18 +1,19 @@
 """From records to token lists: documents, supervised examples, reward examples, prompts.
 
 Prompt and response are encoded separately and the ids concatenated, so that training sees the ids that sampling makes.
-Every sequence starts with BOS; a complete response ends in EOS.
+Every sequence starts with BOS where the tokenizer's do; a complete response ends in EOS, or in what ends a chat turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 
 from lfjax.config import InputError
 from lfjax.records import Edit, Label, Preference, Ranking, Record, mean_ratings
-from lfjax.tokenizers import Tokenizer
+from lfjax.tokenizers import Tokenizer, chat
 
 Document = tuple[list[int], list[bool]]  # tokens, and whether each counts as a target
 
@@ -42,8 +43,28 @@ class RewardExample:
 
 
 def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
-    """BOS + the prompt's ids."""
-    return [tokenizer.bos_id, *tokenizer.encode(record.prompt_text)]
+    """The ids that begin a sequence with the prompt; chat messages as the tokenizer's template writes them."""
+    if isinstance(record.prompt, str) or tokenizer.template is None:
+        return tokenizer.encode_prompt(record.prompt_text)
+    with _naming(record):
+        return chat.prompt_ids(tokenizer, record.prompt)
+
+
+def response_tokens(record: Record, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a complete response to the record's prompt, with the token that ends it."""
+    if isinstance(record.prompt, str) or tokenizer.template is None:
+        return [*tokenizer.encode(text, first=not record.prompt), tokenizer.eos_id]
+    with _naming(record):
+        return chat.response_ids(tokenizer, record.prompt, text)
+
+
+@contextlib.contextmanager
+def _naming(record: Record):
+    """Says which record a chat template refuses."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{record.where}: field 'prompt': {error}") from error
 
 
 def pretraining_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[list[int]]:
@@ -52,7 +73,7 @@ def pretraining_documents(records: Iterable[Record], tokenizer: Tokenizer) -> li
     for record in records:
         prompt = prompt_tokens(record, tokenizer)
         for response in filter(None, record.responses):
-            documents.append([*prompt, *tokenizer.encode(response), tokenizer.eos_id])
+            documents.append([*prompt, *response_tokens(record, response, tokenizer)])
     return documents
 
 
@@ -67,16 +88,16 @@ def sft_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[Docum
         texts = [entry.text for entry in record.feedback if isinstance(entry, Edit)]
         prompt = prompt_tokens(record, tokenizer)
         for text in texts if record.feedback else record.responses:
-            response = [*tokenizer.encode(text), tokenizer.eos_id]
+            response = response_tokens(record, text, tokenizer)
             documents.append((prompt + response, [False] * len(prompt) + [True] * len(response)))
     return documents
 
 
 def _complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, truncate: bool) -> list[int]:
     """BOS + prompt + response + EOS in at most `max_length` tokens: the prompt's start goes first, EOS never."""
-    prompt = prompt_tokens(record, tokenizer)[1:]
-    response = [*tokenizer.encode(text), tokenizer.eos_id]
-    excess = 1 + len(prompt) + len(response) - max_length
+    start, prompt = _start(prompt_tokens(record, tokenizer), tokenizer)
+    response = response_tokens(record, text, tokenizer)
+    excess = len(start) + len(prompt) + len(response) - max_length
     if excess > 0:
         if not truncate:
             raise InputError(
@@ -84,8 +105,15 @@ def _complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, 
                 "allowed: leave the record out, lengthen the context or allow truncation"
             )
         prompt = prompt[min(excess, len(prompt)) :]
-        response = response[: max(max_length - 2 - len(prompt), 0)] + response[-1:] if excess > 0 else response
-    return [tokenizer.bos_id, *prompt, *response][:max_length]
+        room = max_length - 1 - len(start) - len(prompt)
+        response = response[: max(room, 0)] + response[-1:] if len(response) > room + 1 else response
+    return [*start, *prompt, *response][:max_length]
+
+
+def _start(prompt: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(BOS where the prompt begins with one, the rest): what is cut off on the left comes behind it."""
+    kept = int(prompt[0] == tokenizer.bos_id)
+    return prompt[:kept], prompt[kept:]
 
 
 def _judgements(
@@ -172,11 +200,12 @@ def prompts_from_records(
         if not record.prompt:
             text = record.responses[0]
             place = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
-            tokens += tokenizer.encode(text)[: min_tokens + place % (max_tokens - min_tokens + 1)]
+            tokens += tokenizer.encode(text, first=True)[: min_tokens + place % (max_tokens - min_tokens + 1)]
         if max_length is not None and len(tokens) > max_length:
             if not truncate:
                 found = f"found {len(tokens)} tokens with BOS"
                 raise InputError(f"{record.where}: field 'prompt': {found}; allowed: at most {max_length}; {remedy}")
-            tokens = tokens[:1] + tokens[len(tokens) - max_length + 1 :]
+            start, rest = _start(tokens, tokenizer)
+            tokens = start + rest[len(tokens) - max_length :]
         prompts.append(tokens)
     return prompts

@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.interop.families import Family, family_of, read_config, same_function, task_of, write_config
 from lfjax.interop.tensors import SINGLE, Tensor, TensorFolder, lossless_dtype, read_json, write_safetensors
 from lfjax.models.transformer import CHOICES, Transformer, TransformerConfig, parameter_table
 from lfjax.sharding import DEFAULT_RULES, place, shardings_for
-from lfjax.tokenizers import sentencepiece
 
 CONFIG = "config.json"
-WRITTEN = {CONFIG, SINGLE, sentencepiece.MODEL_FILE}  # all that `save` may find in a folder that it replaces
+WRITTEN = {CONFIG, SINGLE, *tokenizers.NAMES}  # all that `save` may find in a folder that it replaces
 TASKS = ("lm", "sequence", "token")
 
 
@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     """A model ready to use: `model.apply({"params": params}, tokens)`.
 
     `params` are float32; `config` is config.json as a dict, with the keys that lfjax does not use; `tokenizer` is None
-    where the folder has no tokenizer.model.
+    where the folder has no tokenizer.
     """
 
     model: Transformer
@@ -187,12 +187,11 @@ def _remove_leftovers(target: pathlib.Path, kind: str) -> None:
 
 
 def _load_tokenizer(folder: pathlib.Path, vocab_size: int):
-    file = folder / sentencepiece.MODEL_FILE
-    if not file.is_file():
-        return None
-    tokenizer = sentencepiece.load(folder)
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(f"{file}: found {tokenizer.vocab_size} pieces; 'vocab_size' in {CONFIG} is {vocab_size}")
+    tokenizer = tokenizers.find(folder)
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; 'vocab_size' in {CONFIG} is {vocab_size}"
+        )
     return tokenizer
 
 

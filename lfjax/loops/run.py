@@ -26,6 +26,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from lfjax import config as configs
+from lfjax import tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
@@ -34,7 +35,7 @@ from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.flops import peak_flops
 from lfjax.models.transformer import Transformer
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
-from lfjax.tokenizers import sentencepiece, stop_ids
+from lfjax.tokenizers import stop_ids
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -230,7 +231,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self):
         """The run's tokenizer: that of the model it starts from, the one configured, or the one it trained."""
-        return sentencepiece.load(self.tokenizer_folder)
+        return tokenizers.load(self.tokenizer_folder)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def sample_texts(
       InputError: a stop text is not one token, or prompt and continuation are longer than the model's context.
     """
     tokenizer = loaded.tokenizer
-    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     longest, context = max(map(len, rows)), loaded.model.config.context
     if longest >= context:
         raise InputError(f"prompt: {longest} tokens, BOS included; allowed: fewer than {context}, the model's context")

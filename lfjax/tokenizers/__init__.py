@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from lfjax.config import InputError
+from lfjax.tokenizers import chat, huggingface, sentencepiece
+from lfjax.tokenizers.files import BPE, LIBRARY, MODEL, NAMES, WORDPIECE
+
+__all__ = ["NAMES", "Tokenizer", "find", "load", "response_text", "stop_ids"]
+
+KINDS = (LIBRARY, MODEL, *BPE[0], *BPE[1], WORDPIECE)
 
 
 class Tokenizer(Protocol):
@@ -22,12 +29,17 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Starts every sequence."""
+        """Starts a sequence; EOS where the vocabulary has no BOS."""
         ...
 
     @property
     def eos_id(self) -> int:
         """Ends every complete response."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """`eos_id`, then what else ends a response (generation_config.json)."""
         ...
 
     @property
@@ -37,29 +49,100 @@ class Tokenizer(Protocol):
 
     @property
     def unk_id(self) -> int:
-        """What no other piece spells."""
+        """What no other piece spells; `pad_id` where every text can be spelt."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no EOS, no space put before it. Markup such as "</s>" stays plain text."""
+    @property
+    def specials(self) -> dict[str, int]:
+        """Special tokens, as markup spells them."""
+        ...
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a chat template knows of it: {"bos_token": its text, ...}, without those that it has not."""
+        ...
+
+    @property
+    def template(self) -> tuple[str, str] | None:
+        """The chat template (`lfjax.tokenizers.chat`), and where it is from; None where there is none."""
+        ...
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of the text alone: no BOS, no EOS. Markup such as "</s>" stays plain text.
+
+        No space is put before it, but where it is the `first` of a sequence and the vocabulary does so.
+        """
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids that begin a sequence: BOS, where the model's sequences begin so, and the text as `first`; at least one.
+
+        An empty text is `bos_id` alone.
+        """
+        ...
+
+    def encode_markup(self, text: str, *, first: bool = False) -> list[int]:
+        """As `encode`, but a special token in the text becomes its id: for what a chat template has written."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens give none."""
+        """The text of the ids; special tokens give none.
+
+        The space that `encode(first=True)` puts is taken off where the ids begin with BOS.
+        """
+        ...
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of each id."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the files from which the tokenizer is loaded again."""
+        """Writes the files from which the tokenizer is loaded again, as they were read."""
         ...
 
 
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a folder, or of a file: SentencePiece, tokenizer.json, GPT-2's BPE files or WordPiece.
+
+    Of several kinds in a folder the first of tokenizer.json, tokenizer.model, vocab.json with merges.txt, encoder.json
+    with vocab.bpe, vocab.txt is read.
+
+    Raises:
+      InputError: nothing there, or a damaged file; names it.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = find(path)
+        if found is None:
+            raise InputError(f"{path}: no such file in it: {', '.join(KINDS)}; give a folder with a tokenizer")
+        return found
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file or folder; give a folder with a tokenizer, or one of {', '.join(KINDS)}"
+        )
+    for pair in BPE:
+        if path.name in pair:
+            return huggingface.load_bpe(*(path.with_name(name) for name in pair))
+    readers = {".json": huggingface.load, ".txt": huggingface.load_wordpiece}
+    return readers.get(path.suffix, sentencepiece.load)(path)
+
+
+def find(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """As `load`, of a folder; None where it holds no tokenizer."""
+    folder = pathlib.Path(folder)
+    for kind in KINDS:
+        if (folder / kind).is_file():
+            return load(folder / kind)
+    return None
+
+
 def stop_ids(tokenizer: Tokenizer, texts: Sequence[str], key: str) -> tuple[int, ...]:
-    """EOS and the ids of `texts`, each of which must be one token.
+    """What ends a response of the tokenizer, EOS first, and the ids of `texts`, each of which must be one token.
 
     Raises:
       InputError: a text is none or several tokens; names `key`, where it came from.
     """
-    ids = [tokenizer.eos_id]
+    ids = [*tokenizer.eos_ids, chat.end_id(tokenizer)]
     for text in texts:
         found = tokenizer.encode(text)
         if len(found) != 1:

@@ -11,52 +11,100 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 
 from lfjax.config import InputError
+from lfjax.tokenizers.files import MODEL as MODEL_FILE
+from lfjax.tokenizers.files import Settings, read_settings, special_ids
 
-MODEL_FILE = "tokenizer.model"
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec { add_dummy_prefix: false }, merged into the model's
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model behind the `Tokenizer` interface.
 
     decode(encode(x)) == x for models made by `train`, but for U+2581, SentencePiece's own mark for a space.
-    A model without a pad piece (pad_id -1) is padded with its unknown id, which no text that it knows contains.
     """
 
-    def __init__(self, model: bytes):
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.unk_id: int = self._processor.unk_id()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        pad = self._processor.pad_id()
-        self.pad_id: int = pad if pad >= 0 else self.unk_id
+    def __init__(self, model: bytes, settings: Settings | None = None, where: str = MODEL_FILE):
+        self.settings = settings or Settings({MODEL_FILE: model})
+        self._first, self._inner = _processor(model), _processor(model + _NO_DUMMY_PREFIX)
+        own, options = self._first, self.settings.options
+        pieces = {own.IdToPiece(i): i for i in range(own.vocab_size())}
+        added = {token: i for token, (i, _) in self.settings.added.items() if i >= len(pieces)}
+        special = {token: i for token, (i, special) in self.settings.added.items() if special}
+        self.specials = {piece: i for piece, i in pieces.items() if own.IsControl(i)} | special
+        ids = {"bos": own.bos_id(), "eos": own.eos_id(), "pad": own.pad_id()}
+        found = special_ids(self.settings, pieces | added, ids, where)
+        self.bos_id, self.eos_id, self.eos_ids, self.pad_id = found
+        self.unk_id: int = own.unk_id()
+        self.names = {f"{role}_token": own.IdToPiece(i) for role, i in ids.items() if i >= 0} | self.settings.names
+        self.vocab_size: int = max(len(pieces) - 1, *added.values(), self.pad_id) + 1
+        self._starts = own.bos_id() >= 0 and options.get("add_bos_token", True)
+        self._segments_first = bool(options.get("legacy"))
+        self._silent = {self.bos_id, self.pad_id, *self.eos_ids, *special.values()}
+        self._added = {i: token for token, i in added.items()}
+        self._plain, self._marked = _splitter(added.keys() - special.keys()), _splitter({*added, *self.specials})
+        self._ids = self.specials | added
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def template(self) -> tuple[str, str] | None:
+        """The chat template and where it is from."""
+        return self.settings.template
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
         """Ids of the text alone; see `Tokenizer.encode`."""
-        return self._processor.Encode(text)
+        return self._split(text, self._plain, first)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that begins a sequence; see `Tokenizer.encode_prompt`."""
+        return ([self.bos_id] if self._starts else []) + self.encode(text, first=True) or [self.bos_id]
+
+    def encode_markup(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of a text whose special tokens are meant; see `Tokenizer.encode_markup`."""
+        return self._split(text, self._marked, first, self._segments_first)
+
+    def _split(self, text: str, marks: re.Pattern[str] | None, first: bool, every: bool = False) -> list[int]:
+        """Ids of the stretches between `marks`, and of these; a stretch is a first word at the text's start, or all."""
+        ids: list[int] = []
+        for index, part in enumerate(marks.split(text) if marks else [text]):
+            if index % 2:
+                ids.append(self._ids[part])
+            elif part:
+                ids += (self._first if (first and index == 0) or every else self._inner).Encode(part)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
-        specials = (self.bos_id, self.eos_id, self.pad_id)
-        return self._processor.Decode([int(i) for i in ids if i not in specials])
+        processor = self._first if len(ids) and ids[0] == self.bos_id else self._inner
+        texts: list[str] = []
+        run: list[int] = []
+        for i in map(int, ids):
+            if i in self._added and i not in self._silent:
+                texts += [processor.Decode(run), self._added[i]]
+                run, processor = [], self._inner
+            elif i not in self._silent and i < self._first.vocab_size():
+                run.append(i)
+        return "".join([*texts, processor.Decode(run)])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own spelling of each id, to show."""
-        return [self._processor.IdToPiece(int(i)) for i in ids]
+        size = self._first.vocab_size()
+        return [self._first.IdToPiece(i) if i < size else self._added.get(i, "") for i in map(int, ids)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes FOLDER/tokenizer.model, in place of an older one only when it is whole; a failure leaves nothing."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{MODEL_FILE}.{os.getpid()}"
-        try:
-            temporary.write_bytes(self._model)
-            os.replace(temporary, folder / MODEL_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Writes FOLDER/tokenizer.model and what stood beside it, each in place of an older one when it is whole."""
+        self.settings.save(folder)
+
+
+def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    return processor
+
+
+def _splitter(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Splits a text at the tokens, the longest first, and keeps them; None where there are none."""
+    longest = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile(f"({'|'.join(map(re.escape, longest))})") if longest else None
 
 
 def train(
@@ -125,7 +173,7 @@ def _vocabulary_error(message: str, vocab_size: int) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """The tokenizer of a folder that holds tokenizer.model, or of a model file.
+    """The tokenizer of a folder that holds tokenizer.model, with the settings beside it, or of a model file.
 
     Raises:
       InputError: nothing there, or not a SentencePiece model.
@@ -134,7 +182,10 @@ def load(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: no such file; the tokenizer stage writes it, or give a SentencePiece model")
+    model = file.read_bytes()
     try:
-        return SentencePieceTokenizer(file.read_bytes())
+        _processor(model)
     except (RuntimeError, OSError):
         raise InputError(f"{file}: not a SentencePiece model (damaged, or another kind of file)") from None
+    settings = read_settings(file.parent, {MODEL_FILE: model}) if file.name == MODEL_FILE else None
+    return SentencePieceTokenizer(model, settings, str(file))

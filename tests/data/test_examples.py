@@ -15,9 +15,13 @@ class Letters:
     """One id a character; 0 to 3 are special."""
 
     vocab_size, unk_id, bos_id, eos_id, pad_id = 256, 0, 1, 2, 3
+    template = None
 
-    def encode(self, text):
+    def encode(self, text, *, first=False):
         return [ord(character) for character in text]
+
+    def encode_prompt(self, text):
+        return [self.bos_id, *self.encode(text, first=True)]
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i > 3)

@@ -1,0 +1,214 @@
+"""What stands beside a vocabulary: which tokens begin, end and pad a sequence, added tokens, the chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+from lfjax.config import InputError
+
+MODEL, LIBRARY = "tokenizer.model", "tokenizer.json"
+BPE = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the second pair is GPT-2's as published
+WORDPIECE = "vocab.txt"
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Every file that a tokenizer is read from, and written to again as it was.
+NAMES = (MODEL, LIBRARY, *BPE[0], *BPE[1], WORDPIECE, *SETTINGS)
+
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+_UNUSED = re.compile(r"[<\[]\|?(?:.*reserved.*|unused_?\d+|extra_id_\d+|.*dummy.*)\|?[>\]]", re.IGNORECASE)
+_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+_NEVER_UTF8 = (
+    ("<0xFF>", "<0xFE>"),
+    ("ÿ", "þ"),
+)  # bytes that no UTF-8 text holds: as fallback pieces, as GPT-2 spells them
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The files of one tokenizer and what they say.
+
+    Attributes:
+      files: name -> bytes, as read; `save` writes them again.
+      tokens: role ("bos", "eos", ...) -> token; None where a file says that there is none.
+      added: tokens beyond the vocabulary file, with their ids, in the order of ids; True for special ones.
+      ids: role -> id by config.json, for roles that no token is named for.
+      ends: ids that end a response by generation_config.json or config.json.
+      template: the chat template and the file it is from; None where there is none.
+      options: tokenizer_config.json.
+    """
+
+    files: dict[str, bytes]
+    tokens: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    added: dict[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
+    ids: dict[str, int] = dataclasses.field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+    template: tuple[str, str] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The named tokens as chat templates call them: {"bos_token": ...}."""
+        return {f"{role}_token": token for role, token in self.tokens.items() if token}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the files, each in place of an older one only when it is whole; a failure leaves nothing."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            temporary = folder / f".{name}.{os.getpid()}"
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Settings:
+    """The settings in a folder, for the vocabulary files already read from it (name -> bytes).
+
+    Raises:
+      InputError: a file is not JSON, or a key does not hold what it may; names both.
+    """
+    files = dict(vocabulary)
+    files |= {name: (folder / name).read_bytes() for name in SETTINGS if (folder / name).is_file()}
+    own, named, added, generation = (
+        json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
+    )
+    config = folder / "config.json"
+    model = json_object(config, config.read_bytes() if config.is_file() else None)
+    tokens: dict[str, str | None] = {}
+    for data, name in ((named, SETTINGS[1]), (own, SETTINGS[0])):  # the second wins
+        for role in ROLES:
+            if f"{role}_token" in data:
+                tokens[role] = _token(data[f"{role}_token"], folder / name, f"{role}_token")
+    ids = {role: _ids(model, f"{role}_token_id", config)[:1] for role in ("bos", "eos", "pad")}
+    ends = _ids(generation, "eos_token_id", folder / SETTINGS[4]) or _ids(model, "eos_token_id", config)
+    return Settings(
+        files,
+        tokens,
+        _added(own, added, folder),
+        {role: found[0] for role, found in ids.items() if found},
+        ends,
+        _template(folder, files, own),
+        own,
+    )
+
+
+def json_object(file: pathlib.Path, content: bytes | None) -> dict[str, Any]:
+    """What a JSON file holds; {} where there is none (None)."""
+    if content is None:
+        return {}
+    try:
+        data = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON: {str(error).splitlines()[0]}; restore the file") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: found {type(data).__name__}; it has to hold a JSON object")
+    return data
+
+
+def _token(value: Any, file: pathlib.Path, key: str) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: a token's text, or null")
+    return text or None
+
+
+def _ids(data: dict[str, Any], key: str, file: pathlib.Path) -> tuple[int, ...]:
+    """One id, several, or none."""
+    value = data.get(key)
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in found):
+        raise InputError(f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: an id, a list of ids, or null")
+    return tuple(i for i in found if i >= 0)
+
+
+def _added(own: dict[str, Any], older: dict[str, Any], folder: pathlib.Path) -> dict[str, tuple[int, bool]]:
+    found: dict[str, tuple[int, bool]] = {}
+    for token, place in older.items():
+        if type(place) is not int:
+            raise InputError(f"{folder / SETTINGS[2]}: {token!r}: found {json.dumps(place)[:60]}; allowed: an id")
+        found[token] = (place, True)
+    for place, entry in (own.get("added_tokens_decoder") or {}).items():
+        if not place.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise InputError(f"{folder / SETTINGS[0]}: 'added_tokens_decoder': {place!r}: not an id with a token")
+        found[entry["content"]] = (int(place), bool(entry.get("special")))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _template(folder: pathlib.Path, files: dict[str, bytes], own: dict[str, Any]) -> tuple[str, str] | None:
+    """The chat template: a file of its own, else a key; where several are named, the default one."""
+    if SETTINGS[3] in files:
+        return files[SETTINGS[3]].decode("utf-8"), str(folder / SETTINGS[3])
+    where, template = f"{folder / SETTINGS[0]}: 'chat_template'", own.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{where}: found {type(template).__name__}; allowed: a Jinja template, or several with names")
+    return (template, where) if template else None
+
+
+class Special(NamedTuple):
+    """The ids that begin, end and pad sequences."""
+
+    bos_id: int
+    eos_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+def special_ids(settings: Settings, vocabulary: dict[str, int], own: dict[str, int], where: str) -> Special:
+    """Who says what: the named tokens first, then the vocabulary itself (`own`: role -> id), then config.json.
+
+    Without BOS, EOS stands in for it. A missing pad token, or one that is EOS, gets an id that no text makes, or a new
+    one after the last.
+
+    Raises:
+      InputError: nothing says what ends a text.
+    """
+
+    def find(*roles: str) -> int | None:
+        for role in roles:
+            for found in (vocabulary.get(settings.tokens.get(role) or ""), own.get(role, -1), settings.ids.get(role)):
+                if found is not None and found >= 0:
+                    return found
+        return None
+
+    eos = find("eos", "sep")
+    if eos is None:
+        eos = next((vocabulary[token] for token in _ENDS if token in vocabulary), None)
+    if eos is None:
+        raise InputError(
+            f"{where}: no token that ends a text; name one: 'eos_token' in tokenizer_config.json beside it"
+        )
+    ends = tuple(dict.fromkeys((eos, *settings.ends)))
+    bos, pad = find("bos", "cls"), find("pad")
+    if pad is None or pad == eos:
+        pad = unused_id(vocabulary, set(ends))
+    return Special(eos if bos is None else bos, eos, ends, max(vocabulary.values()) + 1 if pad is None else pad)
+
+
+def unused_id(vocabulary: dict[str, int], ends: set[int]) -> int | None:
+    """An id to pad with that no text makes: a token made for it, a reserved one, or a byte that no UTF-8 text has.
+
+    Never one of `ends`: who takes EOS for padding, as other tools do, learns from no real one. None: all are in use.
+    """
+    reserved = sorted((i, token) for token, i in vocabulary.items() if _UNUSED.fullmatch(token))
+    candidates = [*_PADS, *(token for _, token in reserved), *_NEVER_UTF8[0]]
+    if {"Ā", "Ċ", "Ġ", "ÿ"} <= vocabulary.keys():  # bytes 0, 10, 32 and 255, spelt as GPT-2 does
+        candidates += _NEVER_UTF8[1]
+    return next(
+        (vocabulary[token] for token in candidates if token in vocabulary and vocabulary[token] not in ends), None
+    )

@@ -1,0 +1,258 @@
+"""Vocabularies of the `tokenizers` library: tokenizer.json, GPT-2's BPE files and WordPiece's vocab.txt."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from lfjax.config import InputError
+from lfjax.tokenizers.files import LIBRARY, WORDPIECE, Settings, json_object, read_settings, special_ids
+
+# Which words a byte-level BPE never merges across, by tokenizer_class; GPT-2's is the library's own default.
+_GPT2 = ("", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
+_QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class LibraryTokenizer:
+    """A tokenizer of the `tokenizers` library behind the `Tokenizer` interface.
+
+    decode(encode(x)) == x where the vocabulary keeps every character: byte-level ones do, WordPiece does not.
+    """
+
+    def __init__(self, spec: dict[str, Any], settings: Settings, where: str, *, begin: tuple[str, ...] | None = None):
+        """
+        Args:
+          spec: what a tokenizer.json holds.
+          begin: the roles of the tokens that begin every sequence; None takes them from the spec's post-processor.
+        Raises:
+          InputError: the library refuses the spec, or nothing says what ends a text.
+        """
+        self.settings, self._where = settings, where
+        self._spec, inner = spec, without_first_space(spec)
+        self._first = self._make(spec)
+        self._inner = self._first if inner == spec else self._make(inner)
+        vocabulary = self._first.get_vocab(with_added_tokens=True)
+        before = self._before() if begin is None else [vocabulary[settings.tokens[role] or ""] for role in begin]
+        own = {"bos": before[0]} if before else {}
+        found = special_ids(settings, vocabulary, own, where)
+        self.bos_id, self.eos_id, self.eos_ids, self.pad_id = found
+        unknown = settings.tokens.get("unk") or spec.get("model", {}).get("unk_token")
+        self.unk_id: int = vocabulary.get(unknown, self.pad_id) if isinstance(unknown, str) else self.pad_id
+        self.vocab_size: int = max(*vocabulary.values(), self.pad_id) + 1
+        options = settings.options
+        if "add_bos_token" in options or "add_eos_token" in options:  # as transformers 5 reads them
+            before = [self.bos_id] if options.get("add_bos_token") else []
+        self._begin = before
+        self.names = settings.names
+        added = self._first.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self._silent = {self.bos_id, self.pad_id, *self.eos_ids, *self.specials.values()}
+
+    @property
+    def template(self) -> tuple[str, str] | None:
+        """The chat template and where it is from."""
+        return self.settings.template
+
+    def _make(self, spec: dict[str, Any], *, markup: bool = False):
+        """The library's object, with every named token in it; in plain text special ones are not looked for."""
+        import tokenizers
+
+        try:
+            made = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises no class of its own
+            raise InputError(f"{self._where}: not what `tokenizers` reads: {' '.join(str(error).split())}") from None
+        made.no_truncation()
+        made.no_padding()
+        made.encode_special_tokens = not markup
+        for token, (place, special) in self.settings.added.items():
+            made.add_tokens([tokenizers.AddedToken(token, special=special, normalized=not special)])
+            if made.token_to_id(token) != place:
+                found = f"{token!r} has the id {place}; in the vocabulary it is {made.token_to_id(token)}"
+                raise InputError(f"{self._where}: added token {found}; restore the files of one model")
+        named = [token for token in self.settings.tokens.values() if token]
+        made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in named])
+        return made
+
+    def _before(self) -> list[int]:
+        """What the post-processor puts before a text."""
+        bare = self._first.encode("a", add_special_tokens=False).ids
+        whole = self._first.encode("a", add_special_tokens=True).ids
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        return whole[: starts[0]] if starts else []
+
+    @functools.cached_property
+    def _marked(self) -> tuple[Any, Any]:
+        """The inner and the first tokenizer that know special tokens in a text."""
+        return self._make(without_first_space(self._spec), markup=True), self._make(self._spec, markup=True)
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of the text alone; see `Tokenizer.encode`."""
+        return (self._first if first else self._inner).encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that begins a sequence; see `Tokenizer.encode_prompt`."""
+        return self._begin + self.encode(text, first=True) or [self.bos_id]
+
+    def encode_markup(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of a text whose special tokens are meant; see `Tokenizer.encode_markup`."""
+        return self._marked[first].encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        own = self._first if len(ids) and ids[0] == self.bos_id else self._inner
+        shown = [i for i in map(int, ids) if i not in self._silent and i < self.vocab_size]
+        return own.decode(shown, skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of each id, to show."""
+        return [self._first.id_to_token(int(i)) or "" for i in ids]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the files that it was read from, each in place of an older one when it is whole."""
+        self.settings.save(folder)
+
+
+def without_first_space(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for a text inside a sequence: no space is put before it, and none is taken off again."""
+    spec = {key: value if key == "model" else copy.deepcopy(value) for key, value in spec.items()}
+    spec["normalizer"] = _without_prepend(spec.get("normalizer"))
+    for part in _parts(spec.get("pre_tokenizer"), "pretokenizers") + _parts(spec.get("decoder"), "decoders"):
+        kind = part.get("type")
+        if kind == "Metaspace":
+            part.pop("add_prefix_space", None)
+            part["prepend_scheme"] = "never"
+        elif kind == "ByteLevel":
+            part["add_prefix_space"] = False
+        elif kind == "Strip" and part.get("content") == " ":
+            part["start"] = 0
+    return spec
+
+
+def _parts(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if node is None:
+        return []
+    return node[key] if node.get("type") == "Sequence" else [node]
+
+
+def _without_prepend(node: dict[str, Any] | None) -> dict[str, Any] | None:
+    if node is None or node.get("type") == "Prepend":
+        return None
+    if node.get("type") != "Sequence":
+        return node
+    return {**node, "normalizers": [part for part in node["normalizers"] if part.get("type") != "Prepend"]}
+
+
+def load(file: pathlib.Path) -> LibraryTokenizer:
+    """The tokenizer of a tokenizer.json, with the settings beside it.
+
+    Raises:
+      InputError: not JSON, or not what the library reads.
+    """
+    content = file.read_bytes()
+    settings = read_settings(file.parent, {LIBRARY: content})
+    spec = json_object(file, content)
+    if not isinstance(spec.get("model"), dict):
+        raise InputError(f"{file}: no 'model' in it; give a tokenizer.json as the `tokenizers` library writes it")
+    return LibraryTokenizer(spec, settings, str(file))
+
+
+def load_bpe(vocabulary: pathlib.Path, merges: pathlib.Path) -> LibraryTokenizer:
+    """GPT-2's byte-level BPE from its two files, under either pair of names; also Qwen2's, by its tokenizer_class.
+
+    Raises:
+      InputError: a file is missing or damaged, or the class splits words by other rules.
+    """
+    for file, other in ((vocabulary, merges), (merges, vocabulary)):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; {other.name} is of no use without it: put it beside")
+    ids = json_object(vocabulary, vocabulary.read_bytes())
+    if not all(type(i) is int for i in ids.values()):
+        raise InputError(f"{vocabulary}: it has to hold a JSON object from tokens to ids")
+    settings = read_settings(vocabulary.parent, {file.name: file.read_bytes() for file in (vocabulary, merges)})
+    kind = settings.options.get("tokenizer_class") or ""
+    if kind not in _GPT2 + _QWEN2:
+        raise InputError(f"{vocabulary}: the words of a {kind} are not known here; put the model's {LIBRARY} beside it")
+    end = "<|endoftext|>"
+    named = {"bos": end, "eos": end, "unk": end} if kind in _GPT2 and end in ids else {"eos": end}
+    settings.tokens.update(named | settings.tokens)
+    byte_level = {"add_prefix_space": bool(settings.options.get("add_prefix_space")), "trim_offsets": True}
+    words: dict[str, Any] = {"type": "ByteLevel", **byte_level, "use_regex": True}
+    if kind in _QWEN2:
+        split = {"type": "Split", "pattern": {"Regex": _QWEN2_WORDS}, "behavior": "Isolated", "invert": False}
+        words = {"type": "Sequence", "pretokenizers": [split, {**words, "use_regex": False}]}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "NFC"} if kind in _QWEN2 else None,
+        "pre_tokenizer": words,
+        "decoder": {"type": "ByteLevel", **byte_level, "use_regex": True},
+        "model": {"type": "BPE", "vocab": ids, "merges": _merges(merges)},
+    }
+    return LibraryTokenizer(spec, settings, str(vocabulary), begin=())
+
+
+def _merges(file: pathlib.Path) -> list[list[str]]:
+    found = []
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise InputError(f"{file}:{number}: found {line[:40]!r}; a merge is two tokens with a space between")
+        found.append(pair)
+    return found
+
+
+def load_wordpiece(file: pathlib.Path) -> LibraryTokenizer:
+    """BERT's WordPiece from vocab.txt, one token a line.
+
+    Raises:
+      InputError: one of its special tokens is not in the file.
+    """
+    lines = _text(file).removesuffix("\n").split("\n")
+    ids = {line: i for i, line in enumerate(lines)}
+    settings = read_settings(file.parent, {WORDPIECE: file.read_bytes()})
+    standard = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+    settings.tokens.update(standard | settings.tokens)
+    for role in ("unk", "cls", "sep", "pad"):
+        if settings.tokens[role] not in ids:
+            raise InputError(
+                f"{file}: no line {settings.tokens[role]!r}; add it, or name the {role}_token in tokenizer_config.json"
+            )
+    options = settings.options
+    spec = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": options.get("tokenize_chinese_chars", True),
+            "strip_accents": options.get("strip_accents"),
+            "lowercase": options.get("do_lower_case", True),
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": settings.tokens["unk"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": ids,
+        },
+    }
+    return LibraryTokenizer(spec, settings, str(file), begin=("cls",))
+
+
+def _text(file: pathlib.Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 (byte {error.start + 1}); restore the file") from None
