@@ -7,6 +7,7 @@ minibatches, separate reward, value and reference networks. Every program is com
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -30,6 +31,8 @@ from lfjax.steps.sft import sft_step
 from lfjax.types import PromptBatch, SftBatch
 
 KEY = jax.random.key(1)
+SFT_ROWS, SFT_LENGTH = 16, 256
+ROWS, PROMPT, RESPONSE = 32, 64, 64
 
 
 def median_seconds(function, repeats: int) -> float:
@@ -53,11 +56,12 @@ def matmul_peak(repeats: int) -> float:
     return 2 * 1536**3 / min(median_seconds(lambda: product(x, x), 3) for _ in range(repeats))
 
 
-def sft(model, params, repeats: int) -> dict[str, float]:
-    batch, length = 16, 256
+def sft_run(model, params):
+    """A function that makes one SFT step and returns its metrics."""
     tx = make_optimizer(1e-4)
-    tokens = jax.random.randint(KEY, (batch, length + 1), 0, model.config.vocab_size)
-    data = SftBatch(tokens, jnp.ones((batch, length), bool), jnp.ones((batch, length), jnp.int32))
+    tokens = jax.random.randint(KEY, (SFT_ROWS, SFT_LENGTH + 1), 0, model.config.vocab_size)
+    ones = jnp.ones((SFT_ROWS, SFT_LENGTH), bool)
+    data = SftBatch(tokens, ones, ones.astype(jnp.int32))
     step = jax.jit(functools.partial(sft_step, model=model, tx=tx), donate_argnums=0)
     state = LMState.create(jax.tree.map(jnp.copy, params), tx)
 
@@ -66,23 +70,34 @@ def sft(model, params, repeats: int) -> dict[str, float]:
         state, metrics = step(state, data, KEY)
         return metrics
 
-    seconds = median_seconds(run, repeats)
+    return run
+
+
+def sft_flops(model, params) -> int:
+    """FLOPs of an SFT step: 6 a parameter and token, positions apart, and causal attention (half of 12 L D T)."""
     count = sum(x.size for x in jax.tree.leaves(params)) - params["embed"]["positions"].size
     c = model.config
-    flops = batch * length * (6 * count + 6 * c.layers * c.width * length)  # causal attention: half of 12 L D T
-    return {"sft/tokens_per_s": batch * length / seconds, "sft/flop_per_s": flops / seconds}
+    return SFT_ROWS * SFT_LENGTH * (6 * count + 6 * c.layers * c.width * SFT_LENGTH)
 
 
-def ppo(model, params, repeats: int) -> dict[str, float]:
-    import dataclasses
+def prompt_batch(model):
+    tokens = jax.random.randint(KEY, (ROWS, PROMPT), 0, model.config.vocab_size)
+    return PromptBatch(tokens, jnp.ones((ROWS, PROMPT), bool), jnp.arange(ROWS))
 
-    rows, prompt, response = 32, 64, 64
+
+def generate_run(model, params):
+    """A function that samples a batch."""
+    rollout = jax.jit(functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=RESPONSE))
+    return lambda: rollout(params, prompt_batch(model), KEY)
+
+
+def ppo_run(model, params):
+    """A function that makes one PPO update, rollout and scoring included, and returns its metrics."""
     value_model = Transformer(dataclasses.replace(model.config, num_labels=1, head_bias=True))
     value_params, reward_params = parameters(value_model), parameters(value_model)
     models, tx = PPOModels(model, value_model, model), make_optimizer(1e-5)
-    tokens = jax.random.randint(KEY, (rows, prompt), 0, model.config.vocab_size)
-    prompts = PromptBatch(tokens, jnp.ones((rows, prompt), bool), jnp.arange(rows))
-    rollout = jax.jit(functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=response))
+    prompts = prompt_batch(model)
+    rollout = jax.jit(functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=RESPONSE))
     score = jax.jit(functools.partial(ppo_score, model=value_model))
     experience = jax.jit(functools.partial(ppo_experience, models=models, eos_ids=(0,), kl_coef=0.1, minibatches=4))
     update = jax.jit(
@@ -105,9 +120,7 @@ def ppo(model, params, repeats: int) -> dict[str, float]:
         state, metrics = update(state, made, KEY)
         return metrics
 
-    generation = median_seconds(lambda: rollout(params, prompts, KEY), repeats)
-    seconds = median_seconds(run, repeats)
-    return {"generate/tokens_per_s": rows * response / generation, "ppo/episodes_per_s": rows / seconds}
+    return run
 
 
 def main():
@@ -118,8 +131,13 @@ def main():
     model = Transformer(presets.gpt2_12m())
     params = parameters(model)
     figures = {"matmul/flop_per_s": matmul_peak(arguments.repeats)}
-    figures |= sft(model, params, arguments.repeats) | ppo(model, params, arguments.repeats)
+    seconds = median_seconds(sft_run(model, params), arguments.repeats)
+    figures["sft/tokens_per_s"] = SFT_ROWS * SFT_LENGTH / seconds
+    figures["sft/flop_per_s"] = sft_flops(model, params) / seconds
     figures["sft/flop_utilisation"] = figures["sft/flop_per_s"] / figures["matmul/flop_per_s"]
+    seconds = median_seconds(generate_run(model, params), arguments.repeats)
+    figures["generate/tokens_per_s"] = ROWS * RESPONSE / seconds
+    figures["ppo/episodes_per_s"] = ROWS / median_seconds(ppo_run(model, params), arguments.repeats)
     device = jax.devices()[0]
     print(f"{machine()}, {device.platform} {device.device_kind}")
     for name, value in figures.items():

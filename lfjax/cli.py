@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -347,53 +345,13 @@ def _report(arguments: argparse.Namespace, _) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, _) -> int:
-    """Prints what this machine has; returns 1 if something needed is missing or too old."""
-    problems = []
-    print(f"python {sys.version.split()[0]} ({sys.executable})")
-    for requirement in importlib.metadata.requires("lfjax") or []:
-        if ";" in requirement:
-            continue
-        name, minimum = _requirement(requirement)
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{name} is not installed; install lfjax with its dependencies")
-            continue
-        print(f"{name} {version}" + (f" (needs {minimum})" if minimum else ""))
-        if minimum and _numbers(version) < _numbers(minimum):
-            problems.append(f"{name} {version} is older than {minimum}")
-    try:
-        import jax
+    """Prints what this machine has; returns 1 where something is wrong."""
+    from lfjax import doctor
 
-        for device in jax.devices():
-            stats = device.memory_stats() or {}
-            limit = stats.get("bytes_limit")
-            print(f"device {device}: {device.device_kind}" + (f", {limit / 2**30:.1f} GiB" if limit else ""))
-        print(f"backend {jax.default_backend()}, {jax.process_count()} process(es)")
-    except RuntimeError as error:
-        problems.append(f"jax finds no device: {error}")
-    free = shutil.disk_usage(_existing(CACHE)).free
-    print(f"cache {CACHE}, {free / 2**30:.1f} GiB free on its disk")
-    if free < 2**30:
-        problems.append(f"less than 1 GiB is free on the disk of {CACHE}")
-    print(f"memory {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB, {os.cpu_count()} cores")
-    for problem in problems:
-        print(f"problem: {problem}")
+    lines, problems = doctor.examine(CACHE)
+    print("\n".join([*lines, *(f"problem: {problem}" for problem in problems)]))
     print("all is well" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0
-
-
-def _requirement(text: str) -> tuple[str, str]:
-    name, _, minimum = text.replace("==", ">=").partition(">=")
-    return name.split("[")[0].strip(), minimum.strip()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
 
 
 if __name__ == "__main__":

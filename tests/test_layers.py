@@ -6,7 +6,7 @@ import pathlib
 import lfjax
 
 LAYERS = """
-types  masking  config
+types  masking  config  doctor
 losses  rl  models  optim  records  sharding
 state  sampling  tokenizers
 data  feedback  interop
