@@ -17,7 +17,6 @@ from tiny import close_trees
 
 from lfjax.steps.ppo_update import ppo_update
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mutants")]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOR_SPEED = {
     "lfjax train": " --config.data.source=jsonl --config.data.path=rated.jsonl --config.tokenizer.vocab_size=310"
@@ -59,6 +58,18 @@ def project(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def test_the_pages_edit_fits_the_step(tmp_path):
+    (edit,) = re.findall(r"^git apply <<'EDIT'\n.*?^EDIT$", commands(), re.S | re.M)
+    shutil.copy(ROOT / "lfjax" / "steps" / "ppo_update.py", tmp_path / "my_update.py")
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    subprocess.run(["bash", "-c", edit], cwd=tmp_path, env=environment, check=True)
+    source = (tmp_path / "my_update.py").read_text()
+    compile(source, "my_update.py", "exec")
+    assert source.count("dual_clip") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("mutants")
 def test_the_pages_commands_run_and_do_what_it_says(tmp_path):
     copy = project(tmp_path)
     kept = (copy / "runs" / "fork" / "steps" / "ppo_update.py").read_text()

@@ -12,8 +12,6 @@ from subjects import LIBRARY, STEPS
 
 from lfjax.loops.run import resolve
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mutants")]  # one process: its programs are shared
-
 TESTS = {
     name.removeprefix("test_"): test
     for module in (test_rollout, test_experience, test_update, test_training)
@@ -27,6 +25,14 @@ def own() -> dict:
     return {name: resolve(name, dotted) for name, dotted in (STEPS | LIBRARY).items()}
 
 
+def test_every_edit_still_finds_its_place_and_is_python():
+    own()
+    for mutant in mutants.MUTANTS.values():
+        mutants.fork(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("mutants")  # one process: its programs are shared
 @pytest.mark.parametrize("mutant", mutants.MUTANTS.values(), ids=mutants.MUTANTS)
 def test_a_known_mistake_fails_its_tests_and_passes_another(mutant):
     table = own() | {mutant.subject: mutants.fork(mutant)}
