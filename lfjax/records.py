@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gzip
 import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -356,7 +358,7 @@ def _reject_constant(name: str) -> float:
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """Streams the records of a JSONL file, each validated as it is read.
 
-    UTF-8, with or without a byte order mark; LF or CRLF; blank lines are skipped. An `id` may occur once.
+    UTF-8, with or without a byte order mark, gzipped or not; LF or CRLF; blank lines are skipped. An `id` occurs once.
 
     Raises:
       InputError: no such file, a folder, no record in it, not UTF-8, not JSON, or a field that does not hold what it
@@ -370,22 +372,32 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
         raise InputError(f"{path}: {found}; give a JSONL file, one record a line")
     first_line: dict[str | float, int] = {}
     count = 0
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not raw.strip():
-                continue
-            record = parse_record(_decode(raw, where), where)
-            if record.id is not None and first_line.setdefault(record.id, number) != number:
-                raise InputError(
-                    f"{where}: field 'id': found {_show(record.id)}, as on line {first_line[record.id]}; "
-                    "allowed: each id once"
-                )
-            count += 1
-            yield record
+    for number, raw in enumerate(_lines(path), 1):
+        where = f"{path}:{number}"
+        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if not raw.strip():
+            continue
+        record = parse_record(_decode(raw, where), where)
+        if record.id is not None and first_line.setdefault(record.id, number) != number:
+            raise InputError(
+                f"{where}: field 'id': found {_show(record.id)}, as on line {first_line[record.id]}; "
+                "allowed: each id once"
+            )
+        count += 1
+        yield record
     if not count:
         raise InputError(f"{path}: is empty; it must hold at least one record (a JSON object a line)")
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+    """The file's lines, unpacked where it is gzipped."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as lines:
+        try:
+            yield from lines
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: damaged gzip data ({error}); restore the file") from None
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -146,6 +147,15 @@ def test_a_wrong_field_is_named_with_its_line_what_was_found_and_what_is_allowed
     assert found in seen and allowed in rule
 
 
+def test_a_gzipped_file_holds_the_same_records(tmp_path):
+    lines = "".join(json.dumps(minimal(id=i)) + "\n" for i in ("a", "b")).encode()
+    (tmp_path / "plain.jsonl").write_bytes(lines)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines))
+    plain, packed = (list(read_records(tmp_path / name)) for name in ("plain.jsonl", "packed.jsonl.gz"))
+    assert [(r.id, r.prompt, r.responses) for r in plain] == [(r.id, r.prompt, r.responses) for r in packed]
+    assert [r.id for r in packed] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -158,6 +168,9 @@ def test_a_wrong_field_is_named_with_its_line_what_was_found_and_what_is_allowed
         (b"[" * 100_000, ":1: not JSON"),
         (b'\n{"prompt": "caf\xe9"}', ":2: not UTF-8 (byte 0xe9 at position 16)"),
         (json.dumps(minimal()).encode("utf-16"), ":1: not UTF-8"),
+        (gzip.compress(b'{"prompt": 1}'), ":1: field 'prompt'"),
+        (gzip.compress(b"x" * 1000)[:-12], ": damaged gzip data ("),
+        (b"\x1f\x8b\x08 no more", ": damaged gzip data ("),
     ],
 )
 def test_a_file_that_is_no_jsonl_gives_one_line(tmp_path, content, message):
