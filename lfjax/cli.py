@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import io
 import os
 import re
@@ -38,6 +39,7 @@ def _command(argv: list[str] | None) -> int:
     report = commands.add_parser("report", help="write WORKDIR/report.html")
     report.add_argument("workdir")
     report.set_defaults(run=_report)
+    _feedback_arguments(commands.add_parser("feedback", help="convert published feedback to records"))
     commands.add_parser("doctor", help="versions, devices, memory, caches, and what is wrong").set_defaults(run=_doctor)
     arguments = argparse.Namespace(command="")
     spare_threads()
@@ -341,6 +343,32 @@ def _report(arguments: argparse.Namespace, _) -> int:
     from lfjax import report
 
     print(report.build(arguments.workdir))
+    return 0
+
+
+def _feedback_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    convert = actions.add_parser("convert", help="a JSONL file as others publish it -> a JSONL file of records")
+    convert.add_argument("format", help="hh, gsm8k or ilf (lfjax/feedback/conversion.py)")
+    convert.add_argument("source", help="the file, gzipped or not")
+    convert.add_argument("output", help="the file to write")
+    convert.add_argument("--max-chars", type=int, default=0, help="leave out longer prompts with a response; 0: none")
+    parser.set_defaults(run=_feedback)
+
+
+def _feedback(arguments: argparse.Namespace, _) -> int:
+    """Writes the records and says how many, and what was left out."""
+    from lfjax.feedback.conversion import convert
+    from lfjax.records import write_records
+
+    output = Path(arguments.output)
+    if not output.parent.is_dir() or output.is_dir():
+        raise InputError(f"{output}: name a file in a folder that is there")
+    left_out: collections.Counter[str] = collections.Counter()
+    records = convert(arguments.source, arguments.format, left_out, max_chars=arguments.max_chars)
+    print(f"{output}: {write_records(output, records)} records")
+    for reason, count in left_out.items():
+        print(f"left out: {count}: {reason}")
     return 0
 
 

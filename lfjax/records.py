@@ -356,13 +356,27 @@ def _reject_constant(name: str) -> float:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
-    """Streams the records of a JSONL file, each validated as it is read.
-
-    UTF-8, with or without a byte order mark, gzipped or not; LF or CRLF; blank lines are skipped. An `id` occurs once.
+    """Streams the records of a JSONL file, each validated as it is read. An `id` occurs once.
 
     Raises:
-      InputError: no such file, a folder, no record in it, not UTF-8, not JSON, or a field that does not hold what it
-        may; the message starts with FILE:LINE.
+      InputError: as `json_lines`, or a field that does not hold what it may; the message starts with FILE:LINE.
+    """
+    first_line: dict[str | float, str] = {}
+    for where, row in json_lines(path):
+        record = parse_record(row, where)
+        if record.id is not None and first_line.setdefault(record.id, where) != where:
+            line = first_line[record.id].rpartition(":")[2]
+            raise InputError(f"{where}: field 'id': found {_show(record.id)}, as on line {line}; allowed: each id once")
+        yield record
+
+
+def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Streams ("FILE:LINE", value) for each line of a JSONL file.
+
+    UTF-8, with or without a byte order mark, gzipped or not; LF or CRLF; blank lines are skipped.
+
+    Raises:
+      InputError: no such file, a folder, nothing in it, not UTF-8, not JSON; the message starts with FILE:LINE.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -370,22 +384,14 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     if not path.is_file():
         found = "not a regular file, and it is read more than once" if path.exists() else "no such file"
         raise InputError(f"{path}: {found}; give a JSONL file, one record a line")
-    first_line: dict[str | float, int] = {}
-    count = 0
+    empty = True
     for number, raw in enumerate(_lines(path), 1):
         where = f"{path}:{number}"
         raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if not raw.strip():
-            continue
-        record = parse_record(_decode(raw, where), where)
-        if record.id is not None and first_line.setdefault(record.id, number) != number:
-            raise InputError(
-                f"{where}: field 'id': found {_show(record.id)}, as on line {first_line[record.id]}; "
-                "allowed: each id once"
-            )
-        count += 1
-        yield record
-    if not count:
+        if raw.strip():
+            empty = False
+            yield where, _decode(raw, where)
+    if empty:
         raise InputError(f"{path}: is empty; it must hold at least one record (a JSON object a line)")
 
 

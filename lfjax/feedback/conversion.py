@@ -1,0 +1,115 @@
+"""Feedback as others publish it -> records. One function a format, from a row to a record's JSON object."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lfjax.config import InputError
+from lfjax.records import Record, json_lines, parse_record
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class LeftOut(Exception):
+    """A row that is whole, but no record can be made of it; the message is the reason."""
+
+
+def hh(row: dict[str, str]) -> dict[str, Any]:
+    """Anthropic's helpful and harmless pairs: `chosen` and `rejected`, dialogues with "\\\n\\\nHuman:" and so on.
+
+    Both begin with the same turns, the prompt, and end in two answers, a preference.
+    Source: Bai et al. 2022, arXiv:2204.05862.
+    """
+    chosen, rejected = (_dialogue(row[name]) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise LeftOut("the two dialogues differ before their last turn")
+    answers = [turns[-1]["content"] for turns in (chosen, rejected)]
+    if any(turns[-1]["role"] != "assistant" for turns in (chosen, rejected)) or not all(answers):
+        raise LeftOut("a dialogue does not end in an answer")
+    if answers[0] == answers[1]:
+        raise LeftOut("the two answers are the same")
+    preference = {"kind": "preference", "chosen": 0, "rejected": 1}
+    return {"prompt": chosen[:-1], "responses": answers, "feedback": [preference]}
+
+
+def _dialogue(text: str) -> list[dict[str, str]]:
+    start, *parts = _TURN.split(text)
+    if start.strip() or len(parts) < 4:
+        raise LeftOut("not a dialogue of a human and an assistant")
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in pairs]
+
+
+def gsm8k(row: dict[str, str]) -> dict[str, Any]:
+    """Grade-school maths, `question` and worked `answer` ("#### N" at its end): a prompt and a response to learn.
+
+    Source: Cobbe et al. 2021, arXiv:2110.14168.
+    """
+    return {"prompt": row["question"] + "\n", "responses": [row["answer"]], "feedback": []}
+
+
+def ilf(row: dict[str, str]) -> dict[str, Any]:
+    """Programs that fail, a person's words on what is wrong, and the person's own correction: a critique and an edit.
+
+    `prompt` is the program's beginning. The responses are what follows it in the whole programs, as the row's own
+    `completion` leaves out what was put before the prompt.
+    Source: Chen et al. 2023, arXiv:2303.16749.
+    """
+    prompt, *programs = (
+        row[name].replace("\r\n", "\n")
+        for name in ("prompt", "original_model_completion", "unedited_annotator_completion")
+    )
+    if not all(program.startswith(prompt) for program in programs):
+        raise LeftOut("a program does not begin with the prompt")
+    written, edited = (program.removeprefix(prompt) for program in programs)
+    if not written.strip() or not edited.strip():
+        raise LeftOut("nothing follows the prompt")
+    critique = {"kind": "critique", "response": 0, "text": row["Feedback"]}
+    edit = {"kind": "edit", "response": 0, "text": edited}
+    return {"prompt": prompt, "responses": [written], "feedback": [critique, edit]}
+
+
+# Format -> (function, the fields that a row has to have, each a text).
+FORMATS: dict[str, tuple[Callable[[dict], dict[str, Any]], tuple[str, ...]]] = {
+    "hh": (hh, ("chosen", "rejected")),
+    "gsm8k": (gsm8k, ("question", "answer")),
+    "ilf": (ilf, ("prompt", "original_model_completion", "unedited_annotator_completion", "Feedback")),
+}
+
+
+def convert(
+    path: str | os.PathLike[str], name: str, left_out: collections.Counter[str], *, max_chars: int = 0
+) -> Iterator[Record]:
+    """Streams the records of a JSONL file in the format `name`; `left_out` counts, by reason, rows that give none.
+
+    Args:
+      max_chars: records whose prompt and longest response have more characters together are left out; 0: none.
+
+    Raises:
+      InputError: no such format, or as `json_lines`, or a field is missing or no text; names file, line and field.
+    """
+    if name not in FORMATS:
+        raise InputError(f"format {name!r}: not known; allowed: {', '.join(FORMATS)}")
+    function, fields = FORMATS[name]
+    for where, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: found {type(row).__name__}; allowed: a JSON object with {', '.join(fields)}")
+        for field in fields:
+            if not isinstance(row.get(field), str):
+                found = type(row[field]).__name__ if field in row else "nothing"
+                raise InputError(f"{where}: field {field!r}: found {found}; the format {name!r} has a text there")
+        try:
+            made = function(row)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
+        record = parse_record({**made, "source": name}, where)
+        if max_chars and len(record.prompt_text) + max(map(len, record.responses)) > max_chars:
+            left_out[f"more than {max_chars} characters"] += 1
+            continue
+        yield record
