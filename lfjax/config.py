@@ -425,6 +425,9 @@ def validate(config: Config) -> None:
             _check_training(config, stage)
     if "ppo" in config.stages or "evaluate" in config.stages:  # the evaluation samples as PPO does
         _check_ppo(config)
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        if stage in config.stages and not config.model.init_from:  # else that model's context counts, once it is read
+            check_room(config, stage, config.model.context, "model.context")
 
 
 def _check_values(config: Config) -> None:
@@ -586,14 +589,24 @@ def _check_training(config: Config, stage: str) -> None:
         raise InputError(f"config.{stage}.batch_size: {section.batch_size} rows do not divide into {what} = {parts}")
     if "dropout" in section and not 0.0 <= section.dropout < 1.0:
         raise InputError(f"config.{stage}.dropout: {section.dropout}; allowed: 0 up to, not including, 1")
-    if "seq_len" in section and not 2 <= section.seq_len <= config.model.context:
-        raise InputError(
-            f"config.{stage}.seq_len: {section.seq_len}; allowed: 2 to model.context = {config.model.context}"
-        )
+    if "seq_len" in section and section.seq_len < 2:
+        raise InputError(f"config.{stage}.seq_len: {section.seq_len}; allowed: at least 2")
     if stage in ("pretrain", "sft"):
         _at_least(config, 1, f"{stage}.step.chunk_size")
     if stage == "reward":
         _check_reward(config)
+
+
+def check_room(config: Config, stage: str, context: int, whose: str) -> None:
+    """Raises InputError where the stage's longest sequences do not fit a model's context."""
+    section = config[stage]
+    key, longest = {
+        "reward": lambda: ("buckets", max(section.buckets)),
+        "ppo": lambda: ("prompt_buckets", max(section.prompt_buckets) + section.rollout_step.max_new_tokens),
+    }.get(stage, lambda: ("seq_len", section.seq_len))()
+    if longest > context:
+        more = " with rollout_step.max_new_tokens" if stage == "ppo" else ""
+        raise InputError(f"config.{stage}.{key}: {longest} tokens{more}; allowed: at most {whose} = {context}")
 
 
 def _check_buckets(config: Config, key: str, low: int) -> None:
@@ -626,10 +639,6 @@ def _check_reward(config: Config) -> None:
             f"config.reward.step.ordinal_bounds: {bounds}; give increasing numbers in rating points, such as (1.5, 2.5)"
         )
     _check_buckets(config, "reward.buckets", 2)
-    if max(reward.buckets) > config.model.context:
-        raise InputError(
-            f"config.reward.buckets: {max(reward.buckets)} is longer than model.context = {config.model.context}"
-        )
     if reward.seq_len > max(reward.buckets):
         raise InputError(
             f"config.reward.seq_len: {reward.seq_len}; allowed: at most the largest of reward.buckets ="
@@ -682,12 +691,6 @@ def _check_ppo(config: Config) -> None:
             raise InputError(f"config.ppo.experience_step.{key}: {ppo.experience_step[key]}; allowed: 0 to 1")
     if ppo.value_init == "reward" and is_function(ppo.reward):
         raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
-    longest = max(ppo.prompt_buckets) + ppo.rollout_step.max_new_tokens
-    if longest > config.model.context:
-        raise InputError(
-            f"config.ppo.prompt_buckets: with rollout_step.max_new_tokens {longest} tokens; allowed: at most"
-            f" model.context = {config.model.context}"
-        )
     most = max(ppo.prompt_buckets) - 1
     if not ppo.prompt_min <= ppo.prompt_max <= most:
         raise InputError(

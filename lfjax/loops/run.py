@@ -275,13 +275,15 @@ class Run:
         """Reads a stage's (or a folder's) model onto the mesh.
 
         Raises:
-          InputError: it gives scores where `language` is asked for, or token ids do not mean the same to the model as
-            to the run's tokenizer.
+          InputError: it gives scores where `language` is asked for, the stage's sequences are longer than its context,
+            or token ids do not mean the same to the model as to the run's tokenizer.
         """
         folder = self.source(key, name)
         loaded = hf.load(folder, mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
         if language:
             hf.check_language_model(loaded, f"config.{key}: {folder}")
+        stage = "pretrain" if key.startswith("model.") else key.partition(".")[0]
+        configs.check_room(self.config, stage, loaded.model.config.context, f"the context of {folder}")
         size, own, other = loaded.model.config.vocab_size, self.tokenizer, loaded.tokenizer
         if size < own.vocab_size:
             raise InputError(

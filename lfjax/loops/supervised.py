@@ -92,9 +92,6 @@ def new_or_loaded(run: Run, stage: str):
     name = run.config.model.init_from if stage == "pretrain" else init_from(run.config, stage)
     if name:
         loaded = run.load_model(key, name, language=True)
-        longest, context = run.config[stage].seq_len, loaded.model.config.context
-        if longest > context:
-            raise InputError(f"config.{stage}.seq_len: {longest}; allowed: at most {context}, the context of {name!r}")
         return compute_settings(run, loaded.model.config), loaded.params
     config = model_config(run)
 

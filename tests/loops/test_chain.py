@@ -214,3 +214,12 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(straight, train, tmp_pa
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-3, atol=1e-5)
     ends = {w: json.loads((w / "summary.json").read_text())["pretrain/perplexity"] for w in (straight, tmp_path / "w")}
     assert ends[tmp_path / "w"] == pytest.approx(ends[straight], rel=1e-4)
+
+
+def test_a_model_that_is_started_from_brings_its_context(straight, train, tmp_path, capsys):
+    folder = straight / "models" / "pretrain"
+    context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    options = [f"--config.model.init_from={folder}", "--config.stages=tokenizer,sft", "--config.model.context=2"]
+    assert train(tmp_path / "long", *options, f"--config.sft.seq_len={context + 1}") == 2
+    assert f"config.sft.seq_len: {context + 1} tokens; allowed: at most the context of" in capsys.readouterr().err
+    assert train(tmp_path / "whole", *options, f"--config.sft.seq_len={context}", "--config.sft.steps=1") == 0
