@@ -160,6 +160,8 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax import config as configs
 
     for item in overrides:
+        if item.startswith("--config.") and "=" not in item:
+            raise InputError(f"{item}: no value; write {item}=VALUE")
         if not item.startswith("--config."):
             raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
     if arguments.profile < 0:
@@ -322,7 +324,12 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     hf.check_language_model(loaded, arguments.model)
     prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
     options = {name: getattr(arguments, name) for name in SAMPLING}
-    for prompt, response in zip(prompts, sample_texts(loaded, prompts, **options), strict=True):
+    try:
+        responses = sample_texts(loaded, prompts, **options)
+    except InputError as error:  # which names the keyword
+        key, _, rest = str(error).partition(":")
+        raise InputError(f"--{key.replace('_', '-')}:{rest}") from error
+    for prompt, response in zip(prompts, responses, strict=True):
         print(prompt + response)
     return 0
 

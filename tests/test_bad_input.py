@@ -3,6 +3,7 @@
 Everything goes through `lfjax.cli.main`, as the command does.
 """
 
+import fcntl
 import io
 import os
 import pathlib
@@ -77,8 +78,8 @@ def same_model(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 
 def untouched(workdir: pathlib.Path) -> bool:
-    """Whether a run that could not start has left no more than its config."""
-    return not workdir.exists() or [entry.name for entry in workdir.iterdir()] == ["config.json"]
+    """Whether a run that could not start has left no more than its config and what it would have read."""
+    return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {"config.json", "inputs.json"}
 
 
 OVERRIDES = {
@@ -288,7 +289,7 @@ DATA = {
     ),
     "one prompt only": (
         [row | {"prompt": "Describe rain."} for row in smallest.records()],
-        "all 120 have one prompt", "give data.validation_path and data.test_path",
+        "all 120 have one prompt", "give config.data.validation_path and test_path",
     ),
     "no text": ([row | {"responses": [" "]} for row in smallest.records()], "120 of them empty", "give more records"),
     "too few": (smallest.records(1), "split is empty (1 records in all)", "give more records"),
@@ -492,6 +493,81 @@ def test_a_workdir_that_is_a_file_or_below_one_is_refused(command, tmp_path, rec
     assert "a file, not a folder; choose another --workdir" in command(*arguments(file, records))
     assert f"--workdir={file}/w: Not a directory; choose" in command(*arguments(file / "w", records))
     assert file.read_text() == "mine"
+
+
+def test_an_empty_workdir_is_refused(command, tmp_path, records, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--workdir=: empty; name the folder of the run" in command(*arguments("", records))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_override_without_a_value_is_named(command, tmp_path, records):
+    line = command(*arguments(tmp_path / "w", records, "--config.ppo.steps", "20"))
+    assert line == "--config.ppo.steps: no value; write --config.ppo.steps=VALUE"
+
+
+def test_a_run_does_not_go_on_with_other_data(command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    data = pathlib.Path(shutil.copy(records, tmp_path / "rated.jsonl"))
+    (workdir / "config.json").write_text((workdir / "config.json").read_text().replace(str(records), str(data)))
+    assert train(workdir, data, PRETRAINING) == 0
+    data.write_text(data.read_text() + data.read_text().splitlines()[0].replace('"id": 0', '"id": 999') + "\n")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    line = command(*arguments(workdir, data, PRETRAINING))
+    assert f"{workdir}/inputs.json: config.data.path is not what the run was started with; put that back" in line
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_a_run_does_not_go_on_with_another_fork(command, tmp_path, records, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fork = tmp_path / "fork_to_be_changed.py"
+    fork.write_text("def reward(prompts, responses, records):\n    return [0.0 for _ in responses]\n")
+    options = ["--config.stages=tokenizer,pretrain,ppo", "--config.ppo.reward=fork_to_be_changed:reward"]
+    options += ["--config.ppo.value_init=policy", "--config.ppo.init_from=pretrain", "--config.ppo.steps=1"]
+    assert train(tmp_path / "w", records, *options) == 0
+    assert (tmp_path / "w" / "steps" / "reward_function.py").read_text() == fork.read_text()
+    fork.write_text(fork.read_text().replace("0.0", "1.0"))
+    line = command(*arguments(tmp_path / "w", records, *options))
+    assert "steps/reward_function.py is not what the run was started with; put that back" in line
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(command, tmp_path, records, trained):
+    workdir = shutil.copytree(trained, tmp_path / "w")
+    holder = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        line = command(*arguments(workdir, records, PRETRAINING))
+        assert f"--workdir={workdir}: another lfjax train works there; wait for its end" in line
+    finally:
+        os.close(holder)
+    assert train(workdir, records, PRETRAINING) == 0
+    assert train(workdir, records, PRETRAINING) == 0  # which has left it to the next
+
+
+@pytest.mark.parametrize("stage, what", [("sft", "no `edit` feedback"), ("reward", "no rating, ranking")])
+def test_a_stage_that_has_nothing_to_learn_from_is_named_before_any_other_runs(stage, what, command, tmp_path):
+    rows = [{**row, "feedback": [{"kind": "critique", "response": 0, "text": "so"}]} for row in smallest.records()]
+    records = smallest.write_records(tmp_path / "critiques.jsonl", rows)
+    options = [f"--config.stages=tokenizer,pretrain,{stage}", "--config.reward.init_from=pretrain"]
+    line = command(*arguments(tmp_path / "w", records, *options))
+    assert line.startswith(f"stage {stage}: config.data.path {records}: the train split holds {what}")
+    assert not (tmp_path / "w").exists()
+
+
+def test_prompts_that_an_evaluation_cannot_use_are_named_before_training(command, tmp_path):
+    rows = [{**row, "prompt": f"{row['id']} " * 30} for row in smallest.records()]
+    records = smallest.write_records(tmp_path / "long.jsonl", rows)
+    options = ["--config.stages=tokenizer,pretrain,sft,evaluate", "--config.ppo.prompt_buckets=(16,)"]
+    line = command(*arguments(tmp_path / "w", records, *options), progress=True)
+    assert "field 'prompt'" in line and "raise config.ppo.prompt_buckets" in line
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_a_run_that_has_only_its_vocabulary_takes_the_mended_config(command, tmp_path, records):
+    options = ["--config.stages=tokenizer,pretrain,sft,reward,ppo", "--config.pretrain.steps=1"]
+    line = command(*arguments(tmp_path / "w", records, *options, "--config.ppo.stop=('two words',)"), progress=True)
+    assert "config.ppo.stop" in line and (tmp_path / "w" / "models" / "tokenizer").is_dir()
+    assert train(tmp_path / "w", records, PRETRAINING) == 0
 
 
 def test_a_workdir_that_is_an_address_is_refused(command, tmp_path, records, monkeypatch):

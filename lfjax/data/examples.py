@@ -28,6 +28,7 @@ class RewardExample:
       ranks: 0 = best, ties share a rank, None where a candidate has none.
       margin: how much better a preference's chosen answer is; 0 where nobody said.
       record: the index of the record among those converted.
+      cut: how many candidates were longer than allowed.
     """
 
     candidates: list[list[int]]
@@ -35,6 +36,7 @@ class RewardExample:
     ranks: list[int | None]
     margin: float = 0.0
     record: int = 0
+    cut: int = 0
 
     def first(self, count: int) -> RewardExample:
         """The example with its first `count` candidates alone."""
@@ -85,16 +87,32 @@ def sft_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[Docum
     """
     documents = []
     for record in records:
-        texts = [entry.text for entry in record.feedback if isinstance(entry, Edit)]
         prompt = prompt_tokens(record, tokenizer)
-        for text in texts if record.feedback else record.responses:
+        for text in sft_texts(record):
             response = response_tokens(record, text, tokenizer)
             documents.append((prompt + response, [False] * len(prompt) + [True] * len(response)))
     return documents
 
 
-def _complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, truncate: bool) -> list[int]:
-    """BOS + prompt + response + EOS in at most `max_length` tokens: the prompt's start goes first, EOS never."""
+def sft_texts(record: Record) -> list[str]:
+    """What fine-tuning learns: people's edits; the responses of a record without feedback."""
+    return [e.text for e in record.feedback if isinstance(e, Edit)] if record.feedback else list(record.responses)
+
+
+def teaches(record: Record, stage: str) -> bool:
+    """Whether a stage, "pretrain", "sft" or "reward", can learn something from the record."""
+    if stage == "reward":
+        return any(True for _ in _judgements(record, (0.0, 1.0)))
+    return bool(sft_texts(record)) if stage == "sft" else any(record.responses)
+
+
+def _complete(
+    record: Record, text: str, tokenizer: Tokenizer, max_length: int, truncate: bool
+) -> tuple[list[int], bool]:
+    """BOS + prompt + response + EOS in at most `max_length` tokens, and whether something is cut off.
+
+    The prompt's start goes first, EOS never.
+    """
     start, prompt = _start(prompt_tokens(record, tokenizer), tokenizer)
     response = response_tokens(record, text, tokenizer)
     excess = len(start) + len(prompt) + len(response) - max_length
@@ -107,7 +125,7 @@ def _complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, 
         prompt = prompt[min(excess, len(prompt)) :]
         room = max_length - 1 - len(start) - len(prompt)
         response = response[: max(room, 0)] + response[-1:] if len(response) > room + 1 else response
-    return [*start, *prompt, *response][:max_length]
+    return [*start, *prompt, *response][:max_length], excess > 0
 
 
 def _start(prompt: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -165,8 +183,9 @@ def reward_examples(
     examples = []
     for index, record in enumerate(records):
         for texts, ratings, ranks, margin in _judgements(record, scale):
-            candidates = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
-            examples.append(RewardExample(candidates, ratings, ranks, margin, index))
+            made = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
+            candidates, cut = [tokens for tokens, _ in made], sum(cut for _, cut in made)
+            examples.append(RewardExample(candidates, ratings, ranks, margin, index, cut))
     return examples
 
 

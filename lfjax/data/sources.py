@@ -69,23 +69,24 @@ def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any
     if counts.get(left_out):
         other = "held-out" if name == "train" else "test"
         return (
-            f"data: the {name} split is empty: {counts[left_out]} records of {_path(data, name)} are left out because"
-            f" they are near-identical to {other} ones (by the prompt, where there is one); give others"
+            f"config.data: the {name} split is empty: {counts[left_out]} records of {_path(data, name)} are left out"
+            f" because they are near-identical to {other} ones (by the prompt, where there is one); give others"
         )
     cut = [record for split in splits.values() for record in split]
     prompts = {text_key(record.prompt_text) for record in cut}
     if len(cut) > 1 and prompts != {""} and len(prompts) < len(SPLITS):
         return (
-            f"data: the {name} split is empty: records are split by their prompt, so that answers to one prompt stay"
-            f" together, and all {len(cut)} have {'one prompt' if len(prompts) == 1 else f'{len(prompts)} prompts'};"
-            " give data.validation_path and data.test_path"
+            f"config.data: the {name} split is empty: records are split by their prompt, so that answers to one prompt"
+            f" stay together, and all {len(cut)} have"
+            f" {'one prompt' if len(prompts) == 1 else f'{len(prompts)} prompts'};"
+            " give config.data.validation_path and test_path"
         )
     empty = f", {counts['empty']} of them empty" if counts["empty"] else ""
     different = len({record_key(record) for record in cut})
     empty += f", only {different} of them different" if 0 < different < len(cut) else ""
     return (
-        f"data: the {name} split is empty ({counts['rows']} records in all{empty}); give more records, a larger "
-        f"data.validation_fraction and data.test_fraction, or data.validation_path and data.test_path"
+        f"config.data: the {name} split is empty ({counts['rows']} records in all{empty}); give more records, a larger "
+        f"config.data.validation_fraction and test_fraction, or config.data.validation_path and test_path"
     )
 
 

@@ -55,7 +55,7 @@ _DATASET_VERSION = "1.0.0"  # goes up whenever cleaning, merging or splitting ch
 
 def cache_folder() -> pathlib.Path:
     """$LFJAX_CACHE, or ~/.cache/lfjax."""
-    return pathlib.Path(os.environ.get("LFJAX_CACHE") or pathlib.Path.home() / ".cache" / "lfjax")
+    return pathlib.Path(os.environ.get("LFJAX_CACHE") or "~/.cache/lfjax").expanduser()
 
 
 def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:

@@ -62,8 +62,8 @@ def _logprobs(run: Run, model) -> Step:
     stats = functools.partial(
         response_stats,
         model,
-        temperature=run.config.ppo.rollout_step.temperature,
-        chunk_size=run.config.ppo.update_step.chunk_size,
+        temperature=run.config.ppo.rollout_step.get("temperature", 1.0),
+        chunk_size=run.config.ppo.update_step.get("chunk_size", 64),
     )
 
     def logprobs(params, ref_params, g: Generation):

@@ -285,9 +285,9 @@ def reference_dtype(section) -> Any:
 
 def _programs(run: Run, models: PPOModels, txs, state_shardings):
     section = run.config.ppo
-    temperature = section.rollout_step.temperature
+    temperature = section.rollout_step.get("temperature", 1.0)  # a fork may have deleted what it does not take
     update_step = section.update_step.to_dict()
-    pieces = update_step["minibatches"] * update_step["num_microbatches"]
+    pieces = update_step.get("minibatches", 1) * update_step.get("num_microbatches", 1)
     make = functools.partial(
         run.steps["ppo_experience"],
         models=models,

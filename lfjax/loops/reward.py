@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError, init_from
+from lfjax.config import init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import RewardExample, reward_examples
 from lfjax.data.sources import ordinal_bounds
@@ -45,15 +45,9 @@ def reward_stage(run: Run) -> dict[str, float]:
         "seed": run.config.seed,
     }
     options = {"max_length": section.seq_len, "scale": run.rating_scale or (0.0, 1.0)}
-    sets = {}
-    for split in ("train", "validation", "test"):
-        found = reward_examples(getattr(run.records, split), run.tokenizer, **options)
-        if not found:
-            raise InputError(
-                f"stage reward: {run.data_file(split)}: the {split} split holds no rating, ranking, preference, edit or"
-                ' label to learn from; add some, or leave "reward" out of config.stages'
-            )
-        sets[split] = found
+    splits = ("train", "validation", "test")
+    sets = {split: reward_examples(getattr(run.records, split), run.tokenizer, **options) for split in splits}
+    cut = sum(example.cut for example in sets["train"]) / sum(len(example.candidates) for example in sets["train"])
     label_scale = rating_span(sets["train"])
     mean = rating_mean(sets["train"]) if section.center_ratings else None
     sets = {split: shifted(found, mean or 0.0) for split, found in sets.items()}
@@ -96,6 +90,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     )
     run.save_model("reward", model, model_params(state.params))
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
+    out["reward/cut_share"] = cut  # of the training answers: longer, with their prompt, than seq_len
     if mean is not None:
         out["reward/rating_mean"] = mean
     return out | figures(state, "test", "reward/") | reward_baselines(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -29,6 +30,7 @@ from lfjax import config as configs
 from lfjax import tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
+from lfjax.data.examples import teaches
 from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
@@ -36,6 +38,8 @@ from lfjax.models.flops import peak_flops
 from lfjax.models.transformer import Transformer
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.tokenizers import stop_ids
+
+INPUTS = "inputs.json"  # sha256 of the data files and forks that the run was started with
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -98,6 +102,8 @@ class Run:
         configs.validate(config)
         self.profile = profile  # steps of every training stage to trace
         self.config = config
+        if not os.fspath(workdir):
+            raise InputError("--workdir=: empty; name the folder of the run")
         if "://" in os.fspath(workdir):
             raise InputError(f"--workdir={os.fspath(workdir)}: an address; name a folder, of a mounted bucket perhaps")
         self.workdir = Path(workdir)
@@ -109,7 +115,12 @@ class Run:
         self._check_batches()
         self._check_keywords()
         self._check_sources()
-        self._open_workdir()
+        self._held: int | None = None
+        try:
+            self._open_workdir()
+        except BaseException:
+            self._unlock()
+            raise
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
         self.meter = Meter()
@@ -168,7 +179,8 @@ class Run:
         path = self.workdir / "config.json"
         if self.workdir.exists() and not self.workdir.is_dir():
             raise InputError(f"--workdir={self.workdir}: a file, not a folder; choose another --workdir")
-        begun = any((self.workdir / name).exists() for name in ("checkpoints", "models", METRICS))
+        self._lock()
+        begun = any((self.workdir / name).exists() for name in ("checkpoints", METRICS))
         for stage in self.stages:
             if self.models(stage).exists() and not self.models(stage).is_dir():
                 raise InputError(f"{self.models(stage)}: a file where a model's folder goes; move it away")
@@ -176,13 +188,16 @@ class Run:
             before = read_json(path)
             differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
             if not differs:
-                return
+                return self._check_inputs()
             if begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
-                raise InputError(f"{path}: the run was started with another config ({shown}); use another --workdir")
+                raise InputError(
+                    f"{path}: the run was started with another config ({shown}); use another --workdir, which may start"
+                    f" from a model of this one: --config.<stage>.init_from={self.workdir}/models/<stage>"
+                )
         if "reward" in self.stages and self.rating_scale:  # which has to be one, with classes for an ordinal loss
             ordinal_bounds(self.config.reward.step, self.rating_scale)
-        _ = self.records
+        self._check_data()
         if jax.process_index() == 0:
             try:
                 self.workdir.mkdir(parents=True, exist_ok=True)
@@ -190,17 +205,88 @@ class Run:
                 raise InputError(
                     f"--workdir={self.workdir}: {error.strerror}; choose a folder you may write"
                 ) from error
-            self._keep_forks()
-            write_json(path, resolved)
-
-    def _keep_forks(self) -> None:
-        """Copies the source of steps that are not lfjax's own into the run directory."""
-        for name, step in self.steps.items():
-            function = inspect.unwrap(getattr(step, "func", step))
-            source = inspect.getsourcefile(function)
-            if source and not function.__module__.startswith("lfjax."):
+            self._lock()
+            for name, source in self._forks().items():
                 (self.workdir / "steps").mkdir(exist_ok=True)
                 shutil.copyfile(source, self.workdir / "steps" / f"{name}.py")
+            write_json(self.workdir / INPUTS, self._inputs())
+            write_json(path, resolved)
+
+    def _forks(self) -> dict[str, Path]:
+        """The source files of steps, and of a reward function, that are not lfjax's own; `steps/` keeps copies."""
+        functions = dict(self.steps)
+        if "ppo" in self.stages and configs.is_function(self.config.ppo.reward):
+            functions["reward_function"] = self.resolve("ppo.reward", self.config.ppo.reward)
+        found = {}
+        for name, function in functions.items():
+            function = inspect.unwrap(getattr(function, "func", function))
+            source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
+            if source and not function.__module__.startswith("lfjax."):
+                found[name] = Path(source)
+        return found
+
+    def _inputs(self) -> dict[str, str]:
+        """sha256 of what a run reads besides its config: config key or fork -> digest, of the files that are there."""
+        data = self.config.data
+        files = {f"config.data.{key}": data[key] for key in ("path", "validation_path", "test_path") if data[key]}
+        files |= {f"steps/{name}.py": source for name, source in self._forks().items()}
+        digests = {}
+        for name, file in files.items():
+            if Path(file).is_file():
+                with open(file, "rb") as content:
+                    digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
+        return digests
+
+    def _check_inputs(self) -> None:
+        """Refuses to go on with other data or other code than the run was started with."""
+        path = self.workdir / INPUTS
+        before = read_json(path) if path.exists() else {}
+        for name, digest in self._inputs().items():
+            if isinstance(before, dict) and before.get(name, digest) != digest:
+                held = f" ({self.workdir}/{name} holds it)" if name.startswith("steps/") else ""
+                raise InputError(
+                    f"{path}: {name} is not what the run was started with; put that back{held}, or use another"
+                    " --workdir"
+                )
+
+    def _check_data(self) -> None:
+        """Every stage finds something to learn from in the splits that it reads."""
+        reads = {"pretrain": "text", "sft": "`edit` feedback, and no record without feedback,"}
+        reads["reward"] = "rating, ranking, preference, edit or label"
+        for stage, what in reads.items():
+            for split in ("train", "validation", *(("test",) if stage == "reward" else ())):
+                if stage in self.stages and not any(teaches(r, stage) for r in getattr(self.records, split)):
+                    raise InputError(
+                        f"stage {stage}: {self.data_file(split)}: the {split} split holds no {what} to learn from; add"
+                        f' some, or leave "{stage}" out of config.stages'
+                    )
+        _ = self.records
+
+    def _lock(self) -> None:
+        """Keeps the directory to this run until `close`; the lock goes with the process, however it ends."""
+        if self._held is not None or jax.process_index() != 0 or not self.workdir.is_dir():
+            return
+        held = os.open(self.workdir, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise InputError(
+                f"--workdir={self.workdir}: another lfjax train works there; wait for its end, or use another --workdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        self._held = held
+
+    def close(self) -> None:
+        """Closes the logs and leaves the directory to others."""
+        self.log.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def resolve(self, key: str, dotted: str) -> Callable:
         """The function behind "module:function" of `config.<key>`; the config's folder is searched too."""
@@ -446,7 +532,7 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
     finally:
         signal.signal(signal.SIGTERM, previous[0])
         signal.signal(signal.SIGINT, previous[1])
-        run.log.close()
+        run.close()
     return read_json(run.workdir / "summary.json")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError, init_from, optim_section
+from lfjax.config import init_from, optim_section
 from lfjax.data.batching import PackedRows
 from lfjax.data.examples import pretraining_documents, prompts_from_records, sft_documents
 from lfjax.loops.run import Run
@@ -37,7 +37,7 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
             model_type=options.model_type,
         )
     run.sync("saved tokenizer")
-    if "ppo" in run.stages:  # what PPO could not use is better known before hours of training
+    if {"ppo", "evaluate"} & {*run.stages}:  # what they could not use is better known before hours of training
         run_prompts(run, [*run.records.train, *run.records.test], tokenizer)
         stop_ids(tokenizer, run.config.ppo.stop, "config.ppo.stop")
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
@@ -151,13 +151,6 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     section = run.config[stage]
     convert = pretraining_documents if stage == "pretrain" else sft_documents
     documents = {split: convert(getattr(run.records, split), run.tokenizer) for split in ("train", "validation")}
-    for split, found in documents.items():
-        if not found:
-            what = "text" if stage == "pretrain" else "`edit` feedback, and no record without feedback,"
-            raise InputError(
-                f"stage {stage}: {run.data_file(split)}: the {split} split holds no {what} to learn from; add some,"
-                f' or leave "{stage}" out of config.stages'
-            )
     rows = {"seq_len": section.seq_len, "batch_size": section.batch_size, "pad_id": run.tokenizer.pad_id}
     packed, validation = (PackedRows(documents[s], seed=run.config.seed, **rows) for s in ("train", "validation"))
     total = total_steps(section, packed.steps_per_epoch)

@@ -47,7 +47,7 @@ def clipped_value_losses(
     Args:
       values: predictions of the value model being trained.
       old_values, returns: constants, as they were when the rollout was made.
-      clip: in units of value, above 0.
+      clip: in units of value, at least 0.
     Source: Dhariwal et al. 2017, OpenAI Baselines ppo2; used in Ziegler et al. 2019, arXiv:1909.08593.
     """
     old_values, returns = jax.lax.stop_gradient((old_values, returns))

@@ -132,7 +132,7 @@ def train(
         raise InputError(f"tokenizer.model_type: found {model_type!r}; allowed: unigram | bpe")
     sentences = [text for text in texts if text]
     if not sentences:
-        raise InputError("tokenizer: no text to learn a vocabulary from; the training split is empty")
+        raise InputError("config.data.path: no text to learn a vocabulary from; the training split is empty")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -165,10 +165,10 @@ def train(
 def _vocabulary_error(message: str, vocab_size: int) -> str:
     at_most = re.search(r"<= (\d+)", message)
     if at_most:
-        return f"tokenizer.vocab_size: found {vocab_size}; these texts fill at most {at_most[1]} pieces"
+        return f"config.tokenizer.vocab_size: found {vocab_size}; these texts fill at most {at_most[1]}"
     at_least = re.search(r"smaller than required_chars\.?\D*\d+ vs (\d+)", message)
     if at_least:
-        return f"tokenizer.vocab_size: found {vocab_size}; these texts need at least {at_least[1]} pieces"
+        return f"config.tokenizer.vocab_size: found {vocab_size}; these texts need at least {at_least[1]} pieces"
     return f"tokenizer: sentencepiece could not learn {vocab_size} pieces: {' '.join(message.split())}"
 
 

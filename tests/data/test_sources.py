@@ -120,7 +120,7 @@ def one_prompt(path, texts, prompts=("Describe rain.",)):
 @pytest.mark.parametrize("prompts, found", [(("A",), "all 60 have one prompt"), (("A", "B"), "all 60 have 2 prompts")])
 def test_answers_to_too_few_prompts_cannot_be_split_and_the_message_says_why(prompts, found, tmp_path):
     path = one_prompt(tmp_path / "a.jsonl", TEXTS[:60], prompts)
-    message = f"split is empty: records are split by their prompt, .*{found}; give data.validation_path and"
+    message = f"split is empty: records are split by their prompt, .*{found}; give config.data.validation_path and"
     with pytest.raises(InputError, match=message):
         load_records(section(path=path))
 
@@ -197,7 +197,7 @@ def test_plain_text_loads_as_splits(tmp_path):
         ({"path": "absent.jsonl"}, "absent.jsonl: no such file"),
         ({"path": "a.jsonl", "test_fraction": 0.9}, "data.test_fraction: found 0.9; allowed"),
         ({"path": "a.jsonl", "max_records": -1}, "data.max_records: found -1"),
-        ({"path": "one.jsonl"}, "data: the .* split is empty"),
+        ({"path": "one.jsonl"}, "config.data: the .* split is empty"),
         ({"path": "a.jsonl", "validation_path": "absent.jsonl"}, "absent.jsonl: no such file"),
         ({"source": "text", "path": "absent.txt"}, "absent.txt: no such file"),
         ({"source": "text", "path": "blank.txt"}, "is empty"),

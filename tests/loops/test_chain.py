@@ -38,7 +38,7 @@ def test_a_run_leaves_the_files_of_every_stage(straight):
     stages = smallest.STAGES
     assert {path.name for path in straight.iterdir()} == {
         "config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "checkpoints", "models",
-        "report.html",
+        "inputs.json", "report.html",
     }  # fmt: skip
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {*stages}
     for stage in stages:
