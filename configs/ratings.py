@@ -4,7 +4,7 @@ For a few hundred to a few thousand records (see "Your own ratings in five minut
 records of one line take 110 s of CPU time (281 s on 2 busy cores of an AMD EPYC, x86-64, jax 0.10.2); made-up slogans
 rated 1 to 5 went from 0.4 points below the average rating to 1.4 above it, with less variety. The language model starts
 from nothing and knows no more than your texts: for one that writes, start from a model folder
-(`--config.model.init_from=FOLDER`, Hugging Face layout with a sentencepiece tokenizer).
+(`--config.model.init_from=FOLDER`, Hugging Face layout with its tokenizer).
 
     lfjax train --config=configs/ratings.py --workdir=runs/mine --config.data.path=ratings.jsonl
 """
