@@ -1,7 +1,7 @@
 """Model families of the Hugging Face layout: one table each, read in both directions.
 
 A family says which keys of config.json are which fields of TransformerConfig, and which tensor is which parameter.
-Adding a family is adding a table to FAMILIES.
+Adding a family is adding a table to KNOWN.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from lfjax.interop.tensors import Tensor
 from lfjax.models.transformer import TransformerConfig
 
 REQUIRED = object()
+AS_ABSENT = object()
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what 32 bits hold
 
 
 class Field(NamedTuple):
-    """One key of config.json: their name, our field, its type, what its absence (or null) means, renamed values.
+    """One key of config.json: their name, our field, its type, what its absence and null mean, renamed values.
 
-    `default` is REQUIRED, a value, or a function of the fields read so far. `values` maps theirs to ours; the first
-    of several with one meaning is written.
+    `default` and `null` are a value or a function of the fields read so far; `default` may be REQUIRED, `null`
+    AS_ABSENT. A value that null means is written as null. `values` maps theirs to ours; the first of several with one
+    meaning is written.
     """
 
     theirs: str
@@ -30,6 +32,20 @@ class Field(NamedTuple):
     kind: type
     default: Any = REQUIRED
     values: dict[str, str] | None = None
+    null: Any = AS_ABSENT
+
+
+class Rope(NamedTuple):
+    """Keys of config.json for rotary positions, where they stand outside `rope_parameters`.
+
+    `share` is the key of the rotated share of a head (0.25 where absent; "": all is rotated), `local` that of the
+    base in layers with a window ("": that of all layers); then `rope_parameters` holds one object a type of layer.
+    """
+
+    theta: str = "rope_theta"
+    default: float = 10000.0
+    share: str = ""
+    local: str = ""
 
 
 class Family(NamedTuple):
@@ -44,6 +60,10 @@ class Family(NamedTuple):
       constants: further keys written for a model trained from scratch.
       tensors: the trunk's tensors; a line acts where the model has its parameters.
       heads: task -> (architecture, the head's tensors).
+      window: which layers see a window of `sliding_window` keys: "" none, "all" (where it is not null), "switched"
+        those of `layer_types`, or from `max_window_layers` on, where `use_sliding_window` is true; a number n: those
+        of `layer_types`, or all but each n-th.
+      rope: the keys of rotary positions.
       ignored: endings of tensor names that hold no parameter (buffers of old versions).
     """
 
@@ -56,6 +76,8 @@ class Family(NamedTuple):
     tensors: tuple[Tensor, ...]
     heads: dict[str, tuple[str, tuple[Tensor, ...]]]
     ignored: tuple[str, ...] = ()
+    window: str | int = ""
+    rope: Rope = Rope()
 
 
 ACTIVATIONS = {
@@ -182,7 +204,184 @@ LLAMA = Family(
     ignored=(".rotary_emb.inv_freq",),
 )
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA)}
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    base="gpt_neox.",
+    form=dict(position="rope", norm="layernorm", gated=False, mlp_bias=True),
+    fields=(
+        Field("vocab_size", "vocab_size", int),
+        Field("hidden_size", "width", int),
+        Field("intermediate_size", "mlp_width", int),
+        Field("num_hidden_layers", "layers", int),
+        Field("num_attention_heads", "heads", int),
+        Field("max_position_embeddings", "context", int, 2048),
+        Field("layer_norm_eps", "norm_eps", float, 1e-5),
+        Field("hidden_act", "activation", str, "gelu", ACTIVATIONS),
+        Field("attention_bias", "attention_bias", bool, True),
+        Field("use_parallel_residual", "parallel", bool, True),
+        Field("tie_word_embeddings", "tied", bool, False),
+        Field("initializer_range", "init_std", float, 0.02),
+    ),
+    only={},
+    constants={"attention_dropout": 0.0, "hidden_dropout": 0.0},
+    tensors=(
+        Tensor("gpt_neox.embed_in.weight", "embed/tokens", "V D -> V D"),
+        Tensor("gpt_neox.layers.{i}.input_layernorm.weight", "layers/norm1/scale", "D -> D"),
+        Tensor("gpt_neox.layers.{i}.input_layernorm.bias", "layers/norm1/bias", "D -> D"),
+        Tensor(
+            "gpt_neox.layers.{i}.attention.query_key_value.weight",
+            "layers/attention/q layers/attention/k layers/attention/v",
+            "(N J H) D -> J D N H",
+        ),
+        Tensor(
+            "gpt_neox.layers.{i}.attention.query_key_value.bias",
+            "layers/attention/q_bias layers/attention/k_bias layers/attention/v_bias",
+            "(N J H) -> J N H",
+        ),
+        Tensor("gpt_neox.layers.{i}.attention.dense.weight", "layers/attention/o", "D (N H) -> N H D"),
+        Tensor("gpt_neox.layers.{i}.attention.dense.bias", "layers/attention/o_bias", "D -> D"),
+        Tensor("gpt_neox.layers.{i}.post_attention_layernorm.weight", "layers/norm2/scale", "D -> D"),
+        Tensor("gpt_neox.layers.{i}.post_attention_layernorm.bias", "layers/norm2/bias", "D -> D"),
+        Tensor("gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight", "layers/mlp/up", "F D -> D F"),
+        Tensor("gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias", "layers/mlp/up_bias", "F -> F"),
+        Tensor("gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight", "layers/mlp/down", "D F -> F D"),
+        Tensor("gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias", "layers/mlp/down_bias", "D -> D"),
+        Tensor("gpt_neox.final_layer_norm.weight", "final_norm/scale", "D -> D"),
+        Tensor("gpt_neox.final_layer_norm.bias", "final_norm/bias", "D -> D"),
+    ),
+    heads={
+        "lm": ("GPTNeoXForCausalLM", (Tensor("embed_out.weight", "unembed/kernel", "V D -> D V"),)),
+        "sequence": ("GPTNeoXForSequenceClassification", (Tensor("score.weight", "head/kernel", "C D -> D C"),)),
+        "token": (
+            "GPTNeoXForTokenClassification",
+            (
+                Tensor("classifier.weight", "head/kernel", "C D -> D C"),
+                Tensor("classifier.bias", "head/bias", "C -> C"),
+            ),
+        ),
+    },
+    ignored=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"),
+    rope=Rope(theta="rotary_emb_base", share="rotary_pct"),
+)
+
+
+def _like(base: Family, model_type: str, prefix: str, *fields: Field, without=(), form=None, **changes) -> Family:
+    """`base` with these fields, those `without`, and other changes; its classes are called `prefix`..."""
+    old = base.heads["lm"][0].removesuffix("ForCausalLM")
+    heads = {task: (prefix + name.removeprefix(old), tensors) for task, (name, tensors) in base.heads.items()}
+    table = {field.ours: field for field in base.fields if field.ours not in without}
+    table |= {field.ours: field for field in fields}
+    changes = {"heads": heads} | changes
+    return base._replace(model_type=model_type, fields=tuple(table.values()), form=base.form | (form or {}), **changes)
+
+
+def _kv_heads(absent: int, null: Any = lambda known: known["heads"]) -> Field:
+    return Field("num_key_value_heads", "kv_heads", int, absent, null=null)
+
+
+def _context(absent: int) -> Field:
+    return Field("max_position_embeddings", "context", int, absent)
+
+
+QK_NORMS = (
+    Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attention/q_norm/scale", "H -> H"),
+    Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attention/k_norm/scale", "H -> H"),
+)
+MISTRAL = _like(
+    LLAMA,
+    "mistral",
+    "Mistral",
+    _kv_heads(8),
+    _context(131072),
+    without=("attention_bias", "mlp_bias"),
+    form=dict(attention_bias=False, mlp_bias=False),
+    window="all",
+)
+QWEN2 = _like(
+    LLAMA,
+    "qwen2",
+    "Qwen2",
+    _kv_heads(32),
+    _context(32768),
+    without=("attention_bias", "mlp_bias", "head_dim"),
+    form=dict(attention_bias=True, output_bias=False, mlp_bias=False),
+    window="switched",
+)
+QWEN3 = _like(
+    LLAMA,
+    "qwen3",
+    "Qwen3",
+    _kv_heads(32),
+    _context(32768),
+    Field("head_dim", "head_dim", int, 128),
+    without=("mlp_bias",),
+    form=dict(qk_norm=True, mlp_bias=False),
+    tensors=LLAMA.tensors + QK_NORMS,
+    window="switched",
+)
+GEMMA_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"} | ACTIVATIONS  # the one to write comes first
+GEMMA = _like(
+    LLAMA,
+    "gemma",
+    "Gemma",
+    _kv_heads(16, AS_ABSENT),
+    _context(8192),
+    Field("head_dim", "head_dim", int, 256),
+    # the first files say "gelu" and mean its tanh form
+    Field("hidden_act", "activation", str, "gelu_pytorch_tanh", GEMMA_ACTIVATIONS | {"gelu": "gelu_tanh"}),
+    Field("tie_word_embeddings", "tied", bool, True),
+    without=("mlp_bias",),
+    form=dict(norm="rmsnorm_plus_one", mlp_bias=False, scale_embedding=True),
+    only={"use_bidirectional_attention": (False, None)},
+)
+GEMMA2 = _like(
+    GEMMA,
+    "gemma2",
+    "Gemma2",
+    _kv_heads(4, AS_ABSENT),
+    Field("hidden_activation", "activation", str, "gelu_pytorch_tanh", GEMMA_ACTIVATIONS),
+    Field("query_pre_attn_scalar", "query_scalar", int, 256),
+    Field("attn_logit_softcapping", "attention_softcap", float, 50.0, null=0.0),
+    Field("final_logit_softcapping", "logit_softcap", float, 30.0, null=0.0),
+    form=dict(post_norm=True),
+    tensors=(
+        *(tensor for tensor in LLAMA.tensors if tensor.paths != "layers/norm2/scale"),
+        Tensor("model.layers.{i}.post_attention_layernorm.weight", "layers/post_norm1/scale", "D -> D"),
+        Tensor("model.layers.{i}.pre_feedforward_layernorm.weight", "layers/norm2/scale", "D -> D"),
+        Tensor("model.layers.{i}.post_feedforward_layernorm.weight", "layers/post_norm2/scale", "D -> D"),
+    ),
+    window=2,
+)
+GEMMA3 = _like(
+    GEMMA2,
+    "gemma3_text",
+    "Gemma3",
+    _context(131072),
+    Field("final_logit_softcapping", "logit_softcap", float, 0.0, null=0.0),
+    without=("attention_softcap",),
+    form=dict(qk_norm=True),
+    only=GEMMA.only | {"attn_logit_softcapping": (None,)},
+    tensors=GEMMA2.tensors + QK_NORMS,
+    heads={
+        "lm": ("Gemma3ForCausalLM", LLAMA.heads["lm"][1]),
+        "sequence": ("Gemma3TextForSequenceClassification", LLAMA.heads["sequence"][1]),
+        "token": ("Gemma3TextForTokenClassification", LLAMA.heads["token"][1]),  # transformers has no such class
+    },
+    window=6,
+    rope=Rope(default=1e6, local="rope_local_base_freq"),
+)
+
+KNOWN = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA, GEMMA2, GEMMA3)
+FAMILIES = {family.model_type: family for family in KNOWN}
+
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+MOST_LAYERS = 10_000
 
 # What an execution chooses; the rest of TransformerConfig says what the model computes.
 EXECUTION = ("dtype", "remat", "unroll", "dropout", "vocab_multiple")
@@ -215,7 +414,8 @@ def read_config(config: dict, where: str, task: str | None = None) -> Transforme
     known.setdefault("head_dim", known["width"] // known["heads"])
     _check_heads(config, family, known, where)
     if family.form["position"] == "rope":
-        known["rope_theta"] = _read_rope(config, where)
+        known |= _read_rope(config, family.rope, known["context"], where)
+    known |= _read_window(config, family, known["layers"], where)
     task = task or _task_of(config, family, where)
     if task != "lm":
         known |= {"num_labels": _num_labels(config, where), "head_bias": task == "token"}
@@ -228,9 +428,12 @@ def read_config(config: dict, where: str, task: str | None = None) -> Transforme
 def _read_field(config: dict, field: Field, known: dict, where: str) -> Any:
     value = config.get(field.theirs)
     if value is None:
-        if field.default is REQUIRED:
+        value = field.default if field.theirs not in config or field.null is AS_ABSENT else field.null
+        if value is REQUIRED:
             raise InputError(f"{where}: field {field.theirs!r}: missing; {field.kind.__name__} is needed")
-        value = field.default(known) if isinstance(field.default, Callable) else field.default
+        value = value(known) if isinstance(value, Callable) else value
+        if value == field.null:
+            return value
     number = (int, float) if field.kind is float else field.kind
     right = isinstance(value, number) and (field.kind is bool or not isinstance(value, bool))
     if not right or (field.kind in LARGEST and not 0 < value <= LARGEST[field.kind]):
@@ -253,28 +456,83 @@ def _check_heads(config: dict, family: Family, known: dict, where: str) -> None:
             f"{where}: field {theirs['kv_heads']!r}: found {known['kv_heads']}; must divide"
             f" {theirs['heads']} {known['heads']}"
         )
-    if config.get("head_dim") is None and known["width"] % known["heads"]:
+    derived = config.get("head_dim") is None and known["head_dim"] == known["width"] // known["heads"]
+    if derived and known["width"] % known["heads"]:
         raise InputError(
             f"{where}: field {theirs['heads']!r}: found {known['heads']}; must divide"
             f" {theirs['width']} {known['width']}"
         )
 
 
-def _read_rope(config: dict, where: str) -> float:
-    """The base of the rotary angles, from `rope_parameters` or from `rope_theta` and `rope_scaling` (older files)."""
-    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    rope = config.get(key) or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{where}: field {key!r}: found {rope!r}; must be an object")
+def _read_rope(config: dict, keys: Rope, context: int, where: str) -> dict[str, Any]:
+    """Rotary settings, from `rope_parameters` or from `rope_theta` and `rope_scaling` (older files; that one wins)."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope, found = config.get(key) or {}, {}
+    if keys.local:  # one object a type of layer; an older scaling is that of full attention
+        types = _object(config.get("rope_parameters") or {}, "rope_parameters", where)
+        near, full = (_object(types.get(kind) or {}, f"rope_parameters.{kind}", where) for kind in LAYER_TYPES[::-1])
+        kind = near.get("rope_type", "default")
+        if types.keys() - set(LAYER_TYPES) or kind != "default":
+            wanted = f"one object for each of {', '.join(LAYER_TYPES)}, the last of rope_type default"
+            raise InputError(f"{where}: field 'rope_parameters': found {types!r}; must be {wanted}")
+        local = near.get("rope_theta", config.get(keys.local, 10000.0))
+        found["window_theta"] = _positive(local, keys.local, where)
+        rope = full | _object(config.get("rope_scaling") or {}, "rope_scaling", where)
+    rope = _object(rope, key, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"{where}: field '{key}.rope_type': found {kind!r}; only 'default' is computed here")
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(f"{where}: field 'partial_rotary_factor': only 1.0 is computed here")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta <= LARGEST[float]:
-        raise InputError(f"{where}: field 'rope_theta': found {theta!r}; must be a positive number")
-    return float(theta)
+    names = ROPE_KEYS.get(kind) if isinstance(kind, str) else None
+    if names is None:
+        raise InputError(f"{where}: field '{key}.rope_type': found {kind!r}; known are {', '.join(ROPE_KEYS)}")
+    outside = config.get(keys.share, 0.25) if keys.share else config.get("partial_rotary_factor", 1.0)
+    share = _positive(rope.get("partial_rotary_factor", outside), "partial_rotary_factor", where)
+    if share > 1.0 or (share < 1.0 and not keys.share):
+        allowed = "a positive number up to 1.0" if keys.share else "1.0 in this family"
+        raise InputError(f"{where}: field 'partial_rotary_factor': found {share}; must be {allowed}")
+    theta = _positive(rope.get("rope_theta", config.get(keys.theta, keys.default)), keys.theta, where)
+    given = {"original_max_position_embeddings": context} | rope
+    scaling = tuple(_positive(given.get(name), f"{key}.{name}", where) for name in names)
+    if kind == "llama3" and scaling[2] <= scaling[1]:
+        raise InputError(f"{where}: field '{key}.high_freq_factor': found {scaling[2]}; must exceed low_freq_factor")
+    return found | {"rope_theta": theta, "rope_scaling": (kind, *scaling) if names else (), "rope_share": share}
+
+
+def _object(value: Any, name: str, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: field {name!r}: found {value!r}; must be an object")
+    return value
+
+
+def _positive(value: Any, name: str, where: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= LARGEST[float]:
+        raise InputError(f"{where}: field {name!r}: found {value!r}; must be a positive number")
+    return float(value)
+
+
+def _read_window(config: dict, family: Family, layers: int, where: str) -> dict[str, Any]:
+    """The window and which layers have it, as fields of TransformerConfig."""
+    window = config.get("sliding_window", 4096)
+    switched = family.window == "switched"
+    on = not switched or _read_field(config, Field("use_sliding_window", "", bool, False), {}, where)
+    if not family.window or window is None or not on:
+        return {}
+    if type(window) is not int or not 0 < window <= LARGEST[int]:
+        raise InputError(f"{where}: field 'sliding_window': found {window!r}; must be a positive integer or null")
+    if family.window == "all":
+        return {"window": window}
+    if layers > MOST_LAYERS:
+        raise InputError(f"{where}: field 'num_hidden_layers': found {layers}; at most {MOST_LAYERS}")
+    types = config.get("layer_types")
+    if types is None:
+        key, default = ("max_window_layers", 28) if switched else ("sliding_window_pattern", family.window)
+        count = config.get(key, default)
+        if type(count) is not int or count < (0 if switched else 1):
+            raise InputError(f"{where}: field {key!r}: found {count!r}; must be a positive integer")
+        types = [LAYER_TYPES[i >= count if switched else (i + 1) % count > 0] for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not all(kind in LAYER_TYPES for kind in types):
+        known = " or ".join(LAYER_TYPES)
+        raise InputError(f"{where}: field 'layer_types': found {types!r}; must be {known} for each of {layers} layers")
+    windowed = tuple(kind == LAYER_TYPES[1] for kind in types)
+    return {"window": window, "windowed": () if all(windowed) else windowed} if any(windowed) else {}
 
 
 def _task_of(config: dict, family: Family, where: str) -> str:
@@ -313,22 +571,30 @@ def _function(config: TransformerConfig) -> TransformerConfig:
     neutral = {f.name: f.default for f in dataclasses.fields(config) if f.name in EXECUTION}
     neutral["init_std"] = 0.02
     if config.position != "rope":
-        neutral["rope_theta"] = 10000.0
+        neutral |= {"rope_theta": 10000.0, "rope_scaling": (), "rope_share": 1.0}
+    if not config.attention_bias:
+        neutral["output_bias"] = True
+    if all(config.window_layers) or not any(config.window_layers):
+        neutral |= {"windowed": (), "window": config.window if all(config.window_layers) else 0}
+    if not any(config.window_layers) or (config.window_theta == config.rope_theta and not config.rope_scaling):
+        neutral["window_theta"] = 0.0
+    if config.query_scalar == config.head_dim:
+        neutral["query_scalar"] = 0.0
     if config.num_labels:
-        neutral["tied"] = True
+        neutral |= {"tied": True, "logit_softcap": 0.0}
     else:
         neutral["head_bias"] = False
     return dataclasses.replace(config, **neutral)
 
 
-def write_config(config: TransformerConfig) -> dict[str, Any]:
-    """The model's switches -> config.json of the first family that can express them.
+def write_config(config: TransformerConfig, first: str | None = None) -> dict[str, Any]:
+    """The model's switches -> config.json of the family `first` if it can express them, else of the first that can.
 
     Raises:
       InputError: no family can; names the switches of each that differ.
     """
     refused = []
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
         written = _write_family(config, family)
         try:
             back = read_config(written, "config.json")
@@ -344,17 +610,40 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _write_family(config: TransformerConfig, family: Family) -> dict[str, Any]:
+    config = dataclasses.replace(config, query_scalar=config.query_scalar or float(config.head_dim))
     task = task_of(config)
     written: dict[str, Any] = {"architectures": [family.heads[task][0]], "model_type": family.model_type}
     for field in family.fields:
-        value = getattr(config, field.ours)
+        value = field.kind(getattr(config, field.ours))
         if field.values is not None:
             value = next((theirs for theirs, ours in field.values.items() if ours == value), value)
-        written[field.theirs] = value
+        written[field.theirs] = None if value == field.null else value
     if family.form["position"] == "rope":
-        written["rope_theta"] = config.rope_theta
-        written["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        written |= _write_rope(config, family.rope)
+    if family.window:
+        window = config.window if any(config.window_layers) else 0
+        written["sliding_window"] = window or (None if isinstance(family.window, str) else 4096)
+    if family.window == "switched":
+        written["use_sliding_window"] = window > 0
+    if family.window not in ("", "all"):
+        written["layer_types"] = [LAYER_TYPES[windowed] for windowed in config.window_layers]
     if task != "lm":
         written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         written["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     return written | family.constants
+
+
+def _write_rope(config: TransformerConfig, keys: Rope) -> dict[str, Any]:
+    """Rotary settings in both styles: old versions of transformers read one, new ones the other."""
+    kind, *values = config.rope_scaling or ("default",)
+    scaling = {"rope_type": kind} | dict(zip(ROPE_KEYS[kind], values, strict=True))
+    if "original_max_position_embeddings" in scaling:
+        scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
+    rope = {"rope_theta": config.rope_theta} | scaling
+    written = {keys.theta: config.rope_theta, "rope_scaling": scaling if config.rope_scaling else None}
+    if keys.share:
+        written[keys.share] = rope["partial_rotary_factor"] = config.rope_share
+    if keys.local:
+        written[keys.local] = config.window_theta or config.rope_theta
+        rope = {LAYER_TYPES[0]: rope, LAYER_TYPES[1]: {"rope_type": "default", "rope_theta": written[keys.local]}}
+    return written | {"rope_parameters": rope}

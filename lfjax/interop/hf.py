@@ -113,7 +113,8 @@ def loaded_from(model: Transformer, params, tokenizer=None, *, config: dict[str,
     ids = {name: getattr(tokenizer, name.replace("token_", "")) for name in _SPECIAL_IDS} if tokenizer else {}
     absent = {name: None for name in _SPECIAL_IDS if name not in kept}
     dtypes = {"dtype": "float32", "torch_dtype": "float32"}  # the second name is read by transformers 4
-    return Loaded(model, params, kept | absent | write_config(model.config) | ids | dtypes, tokenizer)
+    written = write_config(model.config, kept.get("model_type"))
+    return Loaded(model, params, kept | absent | written | ids | dtypes, tokenizer)
 
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -269,14 +270,15 @@ def _stored_name(name: str, family: Family, folder: TensorFolder) -> str:
 def _check_unused(unused: set[str], folder: TensorFolder, family: Family, config: TransformerConfig) -> None:
     """Refuses tensors that no parameter took, but for buffers and a second copy of a tied embedding."""
     left = {name for name in unused if not name.endswith(family.ignored)}
-    if "lm_head.weight" in left and config.num_labels == 0 and config.tied:
+    head = family.heads["lm"][1][0].name
+    if head in left and config.num_labels == 0 and config.tied:
         embedding = _stored_name(family.tensors[0].name, family, folder)
         shape = (config.vocab_size, config.width)
-        if not np.array_equal(folder.read("lm_head.weight", shape), folder.read(embedding, shape)):
+        if not np.array_equal(folder.read(head, shape), folder.read(embedding, shape)):
             raise InputError(
-                f"{folder.file}: tensor 'lm_head.weight' differs from {embedding!r}; set 'tie_word_embeddings' to false"
+                f"{folder.file}: tensor {head!r} differs from {embedding!r}; set 'tie_word_embeddings' to false"
             )
-        left.discard("lm_head.weight")
+        left.discard(head)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise InputError(f"{folder.file}: tensor {min(left)!r}{more} has no place in the model of config.json")

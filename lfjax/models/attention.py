@@ -5,8 +5,11 @@ Notation: B batch, N query heads, K key/value heads (N = K * G), T query positio
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 MASKED = -1e30  # finite: a row that may see nothing gets a uniform softmax instead of NaN
@@ -14,7 +17,9 @@ QUERY_BLOCK = {"cpu": 128}  # queries handled at once; larger elsewhere, where e
 OTHER_QUERY_BLOCK = 512
 
 
-def choose_implementation(backend: str, dtype, q_shape: tuple, k_shape: tuple, *, segmented: bool) -> str:
+def choose_implementation(
+    backend: str, dtype, q_shape: tuple, k_shape: tuple, *, segmented: bool, capped: bool = False
+) -> str:
     """Names the attention implementation for one call: "cudnn" or "xla".
 
     Args:
@@ -22,11 +27,12 @@ def choose_implementation(backend: str, dtype, q_shape: tuple, k_shape: tuple, *
       dtype: of queries, keys and values.
       q_shape, k_shape: [B N T H] and [B K S H].
       segmented: whether segment ids separate packed documents (cuDNN has none).
+      capped: whether scores are capped or keys lie in a window (cuDNN has no cap; its window is not used here).
     Returns:
-      "cudnn" on NVIDIA GPUs for bfloat16/float16, head dim a multiple of 8 up to 128, no segment ids and as many
-      queries as keys; "xla" otherwise. TPUs use "xla" too: there is no splash kernel here yet.
+      "cudnn" on NVIDIA GPUs for bfloat16/float16, head dim a multiple of 8 up to 128, no segment ids, neither cap nor
+      window and as many queries as keys; "xla" otherwise. TPUs use "xla" too: there is no splash kernel here yet.
     """
-    if backend not in ("gpu", "cuda") or segmented:
+    if backend not in ("gpu", "cuda") or segmented or capped:
         return "xla"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     head_dim = q_shape[-1]
@@ -42,6 +48,8 @@ def attend(
     key_mask: Array | None = None,
     segment_ids: Array | None = None,
     causal: bool = True,
+    window: int | Array | None = None,
+    softcap: float = 0.0,
 ) -> Array:
     """Softmax attention, softmax(q k' / sqrt(H)) v, by the implementation that fits the backend.
 
@@ -50,14 +58,19 @@ def attend(
       key_mask: [B T] bool, False = no query sees this key.
       segment_ids: [B T] int; a query sees keys of its own segment alone, and never those of segment 0.
       causal: query t sees keys 0..t alone.
+      window: query t sees keys above t - window alone (an array where it differs by layer under a scan); None: all.
+      softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
     Returns:
       [B N T H] in q's dtype; softmax in float32. Queries that see no key get finite, meaningless values.
     """
     backend = jax.default_backend()
-    if choose_implementation(backend, q.dtype, q.shape, k.shape, segmented=segment_ids is not None) == "cudnn":
+    if isinstance(window, int) and causal and window >= k.shape[2]:
+        window = None
+    special = {"segmented": segment_ids is not None, "capped": window is not None or softcap > 0.0}
+    if choose_implementation(backend, q.dtype, q.shape, k.shape, **special) == "cudnn":
         return _attend_cudnn(q, k, v, key_mask, causal)
-    block = QUERY_BLOCK.get(backend, OTHER_QUERY_BLOCK)
-    return attend_blocked(q, k, v, key_mask=key_mask, segment_ids=segment_ids, causal=causal, block=block)
+    masks = {"key_mask": key_mask, "segment_ids": segment_ids, "causal": causal, "window": window}
+    return attend_blocked(q, k, v, **masks, softcap=softcap, block=QUERY_BLOCK.get(backend, OTHER_QUERY_BLOCK))
 
 
 def attend_blocked(
@@ -68,50 +81,86 @@ def attend_blocked(
     key_mask: Array | None = None,
     segment_ids: Array | None = None,
     causal: bool = True,
+    window: int | Array | None = None,
+    softcap: float = 0.0,
     block: int = 128,
 ) -> Array:
-    """`attend` in plain XLA, `block` queries at a time; causal keys beyond a block's last query are never computed."""
+    """`attend` in plain XLA, `block` queries at a time; keys that none of them may see are not computed.
+
+    Those are causal keys beyond a block's last query, and keys before a window that is known at compile time.
+    """
     length = q.shape[2]
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        seen = stop if causal else length
-        allowed = _allowed(start, stop, seen, key_mask, segment_ids, causal)
-        outputs.append(_softmax_attention(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], allowed))
+        seen = slice(max(0, start - window + 1) if isinstance(window, int) else 0, stop if causal else length)
+        allowed = _allowed(slice(start, stop), seen, key_mask, segment_ids, causal, window)
+        outputs.append(_softmax_attention(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], allowed, softcap))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
 
 
-def attend_cached(q: Array, k: Array, v: Array, key_mask: Array) -> Array:
+def attend_cached(q: Array, k: Array, v: Array, key_mask: Array, softcap: float = 0.0) -> Array:
     """One new query a row against its cache: q [B N 1 H], k and v [B K S H], key_mask [B S] -> [B N 1 H]."""
-    return _softmax_attention(q, k, v, key_mask[:, None, None, None, :])
+    return _softmax_attention(q, k, v, key_mask[:, None, None, None, :], softcap)
 
 
-def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of rotary angles: positions [B T] -> two float32 [B 1 T H/2].
+def rope_frequencies(head_dim: int, theta: float, *, share: float = 1.0, scaling: tuple = ()) -> np.ndarray:
+    """Radians a position turns each pair of a head: float32 [ceil(D/2)], D = int(head_dim * share).
 
-    Source: Su et al. 2021, arXiv:2104.09864, with Hugging Face's order (first half paired with second half).
+    Args:
+      theta: base; pair i of D/2 turns by theta^(-2i/D).
+      share: leading share of the head that is rotated.
+      scaling: () none; ("linear", factor) divides all by factor; ("llama3", factor, low, high, context) divides those
+        whose wavelength exceeds context / low, keeps those below context / high, and goes smoothly between.
+    Source: Su et al. 2021, arXiv:2104.09864; Chen et al. 2023, arXiv:2306.15595; Llama 3.1 as in transformers, whose
+    float32 operations these are, one by one: at far positions another rounding would be another angle.
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    size = int(head_dim * share)
+    frequencies = np.float32(1.0) / np.float32(theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+    if not scaling:
+        return frequencies
+    kind, factor, *rest = scaling
+    if kind == "linear":
+        return frequencies / np.float32(factor)
+    low, high, context = rest
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    slowed = frequencies / np.float32(factor)
+    smooth = (np.float32(context) / wavelengths - np.float32(low)) / np.float32(high - low)
+    between = (np.float32(1.0) - smooth) * slowed + smooth * frequencies
+    ends = np.where(wavelengths > context / low, slowed, frequencies)
+    return np.where((wavelengths >= context / high) & (wavelengths <= context / low), between, ends)
+
+
+def rope_tables(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
+    """Cosines and sines of rotary angles: positions [B T], frequencies [R] -> two float32 [B 1 T R]."""
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """Rotates [B N T H] by `rope_tables`, element i with element i + H/2, in float32; returns x's dtype."""
+    """Rotates [B N T H] by `rope_tables` of R pairs, element i < R with element i + R; what lies beyond 2 R stays.
+
+    Computed in float32, returned in x's dtype. The order of pairs is Hugging Face's.
+    """
     cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    pairs = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x.dtype)
 
 
-def _allowed(start, stop, seen, key_mask, segment_ids, causal) -> Array | None:
-    """What queries start..stop may see of keys 0..seen: bool, broadcastable to [B K G T S], or None for everything."""
+def _allowed(rows: slice, seen: slice, key_mask, segment_ids, causal, window) -> Array | None:
+    """What queries `rows` may see of keys `seen`: bool, broadcastable to [B K G T S], or None for everything."""
     parts = []
+    distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(seen.start, seen.stop)[None, :]
     if causal:
-        parts.append((jnp.arange(start, stop)[:, None] >= jnp.arange(seen)[None, :])[None, None, None])
+        parts.append((distance >= 0)[None, None, None])
+    if window is not None:
+        parts.append((distance < window)[None, None, None])
     if key_mask is not None:
-        parts.append(key_mask[:, None, None, None, :seen])
+        parts.append(key_mask[:, None, None, None, seen])
     if segment_ids is not None:
-        queries, keys = segment_ids[:, start:stop, None], segment_ids[:, None, :seen]
+        queries, keys = segment_ids[:, rows, None], segment_ids[:, None, seen]
         parts.append(((queries == keys) & (keys != 0))[:, None, None])
     if not parts:
         return None
@@ -121,7 +170,7 @@ def _allowed(start, stop, seen, key_mask, segment_ids, causal) -> Array | None:
     return allowed
 
 
-def _softmax_attention(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+def _softmax_attention(q: Array, k: Array, v: Array, allowed: Array | None, softcap: float) -> Array:
     """q [B N T H], k and v [B K S H], allowed broadcastable to [B K G T S] -> [B N T H]."""
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -129,6 +178,8 @@ def _softmax_attention(q: Array, k: Array, v: Array, allowed: Array | None) -> A
     q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(batch, kv_heads, groups * length, head_dim)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, groups, length, keys)
+    if softcap > 0.0:
+        scores = softcap * jnp.tanh(scores / softcap)
     if allowed is not None:
         scores = jnp.where(allowed, scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))

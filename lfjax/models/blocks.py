@@ -16,7 +16,9 @@ ACTIVATIONS = {
 
 
 def normalise(x: Array, params: dict, kind: str, eps: float) -> Array:
-    """LayerNorm ("layernorm": scale and bias) or RMSNorm ("rmsnorm": scale) over the last axis, computed in float32.
+    """LayerNorm ("layernorm": scale and bias) or RMSNorm over the last axis, computed in float32.
+
+    "rmsnorm" multiplies by scale, "rmsnorm_plus_one" by 1 + scale (Gemma's form: what is stored lies around 0).
 
     Args:
       x: [... D], any float dtype. params: {"scale": [D]} and {"bias": [D]} for layernorm.
@@ -29,7 +31,8 @@ def normalise(x: Array, params: dict, kind: str, eps: float) -> Array:
     if kind == "layernorm":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    x = x * params["scale"].reshape(spread)
+    scale = params["scale"].reshape(spread)
+    x = x * (1.0 + scale if kind == "rmsnorm_plus_one" else scale)
     return x + params["bias"].reshape(spread) if kind == "layernorm" else x
 
 

@@ -1,8 +1,8 @@
 """Model FLOPs: what a step has to compute at least, for model FLOP utilisation (MFU).
 
 The rule: a multiply and an add are two; matrix products alone count; a token passes every layer's matrices and the
-head once; causal attention reads half of the positions; the backward pass costs twice the forward. Recomputation
-(remat) is work but no use, so it lowers the MFU; padded positions are counted as tokens.
+head once; causal attention reads half of the positions, within a window those alone; the backward pass costs twice the
+forward. Recomputation (remat) is work but no use, so it lowers the MFU; padded positions are counted as tokens.
 Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
 """
 
@@ -36,10 +36,12 @@ def forward_flops(config: TransformerConfig, length: int, *, head: bool = True) 
       head: whether the vocabulary head (or the score head) is computed at every position.
     """
     c = config
-    attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + c.heads * c.head_dim * length
+    projections = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     mlp = (3 if c.gated else 2) * c.width * c.mlp_width
     last = c.width * (c.num_labels or c.vocab_size) if head else 0
-    return 2.0 * (c.layers * (attention + mlp) + last)
+    reach = [min(c.window, length) if windowed else length for windowed in c.window_layers]
+    keys = sum(w - w * w / (2 * length) for w in reach)  # that a query reads on average, over all layers
+    return 2.0 * (c.layers * (projections + mlp) + 2 * c.heads * c.head_dim * keys + last)
 
 
 def peak_flops(device) -> float:

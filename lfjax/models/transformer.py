@@ -1,4 +1,4 @@
-"""One decoder-only transformer with switches for the GPT-2 and the Llama form.
+"""One decoder-only transformer with switches for the forms of GPT-2, GPT-NeoX, Llama, Mistral, Qwen and Gemma.
 
 Parameters are stacked over layers; the layers run unrolled, scanned or in between, and decoding goes through them with
 one cache array a layer. The functions below the module are pure: the module declares parameters and calls them.
@@ -26,11 +26,12 @@ from lfjax.models import attention, blocks, heads
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 CHOICES = {
     "position": ("learned", "rope"),
-    "norm": ("layernorm", "rmsnorm"),
+    "norm": ("layernorm", "rmsnorm", "rmsnorm_plus_one"),
     "activation": tuple(blocks.ACTIVATIONS),
     "dtype": ("float32", "bfloat16", "float16"),
     "remat": ("none", *REMAT_POLICIES),
 }
+ROPE_SCALINGS = {"linear": 2, "llama3": 5}  # how many entries `rope_scaling` has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,25 @@ class TransformerConfig:
     context: int = 1024  # most positions of one document
     position: str = "learned"
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # see `attention.rope_frequencies`
+    rope_share: float = 1.0  # leading share of each head that is rotated
+    window: int = 0  # so many keys a query sees, its own included; 0: all before it
+    windowed: tuple[bool, ...] = ()  # which layers have the window; (): all
+    window_theta: float = 0.0  # rope_theta of those layers, unscaled; 0: rotated as the others
     norm: str = "layernorm"
     norm_eps: float = 1e-5
+    qk_norm: bool = False  # also of every head's queries and keys, before they are rotated
+    post_norm: bool = False  # also of what attention and mlp give, before it is added
+    parallel: bool = False  # attention and mlp read the same residual stream
     activation: str = "gelu_tanh"
     gated: bool = False
     attention_bias: bool = True
+    output_bias: bool = True  # with attention_bias: the output projection has one as well
     mlp_bias: bool = True
+    query_scalar: float = 0.0  # scores are divided by its root; 0: head_dim
+    attention_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0: they stay
+    logit_softcap: float = 0.0  # the same of logits
+    scale_embedding: bool = False  # token embeddings times the root of width
     tied: bool = True
     num_labels: int = 0  # 0: a language model; otherwise scores in place of logits
     head_bias: bool = False
@@ -84,6 +98,21 @@ class TransformerConfig:
             raise InputError(f"model.head_dim: found {self.head_dim}; rotary positions need an even number")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"model.dropout: found {self.dropout}; it must be in [0, 1)")
+        if not 0.0 < self.rope_share <= 1.0 or (self.position == "rope" and int(self.head_dim * self.rope_share) < 1):
+            raise InputError(f"model.rope_share: found {self.rope_share}; it must be in (0, 1] and rotate something")
+        scaling = self.rope_scaling
+        if scaling and len(scaling) != ROPE_SCALINGS.get(scaling[0]):
+            raise InputError(f"model.rope_scaling: found {scaling}; 'linear' takes one number, 'llama3' four")
+        if self.windowed and (len(self.windowed) != self.layers or (any(self.windowed) and self.window < 1)):
+            raise InputError(
+                f"model.windowed: found {self.windowed}, window {self.window}; give true or false for each of"
+                f" {self.layers} layers, and a window of at least 1 where one is true"
+            )
+
+    @property
+    def window_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether it has the window."""
+        return self.windowed or (self.window > 0,) * self.layers
 
     @property
     def padded_vocab(self) -> int:
@@ -106,7 +135,8 @@ def parameter_table(config: TransformerConfig) -> dict:
     c, D, L, std = config, config.width, (config.layers,), config.init_std
     residual_std = std / (2 * c.layers) ** 0.5  # GPT-2: the sum of 2 L branches keeps its scale
     N, K, H, F = c.heads, c.kv_heads, c.head_dim, c.mlp_width
-    norm = {"scale": ((D,), "ones")} | ({"bias": ((D,), "zeros")} if c.norm == "layernorm" else {})
+    unit = "zeros" if c.norm == "rmsnorm_plus_one" else "ones"
+    norm = {"scale": ((D,), unit)} | ({"bias": ((D,), "zeros")} if c.norm == "layernorm" else {})
     layer_norm = {name: ((*L, *shape), init) for name, (shape, init) in norm.items()}
     attend = {"q": ((*L, D, N, H), std), "k": ((*L, D, K, H), std), "v": ((*L, D, K, H), std)}
     attend["o"] = ((*L, N, H, D), residual_std)
@@ -114,8 +144,10 @@ def parameter_table(config: TransformerConfig) -> dict:
         {"gate": ((*L, D, F), std)} if c.gated else {}
     )
     if c.attention_bias:
-        shapes = {"q": (N, H), "k": (K, H), "v": (K, H), "o": (D,)}
+        shapes = {"q": (N, H), "k": (K, H), "v": (K, H)} | ({"o": (D,)} if c.output_bias else {})
         attend |= {f"{name}_bias": ((*L, *shape), "zeros") for name, shape in shapes.items()}
+    if c.qk_norm:
+        attend |= {f"{name}_norm": {part: ((*L, H), init) for part, (_, init) in norm.items()} for name in "qk"}
     if c.mlp_bias:
         mlp |= {f"{name}_bias": ((*L, D if name == "down" else F), "zeros") for name in tuple(mlp)}
     embed = {"tokens": ((c.padded_vocab, D), std)}
@@ -123,6 +155,8 @@ def parameter_table(config: TransformerConfig) -> dict:
         embed["positions"] = ((c.context, D), std)
     table = {"embed": embed, "final_norm": norm}
     table["layers"] = {"norm1": layer_norm, "attention": attend, "norm2": layer_norm, "mlp": mlp}
+    if c.post_norm:
+        table["layers"] |= {"post_norm1": layer_norm, "post_norm2": layer_norm}
     if c.num_labels > 0:
         bias = {"bias": ((c.num_labels,), "zeros")} if c.head_bias else {}
         table["head"] = {"kernel": ((D, c.num_labels), (D + 1) ** -0.5)} | bias
@@ -158,7 +192,7 @@ class Transformer(nn.Module):
 
     Attributes:
       config: the switches.
-      attend: `f(q, k, v, *, key_mask, segment_ids) -> [B N T H]`, causal, for full forward passes.
+      attend: `f(q, k, v, *, key_mask, segment_ids, window, softcap) -> [B N T H]`, causal, for full forward passes.
       constrain: `f(x, name) -> x`, where a sharding can be put: names "residual" [B T D], "heads" [B N T H],
         "mlp" [B T F], "logits" [B T Vp], a sampler's "next_logits" and then "rows" [B Vp]; and the paths of
         the tables ("embed/tokens", "embed/positions", "unembed/kernel") as they are used.
@@ -218,7 +252,8 @@ class Transformer(nn.Module):
         c = self.config
         params = gathered(params, self.constrain)
         weight = params["embed"]["tokens"].T if c.tied else params["unembed"]["kernel"]
-        return Unembed(weight, vocab_size=c.vocab_size if c.padded_vocab != c.vocab_size else None)
+        vocab_size = c.vocab_size if c.padded_vocab != c.vocab_size else None
+        return Unembed(weight, softcap=c.logit_softcap or None, vocab_size=vocab_size)
 
     @nn.nowrap
     def logits(self, params, hidden: Array, *names: str) -> Array:
@@ -256,13 +291,15 @@ class Transformer(nn.Module):
         rng = self.make_rng("dropout") if c.dropout > 0.0 and self.has_rng("dropout") else None
         keys = None if rng is None else jax.random.split(rng, 2 * c.layers + 1)
         x = self.constrain(blocks.dropout(x, None if keys is None else keys[-1], c.dropout), "residual")
-        rope = rope_tables(c, positions)
+        ropes = rope_tables(c, positions)
 
-        def layer(x, params, layer_keys):
+        def layer(x, params, layer_keys, windowed):
+            limits = attention_limits(c, windowed)
+
             def mix(q, k, v):
-                return self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids)
+                return self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids, **limits)
 
-            return block(c, params, x, mix, rope, self.constrain, layer_keys)
+            return block(c, params, x, mix, rope_of(ropes, windowed), self.constrain, layer_keys)
 
         layer_keys = None if keys is None else keys[:-1].reshape(c.layers, 2, *keys.shape[1:])
         return run_layers(c, layer, x, self._layers, layer_keys)
@@ -281,16 +318,16 @@ class Decoder:
         mask = attention_mask.astype(bool)
         positions = default_positions(tokens.shape[1], mask, None)
         x = embed(c, self.params["embed"], tokens, positions)
-        rope = rope_tables(c, positions)
+        ropes = rope_tables(c, positions)
         room = ((0, 0), (0, 0), (0, cache_size - tokens.shape[1]), (0, 0))
         caches = []
-        for layer in self.params["layers"]:
+        for layer, windowed in zip(self.params["layers"], c.window_layers, strict=True):
 
-            def mix(q, k, v):
+            def mix(q, k, v, windowed=windowed):
                 caches.append((jnp.pad(k, room), jnp.pad(v, room)))
-                return self.model.attend(q, k, v, key_mask=mask, segment_ids=None)
+                return self.model.attend(q, k, v, key_mask=mask, segment_ids=None, **attention_limits(c, windowed))
 
-            x = block(c, layer, x, mix, rope, self.model.constrain)
+            x = block(c, layer, x, mix, rope_of(ropes, windowed), self.model.constrain)
         keys, values = zip(*caches, strict=True)
         slots = jnp.pad(mask, ((0, 0), (0, cache_size - tokens.shape[1])))
         count = jnp.sum(mask, axis=1, dtype=jnp.int32)
@@ -301,18 +338,19 @@ class Decoder:
         c = self.model.config
         positions = cache.positions[:, None]
         x = embed(c, self.params["embed"], tokens, positions)
-        rope = rope_tables(c, positions)
+        ropes = rope_tables(c, positions)
         mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((tokens.shape[0], 1), bool), (0, cache.slot))
+        near = mask & (jnp.arange(mask.shape[1]) > cache.slot - c.window)[None] if c.window else mask
         caches = []
-        for layer, old_keys, old_values in zip(self.params["layers"], cache.keys, cache.values, strict=True):
+        for index, (layer, windowed) in enumerate(zip(self.params["layers"], c.window_layers, strict=True)):
 
-            def mix(q, k, v, old_keys=old_keys, old_values=old_values):
-                keys = jax.lax.dynamic_update_slice(old_keys, k, (0, 0, cache.slot, 0))
-                values = jax.lax.dynamic_update_slice(old_values, v, (0, 0, cache.slot, 0))
+            def mix(q, k, v, index=index, seen=near if windowed else mask):
+                keys = jax.lax.dynamic_update_slice(cache.keys[index], k, (0, 0, cache.slot, 0))
+                values = jax.lax.dynamic_update_slice(cache.values[index], v, (0, 0, cache.slot, 0))
                 caches.append((keys, values))
-                return attention.attend_cached(q, keys, values, mask)
+                return attention.attend_cached(q, keys, values, seen, c.attention_softcap)
 
-            x = block(c, layer, x, mix, rope, self.model.constrain)
+            x = block(c, layer, x, mix, rope_of(ropes, windowed), self.model.constrain)
         keys, values = zip(*caches, strict=True)
         return self._finish(x), Cache(keys, values, mask, cache.positions + 1, cache.slot + 1)
 
@@ -350,6 +388,8 @@ def gathered(params: dict, constrain: Callable) -> dict:
 def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, token_type_ids=None) -> Array:
     """Token (+ learned position, + token type through the token table, as GPT-2) embeddings: [B T D], compute dtype."""
     x = jnp.take(params["tokens"], tokens, axis=0, mode="clip")
+    if config.scale_embedding:  # the factor is rounded to the compute dtype, as Gemma was trained
+        x = x.astype(config.dtype) * jnp.asarray(config.width**0.5, config.dtype)
     if token_type_ids is not None:
         x = x + jnp.take(params["tokens"], token_type_ids, axis=0, mode="clip")
     if config.position == "learned":
@@ -357,9 +397,35 @@ def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Arr
     return x.astype(config.dtype)
 
 
-def rope_tables(config: TransformerConfig, positions: Array) -> tuple[Array, Array] | None:
-    """Rotary tables of `positions` [B T], or None for learned positions."""
-    return attention.rope_tables(positions, config.head_dim, config.rope_theta) if config.position == "rope" else None
+def rope_tables(config: TransformerConfig, positions: Array) -> tuple:
+    """Rotary tables of `positions` [B T] in layers without and with a window; twice None for learned positions."""
+    c = config
+    if c.position != "rope":
+        return None, None
+    slow = attention.rope_frequencies(c.head_dim, c.rope_theta, share=c.rope_share, scaling=c.rope_scaling)
+    tables = attention.rope_tables(positions, slow)
+    if not c.window_theta or not c.window:
+        return tables, tables
+    fast = attention.rope_frequencies(c.head_dim, c.window_theta, share=c.rope_share)
+    return tables, attention.rope_tables(positions, fast)
+
+
+def rope_of(ropes: tuple, windowed: bool | Array):
+    """The tables of one layer; `windowed` is an array under a scan over layers of both kinds."""
+    if isinstance(windowed, bool):
+        return ropes[windowed]
+    if ropes[0] is ropes[1]:
+        return ropes[0]
+    return jax.tree.map(lambda full, near: jnp.where(windowed, near, full), *ropes)
+
+
+def attention_limits(config: TransformerConfig, windowed: bool | Array) -> dict:
+    """`window` and `softcap` of one layer's `attend`; `windowed` as in `rope_of`."""
+    if isinstance(windowed, bool):
+        window = config.window if windowed else None
+    else:
+        window = jnp.where(windowed, config.window, jnp.iinfo(jnp.int32).max)
+    return {"window": window, "softcap": config.attention_softcap}
 
 
 def block(config: TransformerConfig, params: dict, x: Array, mix: Callable, rope, constrain, keys=None) -> Array:
@@ -367,33 +433,54 @@ def block(config: TransformerConfig, params: dict, x: Array, mix: Callable, rope
 
     Args:
       params: one layer's arrays. mix: (q, k, v) [B N|K T H] -> [B N T H], attention of any kind, cached or not.
-      rope: tables from `rope_tables` or None. keys: two dropout keys or None.
+      rope: tables from `rope_of` or None. keys: two dropout keys or None.
     """
     c, weights = config, params["attention"]
-    normed = blocks.normalise(x, params["norm1"], c.norm, c.norm_eps).astype(x.dtype)
+
+    def norm(x, params):
+        return blocks.normalise(x, params, c.norm, c.norm_eps).astype(x.dtype)
+
+    def add(x, branch, index):
+        branch = norm(branch, params[f"post_norm{index + 1}"]) if c.post_norm else branch
+        return constrain(x + blocks.dropout(branch, None if keys is None else keys[index], c.dropout), "residual")
+
+    normed = norm(x, params["norm1"])
     q, k, v = (
         constrain(blocks.project_heads(normed, weights[name], weights.get(f"{name}_bias")), "heads") for name in "qkv"
     )
+    if c.qk_norm:
+        q, k = norm(q, weights["q_norm"]), norm(k, weights["k_norm"])
     if rope is not None:
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
+    if c.query_scalar:  # attention divides by the root of head_dim
+        q = q * jnp.asarray((c.head_dim / c.query_scalar) ** 0.5, q.dtype)
     mixed = blocks.merge_heads(constrain(mix(q, k, v), "heads"), weights["o"], weights.get("o_bias"))
-    x = constrain(x + blocks.dropout(mixed, None if keys is None else keys[0], c.dropout), "residual")
-    normed = blocks.normalise(x, params["norm2"], c.norm, c.norm_eps).astype(x.dtype)
-    fed = blocks.feed_forward(normed, params["mlp"], c.activation, constrain)
-    return constrain(x + blocks.dropout(fed, None if keys is None else keys[1], c.dropout), "residual")
+    attended = add(x, mixed, 0)
+    normed = norm(x if c.parallel else attended, params["norm2"])
+    return add(attended, blocks.feed_forward(normed, params["mlp"], c.activation, constrain), 1)
 
 
 def run_layers(config: TransformerConfig, layer: Callable, x: Array, stacked: dict, keys: Array | None) -> Array:
-    """Applies `layer(x, params, keys)` for each of the stacked layers, in line or scanned, rematerialised or not."""
-    if config.remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=config.unroll == 0)
-    if config.unroll == 0:
-        for index, params in enumerate(split_layers(stacked, config.layers)):
-            x = layer(x, params, None if keys is None else keys[index])
+    """Applies `layer(x, params, keys, windowed)` for all stacked layers, in line or scanned, rematerialised or not.
+
+    `windowed` is a bool, but for a scan over layers of both kinds: there it is an array.
+    """
+    c = config
+
+    def step(windowed: bool | None) -> Callable:
+        bound = layer if windowed is None else lambda x, params, keys, _: layer(x, params, keys, windowed)
+        if c.remat == "none":
+            return bound
+        return jax.checkpoint(bound, policy=REMAT_POLICIES[c.remat], prevent_cse=c.unroll == 0)
+
+    windowed = c.window_layers
+    if c.unroll == 0:
+        for index, params in enumerate(split_layers(stacked, c.layers)):
+            x = step(windowed[index])(x, params, None if keys is None else keys[index], None)
         return x
-    x, _ = jax.lax.scan(
-        lambda x, xs: (layer(x, *xs), None), x, (stacked, keys), unroll=min(config.unroll, config.layers)
-    )
+    mixed = len(set(windowed)) > 1
+    body, flags = step(None if mixed else windowed[0]), jnp.array(windowed) if mixed else None
+    x, _ = jax.lax.scan(lambda x, xs: (body(x, *xs), None), x, (stacked, keys, flags), unroll=min(c.unroll, c.layers))
     return x
 
 

@@ -21,7 +21,7 @@ from lfjax.sampling.generate import generate
 from lfjax.sharding import make_mesh
 
 TOLERANCE = 2e-4
-LANGUAGE_MODELS = ("gpt2", "llama_gqa_untied")
+LANGUAGE_MODELS = ("gpt2", "llama_gqa_untied", "qwen2_tied")
 GPT2 = presets.gpt2(vocab_size=61, width=16, layers=2, heads=2, context=32)
 LLAMA = presets.llama(vocab_size=61, width=16, layers=2, heads=4, mlp_width=24, context=32, kv_heads=2)
 FORMS = {
@@ -364,8 +364,8 @@ DAMAGED = {
         r"field 'rope_parameters\.rope_type': found 'yarn'",
     ),
     "old rope scaling": (
-        set_key(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
-        r"field 'rope_scaling\.rope_type': found 'linear'",
+        set_key(rope_parameters=None, rope_scaling={"type": "linear"}),
+        r"field 'rope_scaling\.factor': found None",
     ),
     "rope theta": (set_key(rope_parameters={"rope_theta": -1}), "field 'rope_theta': found -1"),
     "rope no object": (set_key(rope_parameters=3), "field 'rope_parameters': found 3"),

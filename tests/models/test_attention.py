@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import decoder
 
 from lfjax.models import attention
 
 B, N, T, H = 2, 4, 13, 6
 
 
-def reference(q, k, v, allowed):
+def reference(q, k, v, allowed, softcap=None):
     """Float64 loops: softmax over the allowed keys, query by query."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
@@ -20,6 +21,7 @@ def reference(q, k, v, allowed):
         if len(seen) == 0:
             continue
         scores = np.array([q[b, n, t] @ k[b, kv, s] / np.sqrt(q.shape[-1]) for s in seen])
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         out[b, n, t] = sum(w * v[b, kv, s] for w, s in zip(weights / weights.sum(), seen, strict=True))
     return out
@@ -51,6 +53,23 @@ def test_equals_float64_loops_for_every_mask_grouping_and_block(kv_heads, block,
     sees_something = allowed.any(-1)[:, None, :, None]
     np.testing.assert_allclose(out * sees_something, reference(q, k, v, allowed), rtol=1e-5, atol=1e-6)
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_window_and_a_cap_equal_float64_loops(traced):
+    """Known at compile time the window also bounds the keys of a block of queries; traced it is a mask alone."""
+    q, k, v = inputs(2)
+    column = np.arange(T)
+    distance = column[:, None] - column
+    key_mask = column >= np.array([[0], [5]])
+    allowed = (distance >= 0) & (distance < 3) & key_mask[:, None]
+    run = functools.partial(attention.attend_blocked, block=4, softcap=0.5)
+    if traced:
+        out = jax.jit(lambda q, k, v, window: run(q, k, v, key_mask=key_mask, window=window))(q, k, v, 3)
+    else:
+        out = jax.jit(lambda q, k, v: run(q, k, v, key_mask=key_mask, window=3))(q, k, v)
+    sees_something = allowed.any(-1)[:, None, :, None]
+    np.testing.assert_allclose(out * sees_something, reference(q, k, v, allowed, 0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_of_padding_alone_has_finite_values_and_gradients():
@@ -97,10 +116,28 @@ def rotated_by_complex_numbers(x, positions, theta):
 def test_rotation_is_complex_multiplication_of_half_split_pairs():
     q, _, _ = inputs(4)
     positions = np.array([np.arange(T), np.arange(T) + 40])
-    tables = attention.rope_tables(jnp.asarray(positions), H, 10000.0)
+    tables = attention.rope_tables(jnp.asarray(positions), attention.rope_frequencies(H, 10000.0))
     np.testing.assert_allclose(
         attention.rotate(q, tables), rotated_by_complex_numbers(q, positions, 1e4), rtol=1e-4, atol=1e-5
     )
+
+
+def test_scaled_frequencies_are_those_of_llama_3_1_and_of_linear_interpolation():
+    plain = decoder.frequencies(128, 5e5)
+    scaled = attention.rope_frequencies(128, 5e5, scaling=("llama3", 8.0, 1.0, 4.0, 8192.0))
+    np.testing.assert_allclose(scaled, decoder.llama3_frequencies(plain, 8.0, 1.0, 4.0, 8192), rtol=2e-6)
+    assert scaled[0] == 1.0 and scaled[-1] == pytest.approx(plain[-1] / 8, rel=1e-6)  # both ends are reached
+    np.testing.assert_allclose(attention.rope_frequencies(128, 5e5, scaling=("linear", 4.0)), plain / 4, rtol=2e-6)
+    share = attention.rope_frequencies(128, 1e4, share=0.25)
+    np.testing.assert_allclose(share, decoder.frequencies(32, 1e4), rtol=2e-6)
+
+
+def test_elements_beyond_the_rotated_share_stay():
+    q, _, _ = inputs(4)
+    tables = attention.rope_tables(
+        jnp.arange(T)[None], attention.rope_frequencies(H, 1e4, share=0.5)
+    )  # 3 of 6: 2 pairs
+    np.testing.assert_array_equal(attention.rotate(q, tables)[..., 4:], q[..., 4:])
 
 
 SQUARE = ((2, 8, 256, 64), (2, 4, 256, 64))
@@ -124,6 +161,10 @@ SQUARE = ((2, 8, 256, 64), (2, 4, 256, 64))
 )
 def test_the_choice_of_implementation_is_a_function_of_its_arguments(backend, dtype, shapes, segmented, expected):
     assert attention.choose_implementation(backend, jnp.dtype(dtype), *shapes, segmented=segmented) == expected
+
+
+def test_caps_and_windows_are_left_to_xla():
+    assert attention.choose_implementation("gpu", jnp.bfloat16, *SQUARE, segmented=False, capped=True) == "xla"
 
 
 def test_keys_beyond_a_block_of_queries_are_never_computed():

@@ -31,6 +31,10 @@ def test_what_costs_more_counts_more():
     assert forward_flops(LLAMA, 32) - base == 2 * 2 * 64 * 16  # per layer q k and p v over half of 16 more keys
     assert base - forward_flops(LLAMA, 16, head=False) == 2 * 64 * 256
     assert forward_flops(dataclasses.replace(LLAMA, kv_heads=4), 16) - base == 2 * 2 * 2 * 2 * 64 * 16
+    assert forward_flops(dataclasses.replace(LLAMA, window=16), 16) == base
+    mixed = dataclasses.replace(LLAMA, window=4, windowed=(True, False))
+    keys = (0.5 + 1.5 + 2.5 + 3.5 + 12 * 4) / 16
+    assert forward_flops(mixed, 16) - base == 2 * 2 * 64 * (keys - 8)  # one of two layers; q k and p v
 
 
 def test_the_peak_of_a_cpu_is_measured_and_shared_by_its_virtual_devices():
