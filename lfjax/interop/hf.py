@@ -25,7 +25,8 @@ from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.interop.families import Family, family_of, read_config, same_function, task_of, write_config
 from lfjax.interop.tensors import SINGLE, Tensor, TensorFolder, lossless_dtype, read_json, write_safetensors
-from lfjax.models.transformer import CHOICES, Transformer, TransformerConfig, parameter_table
+from lfjax.models.network import Network
+from lfjax.models.transformer import CHOICES, TransformerConfig
 from lfjax.sharding import DEFAULT_RULES, place, shardings_for
 
 CONFIG = "config.json"
@@ -40,7 +41,7 @@ class Loaded(NamedTuple):
     where the folder has no tokenizer.
     """
 
-    model: Transformer
+    model: Network
     params: Any
     config: dict[str, Any]
     tokenizer: Any = None
@@ -84,7 +85,7 @@ def load(
     shape = dataclasses.replace(read_config(config, where, task), dtype=dtype, vocab_multiple=vocab_multiple)
     tokenizer = _load_tokenizer(folder, shape.vocab_size)
     params = _import_params(TensorFolder(folder), family_of(config, where), shape, mesh, rules)
-    return Loaded(Transformer(shape), params, config, tokenizer)
+    return Loaded(shape.build(), params, config, tokenizer)
 
 
 def check_language_model(loaded: Loaded, name: object) -> None:
@@ -93,7 +94,7 @@ def check_language_model(loaded: Loaded, name: object) -> None:
         raise InputError(f"{name} is a model of scores, not a language model; name another")
 
 
-def loaded_from(model: Transformer, params, tokenizer=None, *, config: dict[str, Any] | None = None) -> Loaded:
+def loaded_from(model: Network, params, tokenizer=None, *, config: dict[str, Any] | None = None) -> Loaded:
     """A model trained here, with the config.json that describes it; `save` writes it.
 
     Args:
@@ -207,7 +208,7 @@ def _flat_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
             else:
                 flat[prefix + name] = value[0]
 
-    visit("", parameter_table(config))
+    visit("", config.parameters())
     return flat
 
 

@@ -30,7 +30,7 @@ class Policy:
     def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None):
         self.run = run
         loaded = run.load_model(key, name, language=True)
-        self.model = run.transformer(compute_settings(run, loaded.model.config, dropout=0.0))
+        self.model = run.network(compute_settings(run, loaded.model.config, dropout=0.0))
         self.params = loaded.params
         options = run.config.ppo.rollout_step.to_dict()
         if temperature is not None:
@@ -61,7 +61,7 @@ class LearnedReward:
             raise InputError(f"config.ppo.reward: {name!r} is no reward model: it has no head with one score")
         self.config = compute_settings(run, loaded.model.config, dropout=0.0)
         self.params = loaded.params
-        model = run.transformer(self.config)
+        model = run.network(self.config)
         function = functools.partial(run.steps["ppo_score"], model=model)
         self.step = run.program(
             ("ppo_score", self.config), lambda: jit_step(function, name="ppo_score", shapes=prompt_shapes(run))
@@ -157,7 +157,7 @@ def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
         head = {"kernel": params["head"]["kernel"], "bias": params["head"].get("bias", jnp.zeros(1))}
     config = compute_settings(run, config, num_labels=1, head_bias=True, dropout=0.0)
     params = {**params, "head": head}
-    return run.transformer(config), jax.tree.map(jnp.copy, run.place(params))
+    return run.network(config), jax.tree.map(jnp.copy, run.place(params))
 
 
 def measure_norm(run: Run, policy: Policy, reward, batches, records, key) -> RewardNorm:

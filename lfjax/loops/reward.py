@@ -127,7 +127,7 @@ def reward_model(run: Run):
     section = run.config.reward
     loaded = run.load_model("reward.init_from", init_from(run.config, "reward"))
     config = compute_settings(run, loaded.model.config, num_labels=1, dropout=section.dropout)
-    model = run.transformer(config)
+    model = run.network(config)
     params = {name: group for name, group in loaded.params.items() if name != "unembed"}
     if "head" not in params:
         kernel = jax.random.normal(run.key("reward-head"), (config.width, 1)) / np.sqrt(config.width + 1)

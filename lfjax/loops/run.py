@@ -35,7 +35,7 @@ from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
 from lfjax.models.flops import peak_flops
-from lfjax.models.transformer import Transformer
+from lfjax.models.network import Network
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.tokenizers import stop_ids
 
@@ -402,9 +402,9 @@ class Run:
 
             multihost_utils.sync_global_devices(what)
 
-    def transformer(self, model_config) -> Transformer:
+    def network(self, model_config) -> Network:
         """A model whose activations are pinned to the run's mesh."""
-        return Transformer(model_config, constrain=constrainer(self.mesh, self.rules))
+        return model_config.build(constrain=constrainer(self.mesh, self.rules))
 
     def place(self, tree):
         """Host arrays onto the mesh by the run's rules."""

@@ -96,7 +96,7 @@ def new_or_loaded(run: Run, stage: str):
     config = model_config(run)
 
     def init(key):
-        return run.transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return run.network(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
     shapes = jax.eval_shape(init, run.key("init"))
     params = jax.jit(init, out_shardings=shardings_for(shapes, run.mesh, run.rules))(run.key("init"))
@@ -156,7 +156,7 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     total = total_steps(section, packed.steps_per_epoch)
 
     config, params = new_or_loaded(run, stage)
-    model = run.transformer(dataclasses.replace(config, dropout=section.dropout))
+    model = run.network(dataclasses.replace(config, dropout=section.dropout))
     tx, rate = training_parts(run, stage, total)
     state, shardings = create_state(run, LMState, params, tx)
     function = functools.partial(run.steps["sft"], model=model, tx=tx, **section.step.to_dict())

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lfjax.config import InputError
-from lfjax.losses.lm import Unembed
-from lfjax.masking import last_true_index
-from lfjax.models import attention, blocks, heads
+from lfjax.models import attention, blocks
+from lfjax.models.network import Network, gathered
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 CHOICES = {
@@ -109,6 +108,14 @@ class TransformerConfig:
                 f" {self.layers} layers, and a window of at least 1 where one is true"
             )
 
+    def parameters(self) -> dict:
+        """`parameter_table` of this form."""
+        return parameter_table(self)
+
+    def build(self, **attributes) -> Transformer:
+        """The model of this form."""
+        return Transformer(self, **attributes)
+
     @property
     def window_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it has the window."""
@@ -165,24 +172,7 @@ def parameter_table(config: TransformerConfig) -> dict:
     return table
 
 
-def _initialise(key: Array, group: dict) -> dict:
-    """Draws one group of `parameter_table`, float32."""
-    is_entry = lambda x: isinstance(x, tuple)  # noqa: E731
-    entries, structure = jax.tree.flatten(group, is_leaf=is_entry)
-    draws = []
-    for index, (shape, init) in enumerate(entries):
-        if isinstance(init, str):
-            draws.append(jnp.full(shape, 1.0 if init == "ones" else 0.0, jnp.float32))
-        else:
-            draws.append(init * jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32))
-    return jax.tree.unflatten(structure, draws)
-
-
-def _unconstrained(x: Array, name: str) -> Array:
-    return x
-
-
-class Transformer(nn.Module):
+class Transformer(Network):
     """A causal language model, or with `num_labels` > 0 a model of scores (reward, value, class) on the same trunk.
 
     `model.apply({"params": params}, tokens, ...)`; dropout acts iff `rngs={"dropout": key}` is passed. Inputs of all
@@ -200,43 +190,6 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     attend: Callable = attention.attend
-    constrain: Callable = _unconstrained
-
-    def setup(self):
-        """Declares the parameters, one group of `parameter_table` at a time."""
-        for group, entries in parameter_table(self.config).items():
-            setattr(self, f"_{group}", self.param(group, _initialise, entries))
-
-    def __call__(self, tokens, attention_mask=None, positions=None, segment_ids=None, token_type_ids=None) -> Array:
-        """Logits [B T V] float32, or with num_labels > 0 scores [B num_labels] at each row's last real token."""
-        hidden = self._trunk(tokens, attention_mask, positions, segment_ids, token_type_ids)
-        if self.config.num_labels == 0:
-            return self.logits(self._params(), self._finish(hidden), "logits")
-        if attention_mask is None and segment_ids is not None:
-            attention_mask = segment_ids != 0
-        if attention_mask is None:
-            pooled = hidden[:, -1]
-        else:
-            last = last_true_index(attention_mask.astype(bool))
-            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return heads.scores(self._finish(pooled), self._head)
-
-    def hidden(self, tokens, attention_mask=None, positions=None, segment_ids=None, token_type_ids=None) -> Array:
-        """Final hidden states after the last norm: [B T D] in the compute dtype."""
-        return self._finish(self._trunk(tokens, attention_mask, positions, segment_ids, token_type_ids))
-
-    def values(self, tokens, attention_mask=None, positions=None, segment_ids=None, token_type_ids=None) -> Array:
-        """Scores of every position: [B T num_labels] float32."""
-        hidden = self.hidden(tokens, attention_mask, positions, segment_ids, token_type_ids)
-        return heads.scores(hidden, self._head)
-
-    def prefill(self, tokens, attention_mask, cache_size: int) -> tuple[Array, Cache]:
-        """`hidden` of left-padded prompts [B P], and a cache of `cache_size` slots holding them."""
-        return self.decoder(self._params()).prefill(tokens, attention_mask, cache_size)
-
-    def decode(self, tokens, cache: Cache) -> tuple[Array, Cache]:
-        """`hidden` [B 1 D] of one more token a row, tokens [B 1], and the cache with it."""
-        return self.decoder(self._params()).decode(tokens, cache)
 
     @nn.nowrap
     def init_cache(self, batch: int, cache_size: int) -> Cache:
@@ -247,31 +200,10 @@ class Transformer(nn.Module):
         return Cache((empty,) * c.layers, (empty,) * c.layers, mask, jnp.zeros(batch, jnp.int32), jnp.int32(0))
 
     @nn.nowrap
-    def unembed(self, params) -> Unembed:
-        """The map from `hidden` to logits, for chunked losses; a plain method: `model.unembed(params)`."""
-        c = self.config
-        params = gathered(params, self.constrain)
-        weight = params["embed"]["tokens"].T if c.tied else params["unembed"]["kernel"]
-        vocab_size = c.vocab_size if c.padded_vocab != c.vocab_size else None
-        return Unembed(weight, softcap=c.logit_softcap or None, vocab_size=vocab_size)
-
-    @nn.nowrap
-    def logits(self, params, hidden: Array, *names: str) -> Array:
-        """hidden [... D] -> logits [... V] float32, constrained under `names` while their padding is still there."""
-        logits = heads.vocabulary_logits(hidden, self.unembed(params)._replace(vocab_size=None))
-        for name in names:
-            logits = self.constrain(logits, name)
-        return logits[..., : self.config.vocab_size]
-
-    @nn.nowrap
     def decoder(self, params) -> Decoder:
         """Token-by-token use of `params`, split to layers once; a plain method: `model.decoder(params)`."""
         layers = split_layers(params["layers"], self.config.layers)
         return Decoder(self, {**gathered(params, self.constrain), "layers": layers})
-
-    @nn.nowrap
-    def _params(self) -> dict:
-        return {group: getattr(self, f"_{group}") for group in parameter_table(self.config)}
 
     @nn.nowrap
     def _finish(self, x: Array) -> Array:
@@ -376,13 +308,6 @@ def default_positions(length: int, mask: Array | None, segment_ids: Array | None
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return jnp.maximum(count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1) - 1, 0)
-
-
-def gathered(params: dict, constrain: Callable) -> dict:
-    """`params` with the tables of "embed" and "unembed" constrained under their paths: once, before what reads them."""
-    groups = {group: params[group] for group in ("embed", "unembed") if group in params}
-    tables = {group: {n: constrain(x, f"{group}/{n}") for n, x in of.items()} for group, of in groups.items()}
-    return {**params, **tables}
 
 
 def embed(config: TransformerConfig, params: dict, tokens: Array, positions: Array, token_type_ids=None) -> Array:
