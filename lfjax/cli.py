@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import os
 import re
 import signal
@@ -36,6 +37,9 @@ def _command(argv: list[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
     _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
+    _eval_arguments(commands.add_parser("eval", help="perplexity of a text, or log-probabilities of completions"))
+    _import_arguments(commands.add_parser("import", help="read and check a model folder, and write it in our layout"))
+    _export_arguments(commands.add_parser("export", help="write a model for transformers and what reads its layout"))
     report = commands.add_parser("report", help="write WORKDIR/report.html")
     report.add_argument("workdir")
     report.set_defaults(run=_report)
@@ -146,6 +150,38 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], help="text of one token that ends a sample; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_sample)
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, or a run directory (its last model)")
+    parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="a text, read as one document: its perplexity, beside an n-gram's")
+    what.add_argument("--completions", metavar="FILE", help="JSON lines with prompt and responses: log-probabilities")
+    parser.add_argument("--train-text", metavar="FILE", help="what the n-gram learns from; default: FILE as it is read")
+    parser.add_argument("--order", type=int, default=3, help="of the n-gram")
+    parser.add_argument("--context", type=int, help="tokens of a window; default: the model's context, at most 2048")
+    parser.add_argument("--stride", type=int, help="targets of a window; default: half of it")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows or completions computed at a time")
+    parser.add_argument("--json", action="store_true", help="print JSON: one object, or one a response")
+    parser.add_argument("--output", metavar="FILE", help="write that JSON here")
+    parser.set_defaults(run=_eval)
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a folder with config.json and safetensors, in one file or several")
+    parser.add_argument("target", help="a new folder, or one that lfjax wrote")
+    parser.add_argument("--task", choices=("lm", "sequence", "token"), help="the head; default: by 'architectures'")
+    parser.set_defaults(run=_convert, stage=None, dtype=None, max_shard_size=None)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a model folder, or a run directory (its last language model)")
+    parser.add_argument("target", help="a new folder, or one that lfjax wrote")
+    parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what loses nothing")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB: several files and an index")
+    parser.set_defaults(run=_convert, task=None)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -334,10 +370,90 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     return 0
 
 
-def _model_folder(path: Path) -> Path:
-    """The folder itself, or the last language model of a run directory."""
+def _eval(arguments: argparse.Namespace, _) -> int:
+    for name in ("order", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; allowed: at least 1")
+    if arguments.train_text and not arguments.text:
+        raise InputError("--train-text: is for --text; completions have no n-gram beside them")
+    output = Path(arguments.output) if arguments.output else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(f"--output: {output}: no file can be written there; name one in a folder that exists")
+    folder = _model_folder(Path(arguments.model), arguments.stage)
+    _set_up_jax("highest", True)
+
+    from lfjax.interop import hf
+    from lfjax.loops import scoring
+    from lfjax.records import read_records
+
+    texts = [scoring.read_text(path) if path else None for path in (arguments.text, arguments.train_text)]
+    records = [] if arguments.text else list(read_records(arguments.completions, feedback=False))
+    loaded = hf.load(folder)
+    if loaded.tokenizer is None:
+        raise InputError(f"{folder}: no tokenizer in the folder; scoring text needs one: put its files there")
+    hf.check_language_model(loaded, folder)
+    if texts[0] is not None:
+        options = {name: getattr(arguments, name) for name in ("context", "stride", "batch_size", "order")}
+        figures = scoring.score_text(loaded, texts[0], name=arguments.text, train_text=texts[1], **options)
+        rows = [{"model": str(folder), "text": arguments.text, **figures, "ngram_text": arguments.train_text}]
+        shown = scoring.text_table(rows[0])
+    else:
+        rows = scoring.score_completions(loaded, records, batch_size=arguments.batch_size)
+        shown = scoring.completions_table(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if output:
+        _write_whole(output, lines)
+    print(lines if arguments.json else shown, end="")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace, _) -> int:
+    size = None if arguments.max_shard_size is None else _bytes("--max-shard-size", arguments.max_shard_size)
+    folder = Path(arguments.source)
+    if arguments.command == "export":
+        folder = _model_folder(folder, arguments.stage)
+
+    import jax
+
+    from lfjax.interop import hf
+
+    loaded = hf.convert(folder, arguments.target, task=arguments.task, dtype=arguments.dtype, shard_bytes=size)
+    count = sum(x.size for x in jax.tree.leaves(loaded.params))
+    tokens = "no tokenizer" if loaded.tokenizer is None else f"a tokenizer of {loaded.tokenizer.vocab_size} tokens"
+    print(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}")
+    return 0
+
+
+def _bytes(flag: str, text: str) -> int:
+    """A size such as 5GB, 500MiB or 1000000."""
+    units = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMG", 1)}
+    units |= {f"{p}iB": 1024**i for i, p in enumerate("KMG", 1)}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?i?B?)", text)
+    if not found or found[2] not in units or float(found[1]) * units[found[2]] < 1:
+        raise InputError(f"{flag}: {text!r}; write a size such as 5GB, 500MB or 200KB")
+    return int(float(found[1]) * units[found[2]])
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes the file, or leaves what was there."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _model_folder(path: Path, stage: str | None = None) -> Path:
+    """The folder itself; of a run directory the stage's model, or the last language model."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; name a model folder or a run directory")
+    if stage is not None:
+        known = sorted(entry.parent.name for entry in path.glob("models/*/config.json"))
+        if stage not in known:
+            found = f"its models are of {', '.join(known)}" if known else "it is no run directory with models"
+            raise InputError(f"--stage: {path} has no model of {stage!r}; {found}")
+        return path / "models" / stage
     if (path / "models").is_dir():
         for stage in ("ppo", "sft", "pretrain"):
             if (path / "models" / stage).is_dir():

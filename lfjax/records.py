@@ -325,12 +325,13 @@ def _responses(value: Any) -> tuple[list[str], list[dict[str, Any]]]:
 _PROVENANCE = {"id": _text_or_number, "source": _text, "license": _text, "time": _text_or_number}
 
 
-def parse_record(value: Any, where: str = "record") -> Record:
+def parse_record(value: Any, where: str = "record", *, feedback: bool = True) -> Record:
     """A decoded JSON object as a validated `Record`.
 
     Args:
       value: what `json.loads` gave; it is not changed.
       where: "FILE:LINE", the start of the error message.
+      feedback: whether the field has to be there; without it there is none.
     Raises:
       InputError: `WHERE: field 'x': what was found; what is allowed`.
     """
@@ -340,7 +341,9 @@ def parse_record(value: Any, where: str = "record") -> Record:
     try:
         prompt = _prompt(_take(data, "prompt"))
         responses, response_fields = _responses(_take(data, "responses"))
-        feedback = _feedback(_take(data, "feedback"), len(responses))
+        if not feedback:
+            data.setdefault("feedback", [])
+        judgements = _feedback(_take(data, "feedback"), len(responses))
         provenance: dict[str, Any] = {}
         for name, check in _PROVENANCE.items():
             field = data.pop(name, None)
@@ -348,22 +351,25 @@ def parse_record(value: Any, where: str = "record") -> Record:
     except _Wrong as wrong:
         field, found, allowed = wrong.args
         raise InputError(f"{where}: field {field!r}: found {found}; allowed: {allowed}") from None
-    return Record(prompt, responses, feedback, **provenance, response_fields=response_fields, extra=data, where=where)
+    return Record(prompt, responses, judgements, **provenance, response_fields=response_fields, extra=data, where=where)
 
 
 def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
+def read_records(path: str | os.PathLike[str], *, feedback: bool = True) -> Iterator[Record]:
     """Streams the records of a JSONL file, each validated as it is read. An `id` occurs once.
+
+    Args:
+      feedback: as in `parse_record`.
 
     Raises:
       InputError: as `json_lines`, or a field that does not hold what it may; the message starts with FILE:LINE.
     """
     first_line: dict[str | float, str] = {}
     for where, row in json_lines(path):
-        record = parse_record(row, where)
+        record = parse_record(row, where, feedback=feedback)
         if record.id is not None and first_line.setdefault(record.id, where) != where:
             line = first_line[record.id].rpartition(":")[2]
             raise InputError(f"{where}: field 'id': found {_show(record.id)}, as on line {line}; allowed: each id once")

@@ -765,6 +765,10 @@ def scorer(tmp_path_factory, trained) -> pathlib.Path:
     return folder
 
 
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 COMMANDS = {
     "no command": ((), "COMMAND"),
     "an unknown command": (("trian",), "trian"),
@@ -782,17 +786,67 @@ COMMANDS = {
     "a prompt beyond the context": (("sample", "{trained}", f"--prompt={'no ' * 99}"), "fewer than 64, the model's"),
     "a prompt that is no text": (("sample", "{trained}", "--prompt=caf\udce9"), "--prompt: 'caf\\udce9' is not UTF-8"),
     "an unknown flag": (("sample", "{trained}", "--nn=3"), "unknown argument --nn=3"),
+    "eval of nothing asked": (("eval", "{trained}"), "one of the arguments --text --completions is required"),
+    "eval of two things": (("eval", "{trained}", "--text=a", "--completions=b"), "not allowed with argument --text"),
+    "eval of nothing": (("eval", "nowhere", "--text={text}"), "nowhere: no such folder"),
+    "eval of a stage that is not there": (("eval", "{trained}", "--text=x", "--stage=ppo"), "models are of pretrain"),
+    "eval of a reward model": (("eval", "{scorer}", "--text={text}"), "not a language model; name another"),
+    "eval of no text": (("eval", "{trained}", "--text={tmp}/no.txt"), "no.txt: no such file; give a text file"),
+    "eval of an empty text": (("eval", "{trained}", "--text={tmp}/none.txt"), "none.txt: is empty"),
+    "eval of a text that is none": (("eval", "{trained}", "--text={tmp}/latin.txt"), "latin.txt:2: not UTF-8 text"),
+    "eval of an unread n-gram": (("eval", "{trained}", "--completions=x", "--train-text=y"), "--train-text: is for"),
+    "eval in windows beyond the context": (("eval", "{trained}", "--text={text}", "--context=65"), "2 to 64"),
+    "eval in steps beyond a window": (("eval", "{trained}", "--text={text}", "--stride=65"), "--stride: 65; allowed"),
+    "eval by an n-gram of 0": (("eval", "{trained}", "--text={text}", "--order=0"), "--order: 0; allowed: at least 1"),
+    "eval into no folder": (("eval", "{trained}", "--text={text}", "--output={tmp}/a/b"), "--output: "),
+    "eval of a broken completion": (
+        ("eval", "{trained}", "--completions={tmp}/broken.jsonl"), "broken.jsonl:2: field 'responses'",
+    ),
+    "eval of a completion beyond the context": (
+        ("eval", "{trained}", "--completions={tmp}/long.jsonl"), "long.jsonl:1: field 'responses[0]': prompt and",
+    ),
+    "import of nothing": (("import", "nowhere", "{new}"), "nowhere: no such folder"),
+    "import of one folder alone": (("import", "{model}"), "target"),
+    "import of a pickle": (("import", "{tmp}/pickle", "{new}"), "a pickled pytorch_model.bin is never read"),
+    "import of half a file": (("import", "{tmp}/half", "{new}"), "half/model.safetensors: not a whole safetensors"),
+    "import of another head": (("import", "{model}", "{new}", "--task=sequence"), "tensor 'score.weight' is missing"),
+    "import of an unknown head": (("import", "{model}", "{new}", "--task=chat"), "invalid choice: 'chat'"),
+    "import into other files": (("import", "{model}", "{tmp}"), "holds other files"),
+    "import into a file": (("import", "{model}", "{text}"), "text.txt: is a file; give the folder"),
+    "import into its source": (("import", "{model}", "{model}/"), "is the folder to read as well; name another"),
+    "export of a stage that is not there": (("export", "{trained}", "{new}", "--stage=sft"), "no model of 'sft'; its"),
+    "export of a model's stage": (("export", "{model}", "{new}", "--stage=sft"), "it is no run directory with models"),
+    "export into an unknown type": (("export", "{model}", "{new}", "--dtype=int8"), "invalid choice: 'int8'"),
+    "export in files of no size": (
+        ("export", "{model}", "{new}", "--max-shard-size=5XB"), "--max-shard-size: '5XB'; write a size such as 5GB",
+    ),
     "report on nothing": (("report", "nowhere"), "nowhere: no such run directory"),
     "report on an empty folder": (("report", "{tmp}"), "not a run directory"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_command_that_cannot_be_done_is_refused(kind, command, tmp_path, trained, scorer):
     argv, found = COMMANDS[kind]
     (tmp_path / "empty" / "models").mkdir(parents=True)
+    before = contents(trained / "models" / "pretrain")
+    files = {
+        "text.txt": b"the film was warm",
+        "none.txt": b"",
+        "latin.txt": b"caf\n\xe9",
+        "broken.jsonl": b'{"prompt": "a", "responses": ["b"]}\n{"prompt": "a"}\n',
+        "long.jsonl": b'{"prompt": "' + b"no " * 99 + b'", "responses": ["b"]}\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     places = {"tmp": tmp_path, "trained": trained, "scorer": scorer, "empty": tmp_path / "empty"}
+    places |= {"text": tmp_path / "text.txt", "new": tmp_path / "new", "model": trained / "models" / "pretrain"}
+    for name in ("pickle", "half"):
+        shutil.copytree(places["model"], tmp_path / name)
+    (tmp_path / "pickle" / "model.safetensors").rename(tmp_path / "pickle" / "pytorch_model.bin")
+    os.truncate(tmp_path / "half" / "model.safetensors", 5000)
     assert found in command(*(part.format(**places) for part in argv))
+    assert not (tmp_path / "new").exists() and contents(places["model"]) == before
 
 
 JOINING = {

@@ -216,3 +216,11 @@ def test_records_stream(tmp_path):
 def test_several_raters_of_a_response_are_averaged():
     entries = [Rating(0, 1.0, (0, 4)), Rating(1, 2.0, (0, 4)), Rating(0, 4.0, (0, 4)), Label(2, True)]
     assert mean_ratings(Record("", ["a", "b", "c"], entries)) == {0: 2.5, 1: 2.0}
+
+
+def test_records_without_feedback_are_read_where_none_is_asked_for(tmp_path):
+    file = tmp_path / "completions.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "responses": ["r"]}) + "\n" + lines(EVERY_KIND))
+    assert [len(record.feedback) for record in read_records(file, feedback=False)] == [0, len(EVERY_KIND["feedback"])]
+    with pytest.raises(InputError, match=":1: field 'feedback': found nothing"):
+        list(read_records(file))

@@ -7,30 +7,44 @@ same tensors bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from safetensors import SafetensorError
 
 from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.interop.families import Family, family_of, read_config, same_function, task_of, write_config
-from lfjax.interop.tensors import SINGLE, Tensor, TensorFolder, lossless_dtype, read_json, write_safetensors
+from lfjax.interop.tensors import (
+    INDEX,
+    NAMES,
+    SHARD,
+    SINGLE,
+    Tensor,
+    TensorFolder,
+    lossless_dtype,
+    read_json,
+    write_safetensors,
+)
 from lfjax.models.network import Network
 from lfjax.models.transformer import CHOICES, TransformerConfig
-from lfjax.sharding import DEFAULT_RULES, place, shardings_for
+from lfjax.sharding import DEFAULT_RULES, shardings_for
 
 CONFIG = "config.json"
-WRITTEN = {CONFIG, SINGLE, *tokenizers.NAMES}  # all that `save` may find in a folder that it replaces
+GENERATION = "generation_config.json"
+# all that `save` may find in a folder that it replaces, beside the files that an index names
+WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
 
 
@@ -63,7 +77,8 @@ def load(
       dtype: of the computation; parameters are float32.
       task: "lm", "sequence" (a head on the last real token) or "token" (a head with a bias on every position); None
         takes it from `architectures`.
-      mesh, rules: where each parameter lives (`lfjax.sharding`); rules None are the default ones.
+      mesh, rules: where each parameter lives (`lfjax.sharding`); rules None are the default ones. Each device's slice
+        is read straight from the files, for a large model a layer at a time.
       vocab_multiple: the embedding gets zero rows up to a multiple of it; None is 1 without a mesh, and
         lcm(128, tensor axis) on a mesh that splits the vocabulary.
 
@@ -121,16 +136,31 @@ def loaded_from(model: Network, params, tokenizer=None, *, config: dict[str, Any
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def save(path: str | os.PathLike[str], loaded: Loaded) -> None:
+def save(
+    path: str | os.PathLike[str],
+    loaded: Loaded,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+    generation: dict[str, Any] | None = None,
+) -> None:
     """Writes a model folder: first whole beside `path`, then renamed, so that no half-written model is ever seen.
 
-    Tensors are written in the config's dtype where that holds every value exactly, else in float32. A folder that is
-    already there is replaced if it holds only such a model. What a killed save left beside `path` (`.NAME.new-PID`,
-    `.NAME.old-PID`) is removed, an older model only once this one is in its place. With several processes all call it
-    (parameters may be spread over them) and process 0 writes; whoever reads the folder next synchronises first.
+    A folder that is already there is replaced if it holds only such a model. What a killed save left beside `path`
+    (`.NAME.new-PID`, `.NAME.old-PID`) is removed, an older model only once this one is in its place. With several
+    processes all call it (parameters may be spread over them) and process 0 writes; whoever reads the folder next
+    synchronises first.
+
+    Args:
+      dtype: of the stored tensors, rounded to it; None is the config's where that holds every value exactly, else
+        float32.
+      shard_bytes: most bytes of tensors in a file; None writes one file.
+      generation: generation_config.json; None is what the tokenizer came with, else, for a language model, what begins,
+        ends and pads a text.
 
     Raises:
-      InputError: `path` holds other files, or `loaded.config` describes another model than `loaded.model`.
+      InputError: `path` holds other files, `loaded.config` describes another model than `loaded.model`, or a value is
+        beyond what `dtype` holds.
     """
     target = pathlib.Path(path).resolve()
     found = read_config(loaded.config, CONFIG, task_of(loaded.model.config))
@@ -140,20 +170,80 @@ def save(path: str | os.PathLike[str], loaded: Loaded) -> None:
     if jax.process_index() != 0:
         return
     _check_replaceable(target)
-    dtype = lossless_dtype(tensors, str(loaded.config.get("dtype") or loaded.config.get("torch_dtype")))
-    config = loaded.config | {key: dtype for key in ("dtype", "torch_dtype") if key in loaded.config}
+    if dtype is None:
+        dtype = lossless_dtype(tensors, str(loaded.config.get("dtype") or loaded.config.get("torch_dtype")))
+        config = loaded.config | {key: dtype for key in ("dtype", "torch_dtype") if key in loaded.config}
+    else:
+        config = loaded.config | {"dtype": dtype, "torch_dtype": dtype}
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target, "new")
     fresh = target.parent / f".{target.name}.new-{os.getpid()}"
     fresh.mkdir()
     try:
-        write_safetensors(fresh / SINGLE, tensors, dtype)
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_safetensors(fresh, tensors, dtype, most_bytes=shard_bytes)
+        _write_json(fresh / CONFIG, config)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(fresh)
+        if generation is None and not (fresh / GENERATION).exists() and loaded.model.config.num_labels == 0:
+            generation = _generation(loaded)
+        if generation:
+            _write_json(fresh / GENERATION, generation)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _generation(loaded: Loaded) -> dict[str, Any]:
+    """What begins, ends (a turn of a chat as well) and pads a text, as far as tokenizer or config.json say."""
+    ids = {name: loaded.config.get(name) for name in _SPECIAL_IDS}
+    if loaded.tokenizer is not None:
+        ends = list(tokenizers.stop_ids(loaded.tokenizer, (), ""))
+        ids |= {"bos_token_id": loaded.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+        if loaded.tokenizer.pad_id < loaded.model.config.vocab_size:
+            ids["pad_token_id"] = loaded.tokenizer.pad_id
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+) -> Loaded:
+    """Reads a model folder whole and writes it as `save` does, with its tokenizer and generation_config.json.
+
+    Tensors keep the type they are stored in where all have one and config.json names none.
+
+    Args:
+      task, dtype, shard_bytes: as in `load` (task) and `save`.
+    Returns:
+      The model.
+    Raises:
+      InputError: what `load` and `save` refuse, the same folder twice, or no room to write.
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    if source.resolve() == target.resolve():
+        raise InputError(f"{target}: is the folder to read as well; name another to write")
+    _check_replaceable(target.resolve())
+    loaded = load(source, task=task)
+    config = dict(loaded.config)
+    stored = TensorFolder(source).dtypes()
+    if not (config.get("dtype") or config.get("torch_dtype")) and len(stored) == 1:
+        config |= {"dtype": NAMES[min(stored)], "torch_dtype": NAMES[min(stored)]}
+    if task is not None:
+        config["architectures"] = [family_of(config, CONFIG).heads[task][0]]
+    generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
+    try:
+        save(target, loaded._replace(config=config), dtype=dtype, shard_bytes=shard_bytes, generation=generation)
+    except SafetensorError as error:
+        raise InputError(f"{target}: cannot write the model: {error}; free some space, then try again") from error
+    return loaded
 
 
 def _check_replaceable(target: pathlib.Path) -> None:
@@ -162,7 +252,7 @@ def _check_replaceable(target: pathlib.Path) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file; give the folder that the model is to become")
-    held = {entry.name for entry in target.iterdir()}
+    held = {entry.name for entry in target.iterdir() if not SHARD.fullmatch(entry.name)}
     if held and (CONFIG not in held or held - WRITTEN):
         other = ", ".join(sorted(held - WRITTEN)[:3]) or f"no {CONFIG}"
         raise InputError(f"{target}: holds other files ({other}); give a new folder, or remove this one first")
@@ -233,31 +323,108 @@ def _active(family: Family, config: TransformerConfig) -> Iterator[tuple[Tensor,
 
 
 def _import_params(folder: TensorFolder, family: Family, config: TransformerConfig, mesh, rules) -> dict:
-    """Their tensors -> our parameter tree, one parameter at a time; every tensor of the folder must be used."""
+    """Their tensors -> our parameter tree; every tensor of the folder must be used, and all are checked first."""
     shapes = _flat_shapes(config)
-    unused = folder.names()
     sharding = {}
     if mesh is not None:
         abstract = _unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
         tree = shardings_for(abstract, mesh, DEFAULT_RULES if rules is None else rules)
         sharding = {path: _at(tree, path) for path in shapes}
-    flat = {}
+    unused, sources = folder.names(), {}
     for tensor, sizes in _active(family, config):
+        their_shape = tensor.their_shape(sizes)
         last = _stored_name(tensor.name.format(i=config.layers - 1), family, folder)
-        folder.check(last, tensor.their_shape(sizes))  # before memory is taken for what config.json says
-        arrays = [np.zeros(shapes[path], np.float32) for path in tensor.ours]
+        folder.check(last, their_shape)  # before so many names are gone through as config.json says
+        names = []
         for i in range(config.layers) if tensor.stacked else (None,):
-            name = _stored_name(tensor.name.format(i=i), family, folder)
-            pieces = tensor.to_ours(folder.read(name, tensor.their_shape(sizes)), sizes)
-            unused.discard(name)
-            for array, piece in zip(arrays, pieces, strict=True):
-                rows = array if i is None else array[i]
-                rows[tuple(slice(size) for size in piece.shape)] = piece  # rows beyond are padding
-        for path, array in zip(tensor.ours, arrays, strict=True):
-            flat[path] = place(array, sharding[path]) if mesh is not None else jnp.array(array)
+            names.append(_stored_name(tensor.name.format(i=i), family, folder))
+            folder.check(names[-1], their_shape)
+        unused.difference_update(names)
+        for place, path in enumerate(tensor.ours):
+            sources[path] = _Source(folder, tensor, sizes, tuple(names), place)
     _check_unused(unused, folder, family, config)
-    assert flat.keys() == shapes.keys(), f"{family.model_type}: the table misses {shapes.keys() - flat.keys()}"
+    assert sources.keys() == shapes.keys(), f"{family.model_type}: the table misses {shapes.keys() - sources.keys()}"
+    flat = {path: _filled(source, shapes[path], sharding.get(path)) for path, source in sources.items()}
     return _unflatten(flat)
+
+
+class _Source(NamedTuple):
+    """Where one of our parameters is read from: a tensor, or where ours is stacked one for each layer."""
+
+    folder: TensorFolder
+    tensor: Tensor
+    sizes: dict[str, int]
+    names: tuple[str, ...]
+    place: int  # among the parameters that theirs holds
+
+    def layer(self, i: int, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """Of layer `i` (0 where nothing is stacked) the part `index` of our array of `shape`, float32.
+
+        Only the rows and columns asked for are read; rows beyond theirs are padding, zeros.
+        """
+
+        def part(theirs: np.ndarray) -> np.ndarray:
+            return self.tensor.to_ours(theirs, self.sizes)[self.place][index]
+
+        x = self.folder.read(self.names[i], self.tensor.their_shape(self.sizes), part)
+        whole = tuple(len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True))
+        return x if x.shape == whole else np.pad(x, [(0, n - m) for n, m in zip(whole, x.shape, strict=True)])
+
+    def read(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """The part `index` of our whole array of `shape`, layers stacked."""
+        if not self.tensor.stacked:
+            return self.layer(0, index, shape)
+        layers = range(*index[0].indices(shape[0]))
+        first = self.layer(layers[0], index[1:], shape[1:])
+        stack = np.empty((len(layers), *first.shape), np.float32)
+        for row, i in enumerate(layers):
+            stack[row] = self.layer(i, index[1:], shape[1:]) if row else first
+        return stack
+
+
+AT_ONCE = 1 << 24  # values; a larger stack of layers is filled a layer at a time, which costs two compilations
+
+
+def _filled(source: _Source, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+    """The parameter on its devices, each of which gets its own slice.
+
+    Beside what the devices hold, memory has the slices of one layer (or of a parameter that has none), or where the
+    whole is small (AT_ONCE) of all layers.
+    """
+    if sharding is None:
+        return jnp.array(source.read((slice(None),) * len(shape), shape))
+    if not source.tensor.stacked or math.prod(shape) <= AT_ONCE:
+        return _from_slices(shape, sharding, lambda index: source.read(index, shape))
+    per_layer = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    empty, put = _stacking(shape, sharding)
+    stack = empty()
+    for i in range(shape[0]):
+        row = _from_slices(shape[1:], per_layer, lambda index, i=i: source.layer(i, index, shape[1:]))
+        stack = jax.block_until_ready(put(stack, row, np.int32(i)))
+    return stack
+
+
+@functools.cache
+def _stacking(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding):
+    """Programs that make an empty stack of layers, and that put a layer into it in place."""
+    update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return (
+        jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding),
+        jax.jit(update, donate_argnums=0, out_shardings=sharding),
+    )
+
+
+def _from_slices(shape: tuple[int, ...], sharding, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """`jax.make_array_from_callback` that reads a slice once for all the devices of this process that hold it."""
+    known: dict[tuple, np.ndarray] = {}
+
+    def once(index) -> np.ndarray:
+        key = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
+        if key not in known:
+            known[key] = read(index)
+        return known[key]
+
+    return jax.make_array_from_callback(shape, sharding, once)
 
 
 def _stored_name(name: str, family: Family, folder: TensorFolder) -> str:
@@ -274,8 +441,7 @@ def _check_unused(unused: set[str], folder: TensorFolder, family: Family, config
     head = family.heads["lm"][1][0].name
     if head in left and config.num_labels == 0 and config.tied:
         embedding = _stored_name(family.tensors[0].name, family, folder)
-        shape = (config.vocab_size, config.width)
-        if not np.array_equal(folder.read(head, shape), folder.read(embedding, shape)):
+        if not folder.equal(head, embedding, (config.vocab_size, config.width)):
             raise InputError(
                 f"{folder.file}: tensor {head!r} differs from {embedding!r}; set 'tie_word_embeddings' to false"
             )

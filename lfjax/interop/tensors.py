@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,7 +18,10 @@ import safetensors.numpy
 from lfjax.config import InputError
 
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+NAMES = {kind: dtype.name for kind, dtype in STORED.items()}  # as config.json calls them
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+BLOCK = 1 << 22  # values compared at a time
 
 
 class Tensor(NamedTuple):
@@ -88,7 +93,7 @@ class TensorFolder:
 
     def __init__(self, folder: pathlib.Path):
         """Opens and checks the headers; raises InputError naming the file that is absent or damaged."""
-        self._tensors: dict[str, tuple[pathlib.Path, np.memmap, dict]] = {}
+        self._tensors: dict[str, tuple[pathlib.Path, mmap.mmap, int, dict]] = {}
         index: dict[str, str] = {}
         if (folder / SINGLE).is_file():
             files = [folder / SINGLE]
@@ -114,23 +119,57 @@ class TensorFolder:
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises InputError if the tensor has another shape; reads nothing."""
-        file, _, entry = self._tensors[name]
+        file, _, _, entry = self._tensors[name]
         if tuple(entry["shape"]) != shape:
             found = f"found shape {entry['shape']}; config.json asks for {list(shape)}"
             raise InputError(f"{file}: tensor {name!r}: {found}")
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor as float32; raises InputError on another shape, an unsupported type, NaN or infinity."""
-        self.check(name, shape)
-        file, data, entry = self._tensors[name]
-        where = f"{file}: tensor {name!r}"
-        if entry["dtype"] not in STORED:
-            raise InputError(f"{where}: stored as {entry['dtype']}; allowed are {', '.join(STORED)}")
-        begin, end = entry["data_offsets"]
-        x = data[begin:end].view(STORED[entry["dtype"]]).reshape(shape).astype(np.float32)
+    def dtypes(self) -> set[str]:
+        """The types that the tensors are stored in, as safetensors calls them."""
+        return {entry["dtype"] for *_, entry in self._tensors.values()}
+
+    def read(
+        self, name: str, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> np.ndarray:
+        """The tensor as float32, or of it what `part` (views alone) takes; no more than that is held in memory.
+
+        Raises:
+          InputError: it has another shape, an unsupported type, or NaN or infinity in this part.
+        """
+        stored = self._stored(name, shape)
+        x = (stored if part is None else part(stored)).astype(np.float32, order="C")
+        self._release(name)
         if not np.isfinite(x).all():
+            where = f"{self._tensors[name][0]}: tensor {name!r}"
             raise InputError(f"{where}: holds NaN or infinity; the file is damaged or its training diverged")
         return x
+
+    def equal(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
+        """Whether two tensors of this shape hold the same values; a block of rows of each is read at a time."""
+        rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+        for begin in range(0, shape[0], rows):
+            x, y = (self.read(n, shape, lambda t, begin=begin: t[begin : begin + rows]) for n in (name, other))
+            if not np.array_equal(x, y):
+                return False
+        return True
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A view of the file."""
+        self.check(name, shape)
+        file, mapped, offset, entry = self._tensors[name]
+        if entry["dtype"] not in STORED:
+            raise InputError(f"{file}: tensor {name!r}: stored as {entry['dtype']}; allowed are {', '.join(STORED)}")
+        begin, end = entry["data_offsets"]
+        data = np.frombuffer(mapped, np.uint8, end - begin, offset + begin)
+        return data.view(STORED[entry["dtype"]]).reshape(shape)
+
+    def _release(self, name: str) -> None:
+        """Gives the file's pages back: they would count as this process's memory until it is short."""
+        _, mapped, offset, entry = self._tensors[name]
+        begin, end = (offset + place for place in entry["data_offsets"])
+        begin -= begin % mmap.PAGESIZE
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def _read_index(file: pathlib.Path) -> dict[str, str]:
@@ -143,21 +182,21 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[np.memmap, dict]]]:
+def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[mmap.mmap, int, dict]]]:
     try:
         with safetensors.safe_open(file, framework="np"):  # checks sizes, offsets and types of the whole header
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
         if not header:
             raise InputError(f"{file}: holds no tensor")
-        data = np.memmap(file, np.uint8, "r", offset=8 + length)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); fetch or export it again") from error
     for name, entry in header.items():
-        yield name, (data, entry)
+        yield name, (mapped, 8 + length, entry)
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -184,7 +223,40 @@ def lossless_dtype(tensors: dict[str, np.ndarray], dtype: str) -> str:
     return dtype if exact else "float32"
 
 
-def write_safetensors(file: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-    """Writes all tensors, converted to `dtype`, into one file."""
-    converted = {name: x.astype(dtype, copy=False) for name, x in tensors.items()}
-    safetensors.numpy.save_file(converted, file, metadata={"format": "pt"})
+def write_safetensors(
+    folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str, *, most_bytes: int | None = None
+) -> None:
+    """Writes all tensors, converted to `dtype`: model.safetensors, or files of at most `most_bytes` with an index.
+
+    A tensor larger than `most_bytes` gets a file of its own.
+
+    Raises:
+      InputError: a value is beyond what `dtype` holds; names the tensor.
+    """
+    shards: list[list[str]] = [[]]
+    most = room = math.inf if most_bytes is None else most_bytes
+    size = {name: x.size * np.dtype(dtype).itemsize for name, x in tensors.items()}
+    for name in tensors:
+        if shards[-1] and size[name] > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size[name]
+    if len(shards) == 1:
+        names = [SINGLE]
+    else:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, shard in zip(names, shards, strict=True):
+        converted = {name: _converted(name, tensors[name], dtype) for name in shard}
+        safetensors.numpy.save_file(converted, folder / file, metadata={"format": "pt"})
+
+
+def _converted(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = x.astype(dtype, copy=False)
+    if dtype != "float32" and not np.array_equal(np.isfinite(converted), np.isfinite(x)):
+        raise InputError(f"tensor {name!r}: holds values beyond the range of {dtype}; use bfloat16 or float32")
+    return converted

@@ -494,7 +494,7 @@ def test_the_older_model_outlives_a_save_that_fails(tmp_path, saved, monkeypatch
     loaded = hf.load(saved)
     saved.rename(tmp_path / ".model.old-4194305")
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf, "write_safetensors", full)
