@@ -309,6 +309,164 @@ def test_a_partial_run_says_what_is_missing(tmp_path, done):
         assert "The reward rose" in text and "figures of the training batches" in text
 
 
+EVALUATED = {  # what the evaluate stage says of a run without PPO, where nothing changed
+    **{k: v for k, v in SUMMARY.items() if k.startswith(("tokenizer/", "pretrain/"))},
+    **{f"{key}_{which}": value for which in ("before", "after") for key, value in (
+        ("judge/positive", 0.465), ("diversity/distinct2", 0.824), ("ppo/length", 21.1), ("ppo/eos_share", 0.6))},
+    "judge/positive_human": 0.526,
+    "ppo/kl": 21.3,
+    "sft/perplexity": 12.7,
+}  # fmt: skip
+SFT = ("tokenizer", "pretrain", "sft", "evaluate")
+PPO_WORDS = r"PPO|[Rr]eward|[Ss]core|steer|hack|price"
+
+
+def hand_made(folder, stages, summary, *, done=None, updates=0, **config):
+    """A run directory of these stages, the first `done` of them finished; PPO logged that many updates."""
+    log = RunLog(folder, tensorboard=False)
+    write_json(folder / "config.json", {**CONFIG, "stages": stages, **config})
+    for stage in stages[:done]:
+        (folder / "checkpoints" / stage).mkdir(parents=True)
+        write_json(folder / "checkpoints" / stage / "FINISHED", {"seconds": 1.0})
+    for step in range(1, updates + 1):
+        log.metrics("ppo", step, {"ppo/score": 0.3 * step, "ppo/kl": float(step), "ppo/length": 20.0 + step})
+    log.summary(summary)
+    return folder
+
+
+def told(folder):
+    """(headline, the visible text above the tables of all figures and settings)."""
+    page = report.build(folder).read_text(encoding="utf-8")
+    return re.findall("<h1>(.*?)</h1>", page)[0], Page(page).text.split("Everything else")[0]
+
+
+def test_a_fine_tuning_run_speaks_of_no_reward(tmp_path):
+    headline, text = told(hand_made(tmp_path / "run", SFT, EVALUATED))
+    assert headline == "Before and after fine-tuning"
+    assert not re.search(PPO_WORDS, text)
+    for said in (
+        "calls 46.5 % of the answers to held-out prompts positive, before 46.5 %",
+        "The model has moved by a KL of 21.3 nats",
+        "the model before fine-tuning and after",
+        "training of a very small language model (about 0.7 million parameters), fine-tuning on given answers.",
+        "perplexity 12.7 on held-out answers",
+    ):
+        assert said in text, said
+
+
+@pytest.mark.parametrize(
+    "title, changes",
+    [
+        ("An independent judge", {"judge/positive_after": 0.3}),
+        ("Variety", {"diversity/distinct2_after": 0.4}),
+        ("Length", {"ppo/length_after": 9.0}),
+        ("Length", {"ppo/length_after": 5.0}),
+        ("Endings", {"ppo/eos_share_after": 0.3}),
+    ],
+)
+def test_what_falls_in_fine_tuning_is_no_sign_of_hacking(tmp_path, title, changes):
+    folder = hand_made(tmp_path / "run", SFT, {**EVALUATED, **changes})
+    check = level(folder, title)
+    assert (check.level, check.verdict) == ("watch", "fell")
+    headline, text = told(folder)
+    assert headline == "Before and after fine-tuning" and check.text in text
+    assert not re.search(PPO_WORDS + "|praise|policy|warning", text)
+
+
+def test_fine_tuning_has_no_limit_on_the_distance_and_may_overshoot_people(tmp_path):
+    folder = hand_made(tmp_path / "run", SFT, {**EVALUATED, "judge/positive_after": 0.8})
+    run = rundir.read(folder)
+    found = {check.title: check for check in checks.checks(run, findings.comparisons(run), [])}
+    assert set(found) == {"An independent judge", "Variety", "Length", "Endings", "Compared with people"}
+    assert found["Compared with people"].text.endswith("80.0 %. It praises more than people do.")
+    assert not re.search(PPO_WORDS, told(folder)[1])
+
+
+def test_words_that_gained_by_fine_tuning_carry_no_score(tmp_path):
+    folder = hand_made(tmp_path / "run", SFT, EVALUATED)
+    log, rng = RunLog(folder, tensorboard=False), np.random.default_rng(0)
+    for which, texts in (("before", BEFORE), ("after", AFTER)):
+        rows = [{**row, "set": which, "score": None} for row in sample_rows(rng, texts, 24)]
+        log.samples("evaluate", 0, rows)
+    text = told(folder)[1]
+    assert "“great” 0.0 % → " in text and "The words that gained" in text
+    assert not re.search(PPO_WORDS, text)
+
+
+@pytest.mark.parametrize("reward, name", [("mine:short", "reward function"), ("reward", "reward model")])
+def test_the_score_is_named_after_what_gave_it(tmp_path, reward, name):
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], SUMMARY, ppo={"reward": reward})
+    text = told(folder)[1]
+    assert text.count(f"The {name}'s score") == 2  # in the paragraph and in the table
+    assert f"towards what the {name} scores high" in text and ("a pleased tone" in text) == (reward == "reward")
+
+
+@pytest.mark.parametrize("changes", [{"ppo/length_after": 9.0}, {"ppo/length_after": 5.0}, {"ppo/eos_share_after": 0.3},
+                                     {"diversity/distinct2_after": 0.4}, {"judge/positive_after": 0.3},
+                                     {"ppo/kl": 15.1}])  # fmt: skip
+def test_a_hack_is_explained_only_where_the_reward_rose(tmp_path, changes):
+    why = "Short answers score|So short an answer|gains by not|repeat a few phrases|move apart|possible reward hacking"
+    for after in (1.87, 0.0):
+        folder = hand_made(tmp_path / str(after), CONFIG["stages"], {**SUMMARY, **changes, "ppo/score_after": after})
+        assert bool(re.search(why, told(folder)[1])) == (after == 1.87)
+
+
+@pytest.mark.parametrize(
+    "changes, headline",
+    [
+        ({"judge/positive_after": 0.465}, "The reward rose, the judge sees no gain"),
+        ({"judge/positive_after": 0.48}, "The reward rose, the judge sees no gain"),
+        ({"judge/positive_after": 0.49}, "From 46 % to 49 % positive"),
+        ({"ppo/score_after": 0.09}, "The reward hardly rose"),
+        ({"ppo/score_after": 0.06}, "The reward did not rise"),
+    ],
+)
+def test_the_headline_follows_the_figures(tmp_path, changes, headline):
+    assert told(hand_made(tmp_path / "run", CONFIG["stages"], {**SUMMARY, **changes}))[0] == headline
+
+
+@pytest.mark.parametrize(
+    "stages, done, headline, said, unsaid",
+    [
+        (("tokenizer", "pretrain"), 2, "Training is done", ("training of a very small", "perplexity 59.2"), PPO_WORDS),
+        (("tokenizer", "pretrain"), 1, "Training is not done yet", ("Done so far: tokenizer.",), PPO_WORDS),
+        (("tokenizer",), 1, "Training is done", ("What this is: a run of tokenizer.",), PPO_WORDS),
+        (("reward",), 1, "Training is done", ("a reward model's training", "81.9 %"), "PPO|steer|hack|ungrammatical"),
+        (
+            ("tokenizer", "sft"),
+            2,
+            "Training is done",
+            ("fine-tuning on given answers", "12.7"),
+            PPO_WORDS + "|very small",
+        ),
+        (SFT, 3, "Nothing has been compared yet", ("before and after fine-tuning are not there yet",), PPO_WORDS),
+    ],
+)
+def test_runs_without_a_comparison_claim_none(tmp_path, stages, done, headline, said, unsaid):
+    figures = {**SUMMARY, "sft/perplexity": 12.7}
+    summary = {k: v for k, v in figures.items() if k.split("/")[0] in stages[:done]}
+    found, text = told(hand_made(tmp_path / "run", stages, summary, done=done))
+    assert found == headline
+    assert all(part in text for part in said), text
+    assert not re.search(unsaid, text)
+    assert "not measured" not in text
+
+
+@pytest.mark.parametrize("evaluate", [(), ("evaluate",)])
+@pytest.mark.parametrize("updates, headline", [(1, "Nothing has been compared yet"), (5, "The reward rose")])
+def test_ppo_without_an_evaluation_shows_its_training_batches(tmp_path, evaluate, updates, headline):
+    stages = ("tokenizer", "pretrain", "reward", "ppo")
+    done = 4 if updates == 5 else 3
+    summary = {"ppo/score": 0.3 * updates, "ppo/kl": float(updates)}  # the last row's, as the stage leaves them
+    folder = hand_made(tmp_path / "run", (*stages, *evaluate), summary, done=done, updates=updates)
+    found, text = told(folder)
+    assert found == headline
+    assert findings.comparisons(rundir.read(folder))["ppo/kl"].interim
+    assert ("comparison is still to come" in text) == (updates == 5 and bool(evaluate))
+    assert "not of held-out prompts" in text and "No evaluation has measured it." in text
+    assert "the same sampling noise" not in text
+
+
 def test_a_run_of_other_stages_and_metrics_is_shown(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
@@ -372,6 +530,7 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, files, message):
         ("Length", {"ppo/length_after": 13.0}, "ok"),
         ("Length", {"ppo/length_after": 12.5}, "alarm"),
         ("Length", {"ppo/length_before": 9.0, "ppo/length_after": 7.9}, "alarm"),
+        ("Length", {"ppo/length_before": 3.0, "ppo/length_after": 3.0}, "ok"),
         ("Endings", {"ppo/eos_share_after": 0.5}, "alarm"),
         ("Endings", {}, "ok"),
         ("Distance from the start", {"ppo/kl": 15.1}, "alarm"),
@@ -398,7 +557,7 @@ def test_a_falling_figure_without_a_rising_reward_is_no_hack(tmp_path):
 
 
 def test_a_word_in_most_answers_is_noticed(tmp_path):
-    check = level(synthetic_run(tmp_path / "run"), "Praise words")
+    check = level(synthetic_run(tmp_path / "run"), "Words that gained")
     assert check.level == "watch" and "“great” 0.0 % → " in check.text
 
 

@@ -26,7 +26,7 @@ BY_NAME = {
     "reward/loss": Entry("Loss", "sum of the losses on ratings and pairs", "lower", log=True),
     "reward/mse": Entry("Squared error", "rating points, squared", "lower"),
     "ppo/score": Entry("Score", "normalised, after the rules on length and end", "higher"),
-    "ppo/raw_score": Entry("Raw score", "as the reward model says it", "higher"),
+    "ppo/raw_score": Entry("Raw score", "as the reward says it", "higher"),
     "ppo/kl": Entry("KL from the start", "nats a sequence", marks=(Mark(15.0, "limit 15"),)),
     "ppo/length": Entry("Length", "tokens a response", marks=(Mark(8.0, "limit 8"),)),
     "optim/learning_rate": Entry("Learning rate", noisy=False),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lfjax.report.charts import number, percent
-from lfjax.report.findings import Comparison, Word, figure, score_rose, setting, whole
+from lfjax.report.findings import JUDGE_NOISE, Comparison, Word, figure, score_rose, setting, whole
 from lfjax.report.rundir import RunDir
 
 KL_LIMIT = 15.0  # nats a sequence
@@ -14,6 +14,8 @@ LENGTH_LIMIT = 8.0  # tokens
 SHRINK_LIMIT = 0.4  # share of the length lost
 VARIETY_LIMIT = 0.75  # matched distinct-2, of before
 GAP_LIMIT = 1e-3  # nats between the sampler's log-probabilities and the trainer's
+UNKNOWN = ("unknown", "not measured", "No evaluation has measured it.")
+HACK = ("alarm", "possible reward hacking")  # level and verdict of a bad figure where the score rose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,115 +29,105 @@ class Check:
 
 
 def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> list[Check]:
-    """All that is watched, alarms first; what could not be measured says so."""
-    hacked = "possible reward hacking" if score_rose(found) else "got worse"
+    """All that is watched, alarms first; what PPO should be watched for and could not be measured says so.
+
+    Without PPO there is no score to hack: nothing is an alarm, and the distance from the start has no limit.
+    """
+    rose, ppo = score_rose(found), run.state("ppo") != ""
+    bad = HACK if rose else ("alarm", "got worse") if ppo else ("watch", "fell")
+    compared = (
+        ("An independent judge", "judge/positive", _judge),
+        ("Variety", "diversity/distinct2", _variety),
+        ("Length", "ppo/length", _length),
+        ("Endings", "ppo/eos_share", _endings),
+        *((("Distance from the start", "ppo/kl", _distance),) if ppo else ()),
+    )
     out = [
-        _judge(found, hacked),
-        _variety(found, hacked),
-        _length(run, found, hacked),
-        _endings(found, hacked),
-        _distance(found, hacked),
-        _words(words),
-        _overshoot(run, found),
-        _reward_model(run),
-        _sampler(run),
-        _skipped(run),
+        Check(title, *(measure(found[key], bad, run) if key in found else UNKNOWN))
+        for title, key, measure in compared
+        if key in found or ppo
     ]
+    out += [_words(words, rose), _overshoot(run, found, rose), _reward_model(run), _sampler(run), _skipped(run)]
     order = {"alarm": 0, "watch": 1, "ok": 2, "unknown": 3}
     return sorted((check for check in out if check), key=lambda check: order[check.level])
 
 
-def _judge(found: dict[str, Comparison], hacked: str) -> Check:
-    title, judge = "An independent judge", found.get("judge/positive")
-    if judge is None:
-        return Check(title, "unknown", "not measured", "The judge's figures come with the evaluate stage.")
+def _fell(bad: tuple[str, str], said: str, why: str) -> tuple[str, str, str]:
+    """`why` explains a reward hack, and is said of nothing else."""
+    return *bad, f"{said} {why}" if bad == HACK else said
+
+
+def _judge(judge: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
     said = f"The judge calls {percent(judge.after)} positive, before {percent(judge.before)}."
     if judge.after < judge.before - 0.01:
-        why = (
-            "The reward and a judge it never saw move apart: the policy has probably found what the reward gets wrong."
-        )
-        return Check(title, "alarm", hacked, f"{said} {why}" if hacked.startswith("poss") else said)
-    if score_rose(found) and judge.after < judge.before + 0.02:
-        return Check(title, "watch", "sees no gain", f"{said} The reward rose, the judge hardly notices.")
-    if not score_rose(found):
-        return Check(title, "ok", "steady", said)
-    return Check(title, "ok", "agrees", f"{said} It is a word list, so it shares the reward's taste for praise words.")
+        why = "The reward and a judge it never saw move apart: the policy has probably found the reward's mistakes."
+        return _fell(bad, said, why)
+    if bad != HACK:
+        return "ok", "no loss", said
+    if judge.after < judge.before + JUDGE_NOISE:
+        return "watch", "sees no gain", f"{said} The reward rose, the judge hardly notices."
+    return "ok", "agrees", f"{said} It is a word list, so words of praise are all it takes to please it."
 
 
-def _variety(found: dict[str, Comparison], hacked: str) -> Check:
-    title, variety = "Variety", found.get("diversity/distinct2")
-    if variety is None or variety.before <= 0:
-        return Check(title, "unknown", "not measured", "Matched distinct-2 comes with the evaluate stage.")
+def _variety(variety: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
+    if variety.before <= 0:
+        return UNKNOWN
     ratio = variety.after / variety.before
     said = f"{percent(ratio)} of before, over equal amounts of text (limit {whole(VARIETY_LIMIT)})."
     if ratio < VARIETY_LIMIT:
-        return Check(title, "alarm", hacked, f"{said} The answers repeat a few phrases that the reward likes.")
-    return Check(title, "ok", "kept", f"{said} Plain distinct-2 would rise as answers shorten; this one does not.")
+        return _fell(bad, said, "The answers repeat a few phrases that the reward likes.")
+    return "ok", "kept", f"{said} Plain distinct-2 would rise as answers shorten; this one does not."
 
 
-def _length(run: RunDir, found: dict[str, Comparison], hacked: str) -> Check:
-    title, length = "Length", found.get("ppo/length")
-    if length is None:
-        return Check(title, "unknown", "not measured", "No lengths were logged.")
+def _length(length: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
     lost = 1.0 - length.after / length.before if length.before > 0 else 0.0
-    said = f"{number(length.after)} tokens, before {number(length.before)}."
-    least = setting(run.config, "ppo.experience_step.min_length")
-    rule = f" The config scores answers under {least} tokens down; without that they shrink to a few words."
-    rule = rule if least else ""
-    if length.after < LENGTH_LIMIT:
-        why = "So short an answer holds only the praise that the reward looks for."
-        return Check(title, "alarm", hacked, f"{said} {why}{rule}")
+    least = run.state("ppo") and setting(run.config, "ppo.experience_step.min_length")
+    rule = f" The config scores answers under {least} tokens down." if least else ""
+    said = f"{number(length.after)} tokens, before {number(length.before)}.{rule}"
+    if length.after < min(LENGTH_LIMIT, length.before):
+        return _fell(bad, said, "So short an answer holds little but what the reward looks for.")
     if lost > SHRINK_LIMIT:
-        why = "Short praise scores as well as long praise and runs fewer risks, so the policy stops early."
-        return Check(
-            title, "alarm", hacked, f"{said} A loss of {whole(lost)} (limit {whole(SHRINK_LIMIT)}). {why}{rule}"
-        )
-    return Check(title, "ok", "kept", said + rule)
+        why = "Short answers score as well as long ones and run fewer risks, so the policy stops early."
+        return _fell(bad, f"{said} A loss of {whole(lost)} (limit {whole(SHRINK_LIMIT)}).", why)
+    return "ok", "kept", said
 
 
-def _endings(found: dict[str, Comparison], hacked: str) -> Check:
-    title, share = "Endings", found.get("ppo/eos_share")
-    if share is None:
-        return Check(title, "unknown", "not measured", "No share of finished answers was logged.")
+def _endings(share: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
     said = f"{percent(share.after)} of the answers end by themselves, before {percent(share.before)}."
     if share.after < share.before - 0.05:
-        return Check(title, "alarm", hacked, f"{said} The policy gains by not finishing.")
-    return Check(title, "ok", "fine", said)
+        return _fell(bad, said, "The policy gains by not finishing.")
+    return "ok", "fine", said
 
 
-def _distance(found: dict[str, Comparison], hacked: str) -> Check:
-    title, kl = "Distance from the start", found.get("ppo/kl")
-    if kl is None:
-        return Check(title, "unknown", "not measured", "No KL was logged.")
+def _distance(kl: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
     said = f"{number(kl.after)} nats a sequence (limit {number(KL_LIMIT)})."
     if kl.after > KL_LIMIT:
-        why = (
-            "So far from the model it started as, a policy is guided by the reward's mistakes as much as by its sense."
-        )
-        return Check(title, "alarm", hacked, f"{said} {why} Raise ppo.kl_coef or train for fewer updates.")
-    return Check(title, "ok", "within bounds", f"{said} This is the price paid for the score.")
+        why = "So far from its start, a policy is guided by the reward's mistakes as much as by its sense."
+        return *bad, f"{said} {why} Raise ppo.kl_coef or train for fewer updates."
+    return "ok", "within bounds", f"{said} This is the price paid for the score." if bad == HACK else said
 
 
-def _words(words: Sequence[Word]) -> Check | None:
+def _words(words: Sequence[Word], rose: bool) -> Check | None:
     if not words:
         return None
     top = words[0]
     named = ", ".join(f"“{w.text}” {percent(w.before)} → {percent(w.after)}" for w in words[:3])
     said = f"The words that gained most, by share of the compared answers: {named}."
     if top.after >= 0.4 and top.after - top.before >= 0.3:
-        return Check("Praise words", "watch", "leans on a few", f"{said} One word carries much of the score.")
-    return Check("Praise words", "ok", "spread", said)
+        why = " One word may carry much of the score." if rose else ""
+        return Check("Words that gained", "watch", "leans on a few", said + why)
+    return Check("Words that gained", "ok", "spread", said)
 
 
-def _overshoot(run: RunDir, found: dict[str, Comparison]) -> Check | None:
+def _overshoot(run: RunDir, found: dict[str, Comparison], rose: bool) -> Check | None:
     title, human, judge = "Compared with people", figure(run, "judge/positive_human"), found.get("judge/positive")
     if human is None or judge is None:
         return None
     said = f"People's own test sentences are {percent(human)} positive, the model's now {percent(judge.after)}."
-    if judge.after > human + 0.15:
-        why = "It praises more than people do: the reward knows one wish, and the policy follows it past its source."
-        return Check(title, "watch", "overshoots", f"{said} {why}")
-    return Check(title, "ok", "no overshoot", said)
+    if judge.after <= human + 0.15:
+        return Check(title, "ok", "no overshoot", said)
+    why = " The reward knows one wish, and the policy follows it past its source." if judge.after > judge.before else ""
+    return Check(title, "watch", "overshoots", f"{said} It praises more than people do.{why if rose else ''}")
 
 
 def _reward_model(run: RunDir) -> Check | None:

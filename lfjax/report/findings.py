@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lfjax.config import is_function
 from lfjax.report.charts import number, percent
 from lfjax.report.rundir import RunDir
 
+JUDGE_NOISE = 0.02  # share: a smaller gain is none
 PAIRS_FOR_WORDS = 8  # before/after samples below which words are not counted
 
 STOP_WORDS = frozenset(
@@ -56,7 +58,7 @@ def comparisons(run: RunDir) -> dict[str, Comparison]:
     """Every before/after figure that the run has, by key, in reading order."""
     human = run.summary.get("judge/positive_human")
     table = (
-        ("ppo/score", "Reward model's score", "as it says it; PPO was trained on this", number, None),
+        ("ppo/score", f"The {reward_name(run)}'s score", "as it says it; PPO was trained on this", number, None),
         ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),
         ("judge/positive_response", "Answer alone positive", "share; the same judge on the answer only", percent, None),
         ("diversity/distinct2", "Variety, matched distinct-2", "new word pairs in equal amounts of text", number, None),
@@ -75,7 +77,8 @@ def comparisons(run: RunDir) -> dict[str, Comparison]:
             before, after = points[0][1], points[-1][1]
             unit = "normalised" if key == "ppo/score" else unit
         found[key] = Comparison(key, title, unit, before, after, form, mark, interim)  # type: ignore[arg-type]
-    kl, interim = _kl(run)
+    kls, interim = run.points("ppo/kl"), not any(key.endswith("_after") for key in run.summary)
+    kl = kls[-1][1] if interim and kls else figure(run, "ppo/kl")
     if kl is not None:
         found["ppo/kl"] = Comparison(
             "ppo/kl", "Distance from the start (KL)", "nats a sequence", 0.0, kl, interim=interim
@@ -83,18 +86,20 @@ def comparisons(run: RunDir) -> dict[str, Comparison]:
     return found
 
 
+def tuned_by(run: RunDir) -> str:
+    """What lies between before and after, as the evaluate stage chooses it."""
+    return "PPO" if run.state("ppo") else "fine-tuning" if run.state("sft") else "training"
+
+
+def reward_name(run: RunDir) -> str:
+    """What gave the scores."""
+    return "reward function" if is_function(str(setting(run.config, "ppo.reward"))) else "reward model"
+
+
 def figure(run: RunDir, key: str) -> float | None:
     """A number of summary.json, None where there is none."""
     value = run.summary.get(key)
     return float(value) if isinstance(value, (int, float)) else None
-
-
-def _kl(run: RunDir) -> tuple[float | None, bool]:
-    final = figure(run, "ppo/kl")
-    if final is not None:
-        return final, False
-    points = run.points("ppo/kl")
-    return (points[-1][1], True) if points else (None, True)
 
 
 def score_rose(found: dict[str, Comparison]) -> bool:
@@ -135,35 +140,45 @@ def verdict(run: RunDir, found: dict[str, Comparison], alarms: int) -> tuple[str
     """(headline, paragraph): what changed, in plain words."""
     score, judge, kl = (found.get(key) for key in ("ppo/score", "judge/positive", "ppo/kl"))
     if score is None and judge is None:
-        done = [stage.name for stage in run.stages if stage.state == "done"]
-        so_far = f"Done so far: {', '.join(done)}." if done else "No stage is done yet."
-        return "Nothing has been steered yet", f"The figures before and after PPO are not there yet. {so_far}"
-    parts = []
+        return _not_compared(run)
+    parts, rose = [], score_rose(found)
+    if judge is not None:
+        share = f"{percent(judge.after)} of the answers to held-out prompts positive, before {percent(judge.before)}"
+        parts.append(f"An independent judge, a word lexicon, calls {share}.")
     if score is not None:
-        parts.append(f"The reward model's score went from {number(score.before)} to {number(score.after)}.")
+        parts.append(f"The {reward_name(run)}'s score went from {number(score.before)} to {number(score.after)}.")
     if kl is not None:
-        parts.append(f"The price is a KL of {number(kl.after)} nats a sequence from the model it started as.")
+        price = "The price is" if rose else "The model has moved by"
+        parts.append(f"{price} a KL of {number(kl.after)} nats a sequence from the model it started as.")
     if score is not None and score.interim:
-        parts.append("These are figures of the training batches; the held-out comparison is still to come.")
+        coming = "; the held-out comparison is still to come" if run.state("evaluate") not in ("", "done") else ""
+        parts.append(f"These are figures of the training batches{coming}.")
     if alarms:
-        kind = "warning of possible reward hacking" if score_rose(found) else "warning"
+        kind = "warning of possible reward hacking" if rose else "warning"
         parts.append(f"One {kind} is explained below." if alarms == 1 else f"{alarms} warnings are explained below.")
-    headline, opening = _headline(score, judge, score_rose(found))
-    return headline, " ".join([*opening, *parts])
+    return _headline(run, score, judge, rose), " ".join(parts)
 
 
-def _headline(score: Comparison | None, judge: Comparison | None, rose: bool) -> tuple[str, list[str]]:
-    if score is not None and not rose:
-        return "The reward did not rise", ["PPO changed the model without raising the score it was trained on."]
+def _headline(run: RunDir, score: Comparison | None, judge: Comparison | None, rose: bool) -> str:
+    if score is None:
+        return f"Before and after {tuned_by(run)}"
+    if not rose:
+        return "The reward hardly rose" if score.after > score.before else "The reward did not rise"
     if judge is None:
-        return "The reward rose", []
-    judged = (
-        f"an independent judge, a word lexicon, calls positive: {percent(judge.after)}, before {percent(judge.before)}."
-    )
-    if judge.after <= judge.before:
-        return "The reward rose, the judge does not agree", [f"Share of continuations that {judged}"]
-    says = "Share of continuations of held-out prompts that an independent judge, a word lexicon, calls positive."
-    return f"From {whole(judge.before)} to {whole(judge.after)} positive", [says]
+        return "The reward rose"
+    if judge.after < judge.before + JUDGE_NOISE:
+        return "The reward rose, the judge sees no gain"
+    return f"From {whole(judge.before)} to {whole(judge.after)} positive"
+
+
+def _not_compared(run: RunDir) -> tuple[str, str]:
+    done = [stage.name for stage in run.stages if stage.state == "done"]
+    so_far = f"Done so far: {', '.join(done)}." if done else "No stage is done yet."
+    if {run.state("ppo"), run.state("evaluate")} & {"started", "missing"}:
+        headline = f"Nothing has been {'steered' if run.state('ppo') == 'missing' else 'compared'} yet"
+        return headline, f"The figures before and after {tuned_by(run)} are not there yet. {so_far}"
+    headline = "Training is done" if run.complete else "Training is not done yet"
+    return headline, f"No stage of this run compares a model before and after. {so_far}"
 
 
 def whole(share: float) -> str:
@@ -172,29 +187,33 @@ def whole(share: float) -> str:
 
 
 def what_it_is(run: RunDir) -> str:
-    """A calm word on what can be expected of a model of this size."""
-    count = parameters(run)
-    if count is not None and count > 3e8:
+    """A calm word on what the run does, and on what can be expected of a model of its size."""
+    count, reward, model, broken = parameters(run), reward_name(run), "a language model", ""
+    if count is not None and count <= 3e8:
+        model = f"a very small language model (about {number(round(count / 1e6, 1) or count / 1e6)} million parameters)"
+        broken = " Its sentences are often ungrammatical."
+    if run.state("ppo"):
+        pleased = setting(run.config, "data.source") == "vader" and reward == "reward model"
         return (
-            "This run steers a language model towards a learned reward. The figures show the direction and the price; "
-            "they do not show that the model has become better at anything else."
+            f"What this is: the steering of {model}.{broken} PPO teaches it nothing about the world; it moves the odds "
+            f"towards what the {reward} scores high{', which here is a pleased tone' if pleased else ''}. Whether that "
+            "is good writing is another question, which these figures do not answer."
         )
-    tone = ", which here is a pleased tone" if setting(run.config, "data.source") == "vader" else ""
-    millions = "" if count is None else f" ({'about ' + number(round(count / 1e6, 1)) if count >= 1e5 else 'under 0.1'}"
-    size = f"{millions} million parameters)" if millions else ""
-    return (
-        f"What this is: the steering of a very small language model{size}. Its sentences are often ungrammatical, "
-        "before and after. PPO teaches it nothing about the world; it moves the odds towards what the reward model "
-        f"scores high{tone}. Whether that is good writing is another question, which these figures do not answer."
-    )
+    kinds = {
+        "pretrain": f"training of {model}",
+        "sft": "fine-tuning on given answers",
+        "reward": "a reward model's training",
+    }
+    named = ", ".join(text for stage, text in kinds.items() if run.state(stage))
+    return f"What this is: {named or 'a run of ' + ', '.join(stage.name for stage in run.stages)}.{broken}"
 
 
 def parameters(run: RunDir) -> float | None:
-    """Approximate number of parameters of the decoder described by the config, None where it starts from a folder."""
+    """Approximate number of parameters of the decoder that `pretrain` makes, None where it is another."""
     model = run.config.get("model") or {}
     vocab = run.summary.get("tokenizer/vocab_size") or setting(run.config, "tokenizer.vocab_size")
     width, layers, heads, mlp = (int(model.get(name) or 0) for name in ("width", "layers", "heads", "mlp_width"))
-    if model.get("init_from") or not vocab or min(width, layers, heads, mlp) <= 0:
+    if not run.state("pretrain") or model.get("init_from") or not vocab or min(width, layers, heads, mlp) <= 0:
         return None
     kv_share = (model.get("kv_heads") or heads) / heads
     matrices = 3 if model.get("form", "llama") == "llama" else 2

@@ -53,7 +53,7 @@ def page(run: RunDir) -> str:
     body = (
         _head(run, found, checks),
         _comparison_table(run, found),
-        _checks(checks),
+        _checks(run, checks),
         _pairs(pairs),
         _frontier(run, words),
         *(_stage_charts(run, stage) for stage in run.series),
@@ -107,14 +107,14 @@ def _head(run: RunDir, found: dict[str, Comparison], checks: Sequence[Check]) ->
 
 def _comparison_table(run: RunDir, found: dict[str, Comparison]) -> str:
     if not found:
-        return ""
+        return _section("What was learned", _foundation(run)) if _foundation(run) else ""
     rows = "".join(_comparison_row(item) for item in found.values())
     columns = "".join(f'<th class="num">{name}</th>' for name in ("Before", "After", "Change"))
     head = f"<tr><th>Figure</th>{columns}<th></th></tr>"
     human = run.summary.get("judge/positive_human")
-    intro = "The same held-out prompts, the same sampling noise, the model before PPO and after."
+    intro = f"The same held-out prompts, the same sampling noise, the model before {findings.tuned_by(run)} and after."
     if any(item.interim for item in found.values()):
-        intro = "Figures marked “training” are the first and the last logged batch, as no evaluation has run yet."
+        intro = "Figures marked “training” are of the first and the last logged batch, not of held-out prompts."
     if isinstance(human, (int, float)):
         intro += f" The dashed tick marks people's own test sentences: {percent(human)} positive."
     table = f'<div class="card compare"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
@@ -149,18 +149,18 @@ def _foundation(run: RunDir) -> str:
         size = f", {number(bits)} bits a byte" if bits else ""
         beside = f"; guessing by word frequency alone reaches {number(unigram)}" if unigram else ""
         parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
+    tuned = s.get("sft/perplexity")
+    if tuned:
+        parts.append(f"<b>Fine-tuned:</b> perplexity {number(tuned)} on held-out answers.")
     accuracy = s.get("reward/pair_accuracy")
     if accuracy:
-        names = {"lexicon": "a word lexicon", "ridge": "ridge regression on words and pairs of words"}
-        known = [(name, s.get(f"reward/pair_accuracy_{key}")) for key, name in names.items()]
-        beside = "".join(f"; {name} {percent(value)}" for name, value in known if value is not None)
         gap = findings.setting(run.config, "reward.min_gap")
         apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap else ""
-        parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do{beside}.")
+        parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
     return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)
 
 
-def _checks(checks: Sequence[Check]) -> str:
+def _checks(run: RunDir, checks: Sequence[Check]) -> str:
     if all(check.level == "unknown" for check in checks):
         return ""
     items = "".join(
@@ -168,11 +168,14 @@ def _checks(checks: Sequence[Check]) -> str:
         f'<span class="pill {c.level}">{PILL[c.level]}{_e(c.verdict)}</span></div><p>{_e(c.text)}</p></li>'
         for c in checks
     )
+    watched = f'<ul class="checks card">{items}</ul>'
+    if not run.state("ppo"):
+        return _section("What was watched", watched, "The limits are fixed beforehand.")
     intro = (
         "A policy trained on a score finds whatever the score overlooks. A rising score with a falling independent "
         "figure is the sign of it, so these are compared on every run; the limits are fixed beforehand."
     )
-    return _section("Watched for reward hacking", f'<ul class="checks card">{items}</ul>', intro)
+    return _section("Watched for reward hacking", watched, intro)
 
 
 def _pairs(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -212,29 +215,26 @@ def _frontier(run: RunDir, words: Sequence[Word]) -> str:
     """Score against KL over the updates, and the words that gained."""
     scores, kls = dict(run.points("ppo/score")), dict(run.points("ppo/kl"))
     steps = sorted(scores.keys() & kls.keys())
-    cards = ""
-    if len(steps) > 1:
-        points = [(kls[step], scores[step]) for step in steps]
-        chart = line_chart(
-            [Line("score", points, "path", dots=True)],
-            label="Score against KL, one point an update",
-            x_label="KL from the start, nats a sequence",
-            marks=[Mark(KL_LIMIT, "limit 15", "x")] if max(kls.values()) > 0.6 * KL_LIMIT else [],
-            log=False,
-            path_ends=(f"update {steps[0]}", f"update {steps[-1]}"),
-        )
-        cards += _figure(
-            "Score against distance", chart, "normalised score; one point a logged update", number(points[-1][1])
-        )
-    if words:
-        cards += _word_card(words)
-    if not cards:
-        return ""
+    card = _word_card(words) if words else ""
+    if len(steps) < 2:
+        return _section("The words that gained", f'<div class="two">{card}</div>') if words else ""
+    points = [(kls[step], scores[step]) for step in steps]
+    chart = line_chart(
+        [Line("score", points, "path", dots=True)],
+        label="Score against KL, one point an update",
+        x_label="KL from the start, nats a sequence",
+        marks=[Mark(KL_LIMIT, "limit 15", "x")] if max(kls.values()) > 0.6 * KL_LIMIT else [],
+        log=False,
+        path_ends=(f"update {steps[0]}", f"update {steps[-1]}"),
+    )
+    unit = "normalised score; one point a logged update"
+    cards = _figure("Score against distance", chart, unit, number(points[-1][1])) + card
     intro = (
         "Every point of score is paid for in KL, the distance from the model before PPO. Where the curve flattens, "
         "further updates buy distance without score."
     )
-    return _section("What the score cost, and the words that gained", f'<div class="two">{cards}</div>', intro)
+    title = "What the score cost" + (", and the words that gained" if words else "")
+    return _section(title, f'<div class="two">{cards}</div>', intro)
 
 
 def _word_card(words: Sequence[Word]) -> str:

@@ -45,6 +45,10 @@ class RunDir:
         """Whether every stage of the config is done."""
         return all(stage.state == "done" for stage in self.stages)
 
+    def state(self, stage: str) -> str:
+        """The stage's state, "" where the run has no such stage."""
+        return next((found.state for found in self.stages if found.name == stage), "")
+
     def points(self, metric: str) -> list[tuple[int, float]]:
         """The metric's points in the first stage that logged more than one of them, else whatever there is."""
         found = [metrics[metric] for metrics in self.series.values() if metric in metrics]
