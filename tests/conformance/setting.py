@@ -282,7 +282,7 @@ def stub_run(steps, **parts):
     """What a loop's function reads of a run, on one device."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return types.SimpleNamespace(
-        config=steps["base_config"](), mesh=mesh, transformer=Transformer, place=lambda tree: tree, **parts
+        config=steps["base_config"](), mesh=mesh, network=Transformer, place=lambda tree: tree, **parts
     )
 
 
