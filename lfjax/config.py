@@ -92,6 +92,13 @@ def base_config() -> Config:
         remat="none",  # "none" | "dots" | "full"
         unroll=0,  # layers unrolled in the scan; 0: all
         vocab_multiple=1,  # embedding rows are padded to a multiple of this and of mesh.tensor
+        lora=_section(  # stages that start from a model train adapters (and a head) alone, the model stays as it is
+            rank=0,  # 0: off
+            alpha=16.0,  # the change is A B x alpha / rank
+            targets=("layers/",),  # regexes on the paths of the layers' matrices; ("attention/[qv]$",), say
+            rslora=False,  # alpha / sqrt(rank) instead
+            dropout=0.0,  # on the adapters' input, in the sft and reward stages
+        ),
     )
     config.mesh = _section(data=-1, fsdp=1, tensor=1, rules=())  # rules: () is lfjax.sharding.DEFAULT_RULES
     config.optim = _section(
@@ -416,6 +423,7 @@ def validate(config: Config) -> None:
     _at_least(config, 0, "run.breakdown_every")
     _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "run.max_skipped", "model.vocab_multiple")
     _check_model(config)
+    _check_lora(config)
     _check_rules(config.mesh.rules)
     for fraction in ("validation_fraction", "test_fraction"):
         if not 0.0 < config.data[fraction] < 0.5:
@@ -552,6 +560,35 @@ def _check_model(config: Config) -> None:
         raise InputError(f"config.model.heads: a head is {model.width // model.heads} wide; RoPE needs an even width")
     if model.form == "gpt2" and model.kv_heads != model.heads:
         raise InputError(f"config.model.kv_heads: {model.kv_heads}; the gpt2 form has as many as heads ({model.heads})")
+
+
+def uses_lora(config: Config, stage: str) -> bool:
+    """Whether a stage trains adapters: LoRA is on, and the stage starts from a model."""
+    starts = stage in ("sft", "reward", "ppo") or (stage == "pretrain" and bool(config.model.init_from))
+    return config.model.lora.rank > 0 and starts
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    _at_least(config, 0, "model.lora.rank")
+    if lora.alpha <= 0:
+        raise InputError(f"config.model.lora.alpha: {lora.alpha}; allowed: above 0")
+    if not 0.0 <= lora.dropout < 1.0:
+        raise InputError(f"config.model.lora.dropout: {lora.dropout}; allowed: 0 up to, not including, 1")
+    try:
+        patterns = [re.compile(pattern) for pattern in lora.targets]
+    except (TypeError, re.error):
+        patterns = []
+    if not patterns:
+        raise InputError(
+            f"config.model.lora.targets: {lora.targets!r}; give regexes on the paths of the layers' matrices, such as"
+            ' ("attention/[qv]$",)'
+        )
+    if lora.rank and not any(uses_lora(config, stage) for stage in config.stages):
+        raise InputError(
+            f"config.model.lora.rank: {lora.rank}; no stage of this run starts from a model: set config.model.init_from"
+            " or add a stage after pretrain, or set the rank to 0"
+        )
 
 
 def _check_training(config: Config, stage: str) -> None:

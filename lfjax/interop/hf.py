@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from lfjax import tokenizers
 from lfjax.config import InputError
+from lfjax.interop import peft
 from lfjax.interop.families import Family, family_of, read_config, same_function, task_of, write_config
 from lfjax.interop.tensors import (
     INDEX,
@@ -41,10 +43,10 @@ from lfjax.models.network import Network
 from lfjax.models.transformer import CHOICES, TransformerConfig
 from lfjax.sharding import DEFAULT_RULES, shardings_for
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter"
 GENERATION = "generation_config.json"
 # all that `save` may find in a folder that it replaces, beside the files that an index names
-WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, *tokenizers.NAMES}
+WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, ADAPTER, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
 
 
@@ -143,6 +145,7 @@ def save(
     dtype: str | None = None,
     shard_bytes: int | None = None,
     generation: dict[str, Any] | None = None,
+    adapter: peft.Adapter | None = None,
 ) -> None:
     """Writes a model folder: first whole beside `path`, then renamed, so that no half-written model is ever seen.
 
@@ -157,6 +160,7 @@ def save(
       shard_bytes: most bytes of tensors in a file; None writes one file.
       generation: generation_config.json; None is what the tokenizer came with, else, for a language model, what begins,
         ends and pads a text.
+      adapter: what the model was merged from; goes into `path`/adapter.
 
     Raises:
       InputError: `path` holds other files, `loaded.config` describes another model than `loaded.model`, or a value is
@@ -188,6 +192,10 @@ def save(
             generation = _generation(loaded)
         if generation:
             _write_json(fresh / GENERATION, generation)
+        if adapter is not None:
+            (fresh / ADAPTER).mkdir()
+            _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
+            save_file(adapter.tensors, fresh / ADAPTER / peft.TENSORS, metadata={"format": "pt"})
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

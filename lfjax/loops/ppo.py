@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import InputError, cause_of, init_from, is_function
+from lfjax.config import InputError, cause_of, is_function
 from lfjax.data.batching import PromptBatches
 from lfjax.loops.run import Run
-from lfjax.loops.supervised import compute_settings, run_prompts, total_steps, training_parts
+from lfjax.loops.supervised import compute_settings, passes, run_prompts, total_steps, training_parts
 from lfjax.loops.training import train
+from lfjax.models import lora
 from lfjax.models.flops import forward_flops
 from lfjax.sharding import global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
@@ -25,31 +26,41 @@ from lfjax.types import Generation, Rollout
 
 
 class Policy:
-    """A language model that writes: its parameters on the mesh and one rollout program a prompt length."""
+    """A language model that writes: its parameters on the mesh and one rollout program a prompt length.
 
-    def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None):
+    With a `stage` that trains adapters, `params` are these and `base` the model; else `params` are the model.
+    """
+
+    def __init__(self, run: Run, key: str, name: str, *, temperature: float | None = None, stage: str | None = None):
         self.run = run
         loaded = run.load_model(key, name, language=True)
         self.model = run.network(compute_settings(run, loaded.model.config, dropout=0.0))
-        self.params = loaded.params
+        self.params, self.base, how = loaded.params, None, None
+        if stage is not None:
+            how = run.lora_of(stage)
+            self.params, self.base = run.trained_part(stage, loaded.params, self.model.config, f"{stage}-lora")
         options = run.config.ppo.rollout_step.to_dict()
         if temperature is not None:
             options["temperature"] = temperature
-        function = functools.partial(
-            run.steps["ppo_rollout"],
-            model=self.model,
-            eos_ids=run.stop_ids,
-            pad_id=run.tokenizer.pad_id,
-            **options,
+
+        def rollout(params, prompts, key, index, base):
+            function = functools.partial(
+                run.steps["ppo_rollout"],
+                model=lora.bind(self.model, base, how),
+                eos_ids=run.stop_ids,
+                pad_id=run.tokenizer.pad_id,
+                **options,
+            )
+            return function(params, prompts, jax.random.fold_in(key, index))
+
+        self._step = run.program(
+            ("ppo_rollout", self.model.config, *sorted(options.items()), how),
+            lambda: jit_step(rollout, name="ppo_rollout", shapes=prompt_shapes(run)),
         )
-        self.rollout = run.program(
-            ("ppo_rollout", self.model.config, *sorted(options.items())),
-            lambda: jit_step(
-                lambda params, prompts, key, index: function(params, prompts, jax.random.fold_in(key, index)),
-                name="ppo_rollout",
-                shapes=prompt_shapes(run),
-            ),
-        )
+
+    def rollout(self, params, prompts, key, index) -> Generation:
+        """Responses to a batch of prompts; `index` is folded into the key."""
+        return self._step(params, prompts, key, index, self.base)
 
 
 class LearnedReward:
@@ -145,7 +156,8 @@ def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
         }
     elif name == "policy":
         config = policy.model.config
-        params = {group: leaves for group, leaves in policy.params.items() if group != "unembed"}
+        whole = policy.params if policy.base is None else policy.base
+        params = {group: leaves for group, leaves in whole.items() if group != "unembed"}
         head = {"kernel": jnp.zeros((config.width, 1)), "bias": jnp.zeros(1)}
     else:
         if name == "reward":
@@ -157,7 +169,7 @@ def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
         head = {"kernel": params["head"]["kernel"], "bias": params["head"].get("bias", jnp.zeros(1))}
     config = compute_settings(run, config, num_labels=1, head_bias=True, dropout=0.0)
     params = {**params, "head": head}
-    return run.network(config), jax.tree.map(jnp.copy, run.place(params))
+    return run.network(config), run.place(params)
 
 
 def measure_norm(run: Run, policy: Policy, reward, batches, records, key) -> RewardNorm:
@@ -184,15 +196,23 @@ def fetch(run: Run, tree) -> Any:
 
 
 def ppo_stage(run: Run) -> dict[str, float]:
-    """Trains the policy against the reward, held near its start by the KL term."""
+    """Trains the policy against the reward, held near its start by the KL term.
+
+    With LoRA the policy and the value network are adapters on models that are held once: the policy's is the reference
+    too, and the value network's is that of the reward or the policy, whichever it starts from.
+    """
     section, records = run.config.ppo, run.records.train
     batches = prompt_batches(run, records, section.batch_size)
-    policy, reward = Policy(run, "ppo.init_from", init_from(run.config, "ppo")), make_reward(run)
+    policy, reward = Policy(run, *run.start_of("ppo"), stage="ppo"), make_reward(run)
     keys = {p: run.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
     norm = measure_norm(run, policy, reward, batches, records, keys["norm"])
     value_model, value_params = value_network(run, policy, reward, norm)
-    models = PPOModels(policy.model, value_model, policy.model)
-    ref_params = jax.tree.map(lambda x: x.astype(reference_dtype(section)), policy.params)
+    value_params, value_base = run.trained_part("ppo", value_params, value_model.config, "ppo-value-lora")
+    value_params = jax.tree.map(jnp.copy, value_params)  # the state is donated, the reward's parameters are not
+    models, bases = PPOModels(policy.model, value_model, policy.model), (policy.base, value_base)
+    ref_params = policy.base
+    if ref_params is None:
+        ref_params = jax.tree.map(lambda x: x.astype(reference_dtype(section)), policy.params)
 
     total = total_steps(section, batches.steps_per_epoch)
     (policy_tx, rate), (value_tx, _) = (training_parts(run, "ppo", total, name) for name in ("optim", "value_optim"))
@@ -226,9 +246,10 @@ def ppo_stage(run: Run) -> dict[str, float]:
             scores,
             state.kl_coef,
             state.reward_norm,
+            bases,
         )
         rollout = latest["rollout"] = timed("experience", experience(*args))
-        out = timed("update", update(state, rollout, keys["update"]))
+        out = timed("update", update(state, rollout, keys["update"], bases))
         if timed.seconds:
             run.log.timing("ppo", index + 1, **timed.seconds)
         return out
@@ -240,7 +261,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
     tokens = section.batch_size * (float(np.mean(batches.lengths)) + section.rollout_step.max_new_tokens)
     scored = [reward.config] if isinstance(reward, LearnedReward) else []
     read = [policy.model.config] * 3 + [value_model.config, *scored]  # rollout, old and reference; values; scores
-    learned = [policy.model.config, value_model.config] * (3 * section.update_step.get("epochs", 1))
+    learned = [policy.model.config, value_model.config] * (passes(run, "ppo") * section.update_step.get("epochs", 1))
     flops = sum(forward_flops(config, int(tokens / section.batch_size)) for config in read + learned)
     state, out = train(
         run,
@@ -254,7 +275,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
         after=sample_rows,
         shown="score",
     )
-    run.save_model("ppo", policy.model, state.policy.params)
+    run.save_model("ppo", policy.model, state.policy.params, policy.base)
     return out
 
 
@@ -288,24 +309,31 @@ def _programs(run: Run, models: PPOModels, txs, state_shardings):
     temperature = section.rollout_step.get("temperature", 1.0)  # a fork may have deleted what it does not take
     update_step = section.update_step.to_dict()
     pieces = update_step.get("minibatches", 1) * update_step.get("num_microbatches", 1)
+    how = run.lora_of("ppo")
+
+    def bound(bases) -> PPOModels:
+        policy, value = bases
+        return models._replace(policy=lora.bind(models.policy, policy, how), value=lora.bind(models.value, value, how))
+
     make = functools.partial(
         run.steps["ppo_experience"],
-        models=models,
         eos_ids=run.stop_ids,
         temperature=temperature,
         minibatches=pieces,
         **section.experience_step.to_dict(),
     )
-    learn = functools.partial(run.steps["ppo_update"], models=models, txs=txs, temperature=temperature, **update_step)
+    learn = functools.partial(run.steps["ppo_update"], txs=txs, temperature=temperature, **update_step)
     experience = jit_step(
-        lambda policy, value, ref, generation, scores, kl_coef, norm: make(
-            policy, value, ref, generation, scores, kl_coef=kl_coef, reward_norm=norm
+        lambda policy, value, ref, generation, scores, kl_coef, norm, bases: make(
+            policy, value, ref, generation, scores, models=bound(bases), kl_coef=kl_coef, reward_norm=norm
         ),
         name="ppo_experience",
         shapes=len(section.prompt_buckets),
     )
     update = jit_step(
-        lambda state, rollout, key: learn(state, rollout, jax.random.fold_in(key, state.step)),
+        lambda state, rollout, key, bases: learn(
+            state, rollout, jax.random.fold_in(key, state.step), models=bound(bases)
+        ),
         name="ppo_update",
         donate=(0,),
         out_shardings=(state_shardings, replicated(run.mesh)),

@@ -19,10 +19,12 @@ from lfjax.loops.supervised import (
     compiled_step,
     compute_settings,
     create_state,
+    passes,
     total_steps,
     training_parts,
 )
 from lfjax.loops.training import train
+from lfjax.models import lora
 from lfjax.models.flops import forward_flops
 from lfjax.records import mean_ratings
 from lfjax.rewards import baselines, calibration, lexicon
@@ -62,16 +64,17 @@ def reward_stage(run: Run) -> dict[str, float]:
         keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
         params = with_cutpoints(run, params, keywords["ordinal_bounds"])
     tx, rate = training_parts(run, "reward", total)
-    state, shardings = create_state(run, RewardState, params, tx)
-    function = functools.partial(run.steps["reward"], model=model, tx=tx, **keywords)
+    trained, base = run.trained_part("reward", params, model.config, "reward-lora")
+    state, shardings = create_state(run, RewardState, trained, tx)
+    function = functools.partial(run.steps["reward"], tx=tx, **keywords)
     first = {}
     for index in range(batches.steps_per_epoch):
         batch = batches.batch_at(index)
         first.setdefault(batch.tokens.shape, batch)
         if len(first) == len(batches.bucket_shapes):
             break
-    step = compiled_step(run, "reward", function, state, shardings, first.values(), "reward")
-    score = scorer(run, model)
+    step = compiled_step(run, "reward", function, model, base, state, shardings, first.values())
+    score = scorer(run, model, base)
 
     def figures(state, split: str = "validation", prefix: str = "reward/validation_") -> dict[str, float]:
         scores = score(model_params(state.params), sets[split])
@@ -84,11 +87,12 @@ def reward_stage(run: Run) -> dict[str, float]:
         lambda state, index: step(state, batches.batch_at(index)),
         total=total,
         tokens_per_step=float(np.mean([np.prod(shape) for shape in first])),
-        flops_per_step=float(np.mean([3 * np.prod(s) * forward_flops(model.config, s[-1]) for s in first])),
+        flops_per_step=passes(run, "reward")
+        * float(np.mean([np.prod(s) * forward_flops(model.config, s[-1]) for s in first])),
         evaluate=figures,
         learning_rate=rate,
     )
-    run.save_model("reward", model, model_params(state.params))
+    run.save_model("reward", model, model_params(state.params), base)
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
     out["reward/cut_share"] = cut  # of the training answers: longer, with their prompt, than seq_len
     if mean is not None:
@@ -135,21 +139,22 @@ def reward_model(run: Run):
     return model, run.place(params)
 
 
-def scorer(run: Run, model):
+def scorer(run: Run, model, base=None):
     """(params, RewardBatches) -> per example a float array of its candidates' scores."""
-    step = jit_step(
-        lambda params, tokens, mask: model.apply({"params": params}, tokens, attention_mask=mask)[:, 0],
-        name="reward score",
-        out_shardings=replicated(run.mesh),
-    )
+    how = run.lora_of("reward")
+
+    def scores_of(params, tokens, mask, base):
+        return lora.bind(model, base, how).apply({"params": params}, tokens, attention_mask=mask)[:, 0]
+
+    step = jit_step(scores_of, name="reward score", out_shardings=replicated(run.mesh))
 
     def score(params, batches: RewardBatches) -> list[np.ndarray]:
         pieces = []
         for indices, batch in batches.evaluation():
             flat = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask)]
             tokens, mask = global_batch(flat, run.mesh)
-            step.compile(*abstract((params, tokens, mask)))
-            pieces.append((indices, step(params, tokens, mask)))
+            step.compile(*abstract((params, tokens, mask, base)))
+            pieces.append((indices, step(params, tokens, mask, base)))
         scores = [np.zeros(0)] * len(batches.examples)
         for indices, values in jax.device_get(pieces):
             for index, row in zip(indices, values.reshape(len(indices), -1), strict=True):

@@ -32,9 +32,11 @@ from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.data.examples import teaches
 from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
-from lfjax.interop import hf
+from lfjax.interop import hf, peft
 from lfjax.metrics import METRICS, RunLog, read_json, write_json
+from lfjax.models import lora, presets
 from lfjax.models.flops import peak_flops
+from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.tokenizers import stop_ids
@@ -115,6 +117,7 @@ class Run:
         self._check_batches()
         self._check_keywords()
         self._check_sources()
+        self._check_targets()
         self._held: int | None = None
         try:
             self._open_workdir()
@@ -125,6 +128,12 @@ class Run:
         self.stop_requested = False
         self.meter = Meter()
         self._programs: dict[Any, Step] = {}
+
+    def _check_targets(self) -> None:
+        """Targets of LoRA that no model has: better known now; those that this one lacks show when it is read."""
+        if self.config.model.lora.rank:
+            every = presets.llama(vocab_size=1, width=2, layers=1, heads=1, mlp_width=1)  # gated: all that there are
+            lora.targets(every, LoRA(**self.config.model.lora.to_dict()))
 
     def _check_batches(self) -> None:
         shards = batch_shards(self.mesh)
@@ -333,6 +342,11 @@ class Run:
         """models/<stage>: the stage's result in Hugging Face layout."""
         return self.workdir / "models" / stage
 
+    def start_of(self, stage: str) -> tuple[str, str]:
+        """(config key, stage or folder) of the model that a stage starts from."""
+        key = "model.init_from" if stage == "pretrain" else f"{stage}.init_from"
+        return key, self.config.model.init_from if stage == "pretrain" else configs.init_from(self.config, stage)
+
     def source(self, key: str, name: str) -> Path:
         """The folder of a model named by a stage or by a path."""
         if name in configs.STAGES:
@@ -384,10 +398,43 @@ class Run:
             )
         return loaded
 
-    def save_model(self, stage: str, model, params) -> None:
-        """Writes models/<stage>, whole or not at all; all processes call it, process 0 writes."""
+    def lora_of(self, stage: str) -> LoRA | None:
+        """How a stage trains adapters; None where it trains the whole model."""
+        return LoRA(**self.config.model.lora.to_dict()) if configs.uses_lora(self.config, stage) else None
+
+    def trained_part(self, stage: str, params, model_config, purpose: str) -> tuple[Any, Any]:
+        """(what the stage trains of a model, what it keeps frozen): all and None; with LoRA, adapters and head, rest.
+
+        `lfjax.models.lora.bind` makes a model of the first from the second.
+        """
+        how = self.lora_of(stage)
+        if how is None:
+            return params, None
+        init = functools.partial(lora.init, config=model_config, lora=how)
+        shardings = shardings_for({"lora": jax.eval_shape(init, self.key(purpose))}, self.mesh, self.rules)
+        adapters = jax.jit(init, out_shardings=shardings["lora"])(self.key(purpose))
+        head = {group: tree for group, tree in params.items() if group == "head"}
+        return {**head, "lora": adapters}, {group: tree for group, tree in params.items() if group != "head"}
+
+    def save_model(self, stage: str, model, trained, base=None) -> None:
+        """Writes models/<stage>, whole or not at all; all processes call it, process 0 writes.
+
+        With LoRA the model is merged, and the adapter is in models/<stage>/adapter, in PEFT's format.
+        """
+        how, params, adapter = self.lora_of(stage), trained, None
+        if how is not None:
+            merge = functools.partial(lora.merge, lora=how)
+            shapes = jax.eval_shape(merge, base, trained)
+            params = jax.jit(merge, out_shardings=shardings_for(shapes, self.mesh, self.rules))(base, trained)
+        key, name = self.start_of(stage)
+        start = self.source(key, name) if name else None  # its family and further keys are kept
+        config = None if start is None else read_json(start / hf.CONFIG)
+        loaded = hf.loaded_from(model, params, self.tokenizer, config=config)
+        if how is not None:
+            host = jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(trained))
+            adapter = peft.export(model.config, loaded.config, host, how, str(start))
         try:
-            hf.save(self.models(stage), hf.loaded_from(model, params, self.tokenizer))
+            hf.save(self.models(stage), loaded, adapter=adapter)
         except SafetensorError as error:
             raise InputError(
                 f"{self.models(stage)}: cannot write the model: {error}; free some space, then start the same command"

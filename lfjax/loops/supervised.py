@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import init_from, optim_section
+from lfjax.config import optim_section
 from lfjax.data.batching import PackedRows
 from lfjax.data.examples import pretraining_documents, prompts_from_records, sft_documents
 from lfjax.loops.run import Run
 from lfjax.loops.training import train
 from lfjax.metrics import Window
-from lfjax.models import presets
+from lfjax.models import lora, presets
 from lfjax.models.flops import forward_flops
 from lfjax.optim import make_optimizer, schedule
 from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
@@ -88,8 +88,7 @@ def model_config(run: Run):
 
 def new_or_loaded(run: Run, stage: str):
     """(model config, parameters on the mesh) that a language-model stage starts from."""
-    key = "model.init_from" if stage == "pretrain" else f"{stage}.init_from"
-    name = run.config.model.init_from if stage == "pretrain" else init_from(run.config, stage)
+    key, name = run.start_of(stage)
     if name:
         loaded = run.load_model(key, name, language=True)
         return compute_settings(run, loaded.model.config), loaded.params
@@ -133,17 +132,21 @@ def create_state(run: Run, kind, params, tx):
     return jax.jit(lambda p: kind.create(p, tx), out_shardings=shardings)(params), shardings
 
 
-def compiled_step(run: Run, name: str, function, state, shardings, batches, purpose: str):
-    """The step as (state, index, host batch) -> (state, metrics): compiled for every bucket before its first use."""
-    key = run.key(purpose)
+def compiled_step(run: Run, name: str, function, model, base, state, shardings, batches):
+    """The step as (state, index, host batch) -> (state, metrics): compiled for every bucket before its first use.
 
-    def with_key(state, batch, key):
-        return function(state, batch, jax.random.fold_in(key, state.step))
+    Args:
+      function: a step without its model. base: what of the model stays frozen; None: nothing.
+    """
+    key, how = run.key(name), run.lora_of(name)
+
+    def with_key(state, batch, key, base):
+        return function(state, batch, jax.random.fold_in(key, state.step), model=lora.bind(model, base, how))
 
     step = jit_step(with_key, name=name, donate=(0,), out_shardings=(shardings, replicated(run.mesh)))
     for batch in batches:
-        step.compile(state, abstract(global_batch(batch, run.mesh)), key)
-    return lambda state, batch: step(state, global_batch(batch, run.mesh), key)
+        step.compile(state, abstract(global_batch(batch, run.mesh)), key, base)
+    return lambda state, batch: step(state, global_batch(batch, run.mesh), key, base)
 
 
 def lm_stage(run: Run, stage: str) -> dict[str, float]:
@@ -158,10 +161,11 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     config, params = new_or_loaded(run, stage)
     model = run.network(dataclasses.replace(config, dropout=section.dropout))
     tx, rate = training_parts(run, stage, total)
-    state, shardings = create_state(run, LMState, params, tx)
-    function = functools.partial(run.steps["sft"], model=model, tx=tx, **section.step.to_dict())
-    step = compiled_step(run, stage, function, state, shardings, [packed.batch_at(0)], stage)
-    evaluate = held_out(run, model, validation)
+    trained, base = run.trained_part(stage, params, config, f"{stage}-lora")
+    state, shardings = create_state(run, LMState, trained, tx)
+    function = functools.partial(run.steps["sft"], tx=tx, **section.step.to_dict())
+    step = compiled_step(run, stage, function, model, base, state, shardings, [packed.batch_at(0)])
+    evaluate = held_out(run, stage, model, base, validation)
     text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
 
     def figures(state) -> dict[str, float]:
@@ -181,9 +185,10 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     tokens = section.batch_size * section.seq_len
     state, out = train(
         run, stage, state, one, total=total, tokens_per_step=tokens,
-        flops_per_step=tokens * 3 * forward_flops(config, section.seq_len), evaluate=figures, learning_rate=rate,
+        flops_per_step=tokens * passes(run, stage) * forward_flops(config, section.seq_len), evaluate=figures,
+        learning_rate=rate,
     )  # fmt: skip
-    run.save_model(stage, model, state.params)
+    run.save_model(stage, model, state.params, base)
     return out
 
 
@@ -192,11 +197,20 @@ def texts_of(records) -> list[str]:
     return [record.prompt_text + text for record in records for text in record.responses if text]
 
 
-def held_out(run: Run, model, rows: PackedRows):
+def passes(run: Run, stage: str) -> int:
+    """What training costs in forward passes: the backward pass two, but one where no matrix has a gradient."""
+    return 3 if run.lora_of(stage) is None else 2
+
+
+def held_out(run: Run, stage: str, model, base, rows: PackedRows):
     """params -> (mean nats per target token, number of target tokens) over every row once."""
-    function = functools.partial(run.steps["evaluate"], model=model)
+    how = run.lora_of(stage)
+
+    def function(params, batch, base):
+        return run.steps["evaluate"](params, batch, model=lora.bind(model, base, how))
+
     step = run.program(
-        ("evaluate", dataclasses.replace(model.config, dropout=0.0)),
+        ("evaluate", dataclasses.replace(model.config, dropout=0.0), how),
         lambda: jit_step(
             function, name="evaluate", out_shardings=replicated(run.mesh), shapes=2
         ),  # pretrain's and sft's
@@ -205,7 +219,7 @@ def held_out(run: Run, model, rows: PackedRows):
     def evaluate(params) -> tuple[float, float]:
         window = Window()
         for whole in rows.evaluation():
-            window.add(step(params, global_batch(whole, run.mesh)))
+            window.add(step(params, global_batch(whole, run.mesh), base))
         total, weight = window.pending()["evaluate/nll"]
         return total / weight, weight
 

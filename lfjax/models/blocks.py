@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 ACTIVATIONS = {
@@ -36,19 +37,42 @@ def normalise(x: Array, params: dict, kind: str, eps: float) -> Array:
     return x + params["bias"].reshape(spread) if kind == "layernorm" else x
 
 
-def matmul(x: Array, kernel: Array) -> Array:
+class LowRank(struct.PyTreeNode):
+    """A kernel with a low-rank change beside it, for `matmul`: x kernel + dropout(x) a b."""
+
+    kernel: Array  # [... D F], D and F each one axis or several
+    a: Array  # [... D r], flat
+    b: Array  # [... r F], flat, its scale included
+    key: Array | None = None  # data of the dropout's key; None: no dropout
+    rate: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's."""
+        return self.kernel.shape
+
+    def reshape(self, *shape: int) -> LowRank:
+        """With another shape of the kernel."""
+        return self.replace(kernel=self.kernel.reshape(*shape))
+
+
+def matmul(x: Array, kernel: Array | LowRank) -> Array:
     """x [B T D] times kernel [D F], in x's dtype: [B T F].
 
     On CPU B and T become one dimension first: with two dimensions to sum over, XLA's CPU backend transposes all
     activations in the backward pass (8 % of a training step). Elsewhere they stay apart, so that both can be sharded.
     """
+    if isinstance(kernel, LowRank):
+        key = None if kernel.key is None else jax.random.wrap_key_data(kernel.key)
+        change = matmul(matmul(dropout(x, key, kernel.rate), kernel.a), kernel.b)
+        return matmul(x, kernel.kernel) + change
     kernel = kernel.astype(x.dtype)
     if jax.default_backend() != "cpu":
         return jnp.einsum("btd,df->btf", x, kernel)
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def project_heads(x: Array, kernel: Array, bias: Array | None) -> Array:
+def project_heads(x: Array, kernel: Array | LowRank, bias: Array | None) -> Array:
     """x [B T D], kernel [D N H], bias [N H] -> [B N T H] in x's dtype.
 
     A matmul and then a transposition: given the four-index einsum, XLA transposes the kernel instead, at every call.
@@ -59,7 +83,7 @@ def project_heads(x: Array, kernel: Array, bias: Array | None) -> Array:
     return out if bias is None else out + bias.astype(x.dtype)[None, :, None, :]
 
 
-def merge_heads(x: Array, kernel: Array, bias: Array | None) -> Array:
+def merge_heads(x: Array, kernel: Array | LowRank, bias: Array | None) -> Array:
     """x [B N T H], kernel [N H D], bias [D] -> [B T D] in x's dtype."""
     batch, heads, length, head_dim = x.shape
     flat = jnp.swapaxes(x, 1, 2).reshape(batch, length, heads * head_dim)

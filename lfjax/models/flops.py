@@ -2,7 +2,8 @@
 
 The rule: a multiply and an add are two; matrix products alone count; a token passes every layer's matrices and the
 head once; causal attention reads half of the positions, within a window those alone; the backward pass costs twice the
-forward. Recomputation (remat) is work but no use, so it lowers the MFU; padded positions are counted as tokens.
+forward, or once where LoRA has frozen the matrices, which then have no gradient (the adapters' own products are not
+counted). Recomputation (remat) is work but no use, so it lowers the MFU; padded positions are counted as tokens.
 Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
 """
 

@@ -191,6 +191,12 @@ class Transformer(Network):
     config: TransformerConfig
     attend: Callable = attention.attend
 
+    def setup(self):
+        """As `Network.setup`, with the low-rank changes of the layers' matrices where there are (lfjax.models.lora)."""
+        super().setup()
+        if self.has_variable("adapted", "layers"):
+            self._layers = self.get_variable("adapted", "layers")
+
     @nn.nowrap
     def init_cache(self, batch: int, cache_size: int) -> Cache:
         """An empty cache for `batch` rows of `cache_size` tokens."""

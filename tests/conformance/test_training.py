@@ -26,7 +26,7 @@ def test_the_value_network_starts_at_zero_or_as_the_reward_model(steps):
     policy's trunk it starts at 0, else as the reward model, in the units of the normalised score.
     """
     run, norm = setting.stub_run(steps), RewardNorm(jnp.float32(0.3), jnp.float32(1.7))
-    policy = types.SimpleNamespace(model=LM, params=setting.params())
+    policy = types.SimpleNamespace(model=LM, params=setting.params(), base=None)
     kind = steps["value_network"].__globals__["LearnedReward"]
     reward = kind.__new__(kind)
     reward.config, reward.params = SCORER.config, setting.value_params()

@@ -203,6 +203,7 @@ def test_a_few_updates_that_are_not_finite_are_skipped_and_the_run_goes_on(strai
     assert all(np.isfinite(weight).all() for weight in weights.values())
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(straight, train, tmp_path):
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     assert train(tmp_path / "w", *mesh, devices=8) == 0

@@ -61,6 +61,7 @@ def records(shown: list[dict], count: int) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_command_that_the_page_shows_trains_on_sixty_records(page, folder, monkeypatch):
     shown = [json.loads(line) for line in page[0].splitlines()]
     rows = records(shown, 60)
