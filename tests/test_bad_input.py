@@ -79,14 +79,14 @@ def same_model(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 def untouched(workdir: pathlib.Path) -> bool:
     """Whether a run that could not start has left no more than its config and what it would have read."""
-    return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {"config.json", "inputs.json"}
+    return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {"config.json", "inputs.json", "steps"}
 
 
 OVERRIDES = {
     "a misspelt key": ("--config.ppo.kl_coeff=1", "config.ppo.kl_coeff", "did you mean config.ppo.kl_coef?"),
     "a wrong type": ("--config.ppo.steps=few", "config.ppo.steps", "give a value such as 16"),
     "a section set to a value": ("--config.ppo.update_step=3", "config.ppo.update_step", "set one of its keys: "),
-    "no override": ("--config.seed", "--config.seed", "write --config.section.key=value"),
+    "no override": ("--config.seed", "--config.seed", "write --config.seed=VALUE"),
     "another argument": ("--steps=3", "--steps=3", "overrides are --config.section.key=value"),
     "an unknown stage": ("--config.stages=tokenizer,pretrian", "config.stages", "did you mean 'pretrain'?"),
     "a stage twice": ("--config.stages=tokenizer,tokenizer", "config.stages", "each once"),

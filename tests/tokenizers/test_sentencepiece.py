@@ -74,7 +74,7 @@ def test_a_character_cut_between_its_bytes_goes_to_the_response(tokenizer):
 @pytest.mark.parametrize(
     "texts, options, message",
     [
-        (TEXTS, {"vocab_size": 5000}, r"vocab_size: found 5000; these texts fill at most \d+ pieces"),
+        (TEXTS, {"vocab_size": 5000}, r"vocab_size: found 5000; these texts fill at most \d+"),
         (TEXTS, {"vocab_size": 100}, r"vocab_size: found 100; these texts need at least \d+ pieces"),
         (TEXTS, {"vocab_size": 320, "model_type": "word"}, r"found 'word'; allowed: unigram \| bpe"),
         ([], {"vocab_size": 320}, "no text"),
