@@ -7,7 +7,8 @@ Every contender is a process of its own, which is built and warmed up and then w
 one step each, so that all meet the same machine; medians. Whose library is not installed is left out, and a line says
 so. SFT step: B=16 T=256, AdamW, clipping. Generation: B=32, 64 + 64 tokens, sampled, no early stop. PPO: 32 prompts,
 64 + 64 tokens, 1 epoch of 4 minibatches, separate reward, value and reference models. Memory: the peak of the process,
-libraries included, as the kernel counts it.
+libraries included, as the kernel counts it. lfjax has huge pages, as its command asks for; "with huge pages" is torch
+eager with the same setting.
 """
 
 import argparse
@@ -22,7 +23,12 @@ import time
 from pathlib import Path
 
 TASKS = {
-    "sft": {"lfjax": "ours_sft", "torch eager": "torch_sft", "TRL SFTTrainer": "trl_sft"},
+    "sft": {
+        "lfjax": "ours_sft",
+        "torch eager": "torch_sft",
+        "with huge pages": "torch_sft_huge",
+        "TRL SFTTrainer": "trl_sft",
+    },
     "generate": {"lfjax": "ours_generate", "transformers": "transformers_generate"},
     "ppo": {"lfjax": "ours_ppo", "TRL PPOTrainer": "trl_ppo"},
 }
@@ -59,7 +65,7 @@ class Turns:
 
 def ours(turns: Turns, name: str) -> None:
     import jax
-    import steps
+    import steps  # the parent has started this process with huge pages, as the lfjax command does for itself
 
     from lfjax.models import presets
     from lfjax.models.transformer import Transformer
@@ -195,6 +201,7 @@ CONTENDERS = {
     "ours_ppo": lambda turns: ours(turns, "ppo"),
     "ours_matmul": ours_matmul,
     "torch_sft": torch_sft,
+    "torch_sft_huge": torch_sft,
     "trl_sft": trl_sft,
     "transformers_generate": transformers_generate,
     "trl_ppo": trl_ppo,
@@ -208,7 +215,9 @@ class Contender:
         command = [python, __file__, "--contender", key]
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
-        self._process = subprocess.Popen(command, **pipes, text=True)
+        huge = "ours" in key or key.endswith("_huge")
+        environment = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if huge else {})
+        self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
         self.ready = bool(self._process.stdout.readline())
         self._said.seek(0)
         self.why = "" if self.ready else (self._said.read().strip().splitlines() or ["it ended"])[-1]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from machine import machine
 
+from lfjax.cli import huge_pages
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
@@ -124,6 +125,7 @@ def ppo_run(model, params):
 
 
 def main():
+    huge_pages()  # as the lfjax command does
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json")

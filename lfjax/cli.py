@@ -7,6 +7,7 @@ import collections
 import io
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -23,6 +24,8 @@ LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has fa
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    if argv is None:
+        huge_pages()
     code = 1
     try:
         code = _command(argv)
@@ -286,6 +289,21 @@ def _join_processes() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     watch.cancel()
+
+
+def huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> None:
+    """Starts this process once more with glibc told to ask for huge pages, where the kernel gives them on request.
+
+    XLA's CPU client takes a step's memory anew each time; in pages of 4 KiB the kernel spends a seventh of a training
+    step on handing it out. glibc reads GLIBC_TUNABLES only when a process starts; a glibc.malloc.hugetlb already there
+    stays as it is.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    on_request = setting.exists() and "[madvise]" in setting.read_text()
+    if "glibc.malloc.hugetlb" in tunables or not on_request or platform.libc_ver()[0] != "glibc":
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def spare_threads() -> None:

@@ -79,7 +79,11 @@ def same_model(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 def untouched(workdir: pathlib.Path) -> bool:
     """Whether a run that could not start has left no more than its config and what it would have read."""
-    return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {"config.json", "inputs.json", "steps"}
+    return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {
+        "config.json",
+        "inputs.json",
+        "steps",
+    }
 
 
 OVERRIDES = {

@@ -3,11 +3,12 @@
 import collections
 import os
 import shutil
+import sys
 
 import jax
 import pytest
 
-from lfjax import doctor
+from lfjax import cli, doctor
 
 
 def problems(found):
@@ -82,3 +83,40 @@ def test_a_cache_that_cannot_be_used_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 1000, 1000))
     (found,) = problems(doctor.cache(tmp_path))
     assert found.startswith(f"less than 1 GiB is free on the disk of {tmp_path}; free some")
+
+
+class Started(Exception):
+    """In place of the new process."""
+
+
+@pytest.mark.parametrize(
+    "setting, before, after",
+    [
+        ("always [madvise] never", "", "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
+        ("[always] madvise never", "", None),
+        ("always madvise [never]", "", None),
+        (None, "", None),
+    ],
+)
+def test_the_command_asks_for_huge_pages_once(tmp_path, monkeypatch, setting, before, after):
+    def start(program, argv):
+        assert program == sys.executable and argv == [sys.executable, "lfjax", "doctor"]
+        raise Started
+
+    file = tmp_path / "enabled"
+    if setting is not None:
+        file.write_text(setting)
+    monkeypatch.setenv("GLIBC_TUNABLES", before)
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "lfjax", "doctor"])
+    monkeypatch.setattr(cli.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    if after is None:
+        cli.huge_pages(file)
+        assert os.environ["GLIBC_TUNABLES"] == before
+    else:
+        with pytest.raises(Started):
+            cli.huge_pages(file)
+        assert os.environ["GLIBC_TUNABLES"] == after
+        cli.huge_pages(file)  # the new process goes on
