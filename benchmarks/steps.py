@@ -1,6 +1,6 @@
-"""Speed of the steps on this machine: the 12 M-parameter GPT-2 form, float32.
+"""Speed of the steps on this machine: the 12 M-parameter GPT-2 form, float32, or another.
 
-    python benchmarks/steps.py [--repeats=5] [--json=FILE]
+    python benchmarks/steps.py [--repeats=5] [--form=12m|124m] [--dtype=float32|bfloat16] [--json=FILE]
 
 SFT step: B=16 T=256. Generation: B=32, 64 + 64 tokens, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1 epoch of 4
 minibatches, separate reward, value and reference networks. Every program is compiled before it is timed; medians.
@@ -32,6 +32,7 @@ from lfjax.steps.sft import sft_step
 from lfjax.types import PromptBatch, SftBatch
 
 KEY = jax.random.key(1)
+FORMS = {"12m": presets.gpt2_12m, "124m": presets.gpt2_124m}
 SFT_ROWS, SFT_LENGTH = 16, 256
 ROWS, PROMPT, RESPONSE = 32, 64, 64
 
@@ -128,9 +129,11 @@ def main():
     huge_pages()  # as the lfjax command does
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--form", choices=FORMS, default="12m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    model = Transformer(presets.gpt2_12m())
+    model = Transformer(FORMS[arguments.form](dtype=arguments.dtype))
     params = parameters(model)
     figures = {"matmul/flop_per_s": matmul_peak(arguments.repeats)}
     seconds = median_seconds(sft_run(model, params), arguments.repeats)
