@@ -335,10 +335,10 @@ class PromptBatches:
     def evaluation(self) -> Iterator[tuple[np.ndarray, PromptBatch]]:
         """Every prompt once: (indices [B], -1 for a row that only fills a batch; batch).
 
-        Filling rows repeat prompt 0; a prompt's row id is its index.
+        Filling rows repeat the batch's first prompt; a prompt's row id is its index.
         """
         for shape, indices in self._buckets.once():
-            yield indices, self._build(np.maximum(indices, 0), indices % 2**31, shape.length)
+            yield indices, self._build(np.where(indices < 0, indices[0], indices), indices % 2**31, shape.length)
 
     def _build(self, indices: np.ndarray, row_ids: np.ndarray, length: int) -> PromptBatch:
         tokens = np.full((len(indices), length), self.pad_id, np.int32)

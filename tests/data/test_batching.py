@@ -320,3 +320,14 @@ def test_documents_without_a_target_are_no_documents():
     for nothing in ([], [[1]]):
         with pytest.raises(InputError, match="no document to train on"):
             PackedRows(nothing, seq_len=8, batch_size=1, seed=0, pad_id=PAD)
+
+
+def test_prompts_of_several_lengths_are_each_asked_once_in_the_shortest_batch_that_holds_them():
+    prompts = [[7] * length for length in (9, 2, 3, 7, 1)]  # the first is longer than the other bucket
+    asked = {}
+    for indices, batch in PromptBatches(prompts, buckets=(4, 10), batch_size=4, pad_id=PAD, seed=0).evaluation():
+        for index, tokens, mask in zip(indices, batch.tokens, batch.mask, strict=True):
+            if index >= 0:
+                assert index not in asked and tokens[mask].tolist() == prompts[index]
+                asked[int(index)] = batch.tokens.shape[1]
+    assert asked == {0: 10, 1: 4, 2: 4, 3: 10, 4: 4}
