@@ -1,6 +1,6 @@
 """Model families of the Hugging Face layout: one table each, read in both directions.
 
-A family says which keys of config.json are which fields of TransformerConfig, and which tensor is which parameter.
+A family says which keys of config.json are which fields of our config, and which tensor is which parameter.
 Adding a family is adding a table to KNOWN.
 """
 
@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 from lfjax.config import InputError
 from lfjax.interop.tensors import Tensor
+from lfjax.models.encoder import EncoderConfig
 from lfjax.models.transformer import TransformerConfig
+
+Form = TransformerConfig | EncoderConfig  # of any model here
 
 REQUIRED = object()
 AS_ABSENT = object()
@@ -54,17 +57,20 @@ class Family(NamedTuple):
     Attributes:
       model_type: the key of config.json that names the family.
       base: prefix of the trunk's tensor names; files of the bare trunk leave it out.
-      form: switches of TransformerConfig that are always so in this family.
-      fields: keys of config.json <-> fields of TransformerConfig.
+      form: switches of our config that are always so in this family.
+      fields: keys of config.json <-> fields of our config.
       only: keys that would change the maths -> the values that are computed here.
       constants: further keys written for a model trained from scratch.
       tensors: the trunk's tensors; a line acts where the model has its parameters.
-      heads: task -> (architecture, the head's tensors).
+      heads: task -> (architecture, the head's tensors). An encoder has no "lm" but "trunk": files without labels.
       window: which layers see a window of `sliding_window` keys: "" none, "all" (where it is not null), "switched"
         those of `layer_types`, or from `max_window_layers` on, where `use_sliding_window` is true; a number n: those
         of `layer_types`, or all but each n-th.
       rope: the keys of rotary positions.
-      ignored: endings of tensor names that hold no parameter (buffers of old versions).
+      ignored: endings of tensor names that hold no parameter (buffers of old versions), or those of unused heads.
+      kind: of our config.
+      trunks: further architectures of which the trunk is read.
+      renamed: endings of tensor names -> what old files call them.
     """
 
     model_type: str
@@ -78,6 +84,9 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     window: str | int = ""
     rope: Rope = Rope()
+    kind: type[TransformerConfig] | type[EncoderConfig] = TransformerConfig
+    trunks: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 ACTIVATIONS = {
@@ -372,7 +381,106 @@ GEMMA3 = _like(
     rope=Rope(default=1e6, local="rope_local_base_freq"),
 )
 
-KNOWN = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA, GEMMA2, GEMMA3)
+
+def _linear(name: str, path: str, weight: str, bias: str) -> tuple[Tensor, ...]:
+    return Tensor(f"{name}.weight", path, weight), Tensor(f"{name}.bias", f"{path}_bias", bias)
+
+
+def _dense(name: str, group: str, weight: str) -> tuple[Tensor, ...]:
+    return (
+        Tensor(f"{name}.weight", f"{group}/kernel", weight),
+        Tensor(f"{name}.bias", f"{group}/bias", f"{weight[0]} -> {weight[0]}"),
+    )
+
+
+def _norm(name: str, group: str) -> tuple[Tensor, ...]:
+    return Tensor(f"{name}.weight", f"{group}/scale", "D -> D"), Tensor(f"{name}.bias", f"{group}/bias", "D -> D")
+
+
+def _encoder(model_type: str, base: str, **more) -> Family:
+    """BERT's trunk; `more` is what differs: heads and positions."""
+    layer = f"{base}encoder.layer.{{i}}."
+    heads = ("(N H) D -> D N H", "(N H) -> N H")
+    return Family(
+        model_type=model_type,
+        base=base,
+        fields=(
+            Field("vocab_size", "vocab_size", int),
+            Field("hidden_size", "width", int),
+            Field("num_hidden_layers", "layers", int),
+            Field("num_attention_heads", "heads", int),
+            Field("intermediate_size", "mlp_width", int, 3072),
+            Field("max_position_embeddings", "position_rows", int, 512),
+            Field("type_vocab_size", "token_types", int, 2),
+            Field("layer_norm_eps", "norm_eps", float, 1e-12),
+            Field("hidden_act", "activation", str, "gelu", ACTIVATIONS),
+            Field("initializer_range", "init_std", float, 0.02),
+        ),
+        only={"position_embedding_type": ("absolute", None), "is_decoder": (False,), "add_cross_attention": (False,)},
+        constants={"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
+        tensors=(
+            Tensor(f"{base}embeddings.word_embeddings.weight", "embed/tokens", "V D -> V D"),
+            Tensor(f"{base}embeddings.position_embeddings.weight", "embed/positions", "S D -> S D"),
+            Tensor(f"{base}embeddings.token_type_embeddings.weight", "embed/token_types", "S D -> S D"),
+            *_norm(f"{base}embeddings.LayerNorm", "norm"),
+            *_linear(f"{layer}attention.self.query", "layers/attention/q", *heads),
+            *_linear(f"{layer}attention.self.key", "layers/attention/k", *heads),
+            *_linear(f"{layer}attention.self.value", "layers/attention/v", *heads),
+            *_linear(f"{layer}attention.output.dense", "layers/attention/o", "D (N H) -> N H D", "D -> D"),
+            *_norm(f"{layer}attention.output.LayerNorm", "layers/norm1"),
+            *_linear(f"{layer}intermediate.dense", "layers/mlp/up", "F D -> D F", "F -> F"),
+            *_linear(f"{layer}output.dense", "layers/mlp/down", "D F -> F D", "D -> D"),
+            *_norm(f"{layer}output.LayerNorm", "layers/norm2"),
+        ),
+        kind=EncoderConfig,
+        renamed=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
+        **more,
+    )
+
+
+UNUSED = (".position_ids", "pooler.dense.weight", "pooler.dense.bias")  # the pooler, beside a head without
+BERT = _encoder(
+    "bert",
+    "bert.",
+    form=dict(first_position=0),
+    heads={
+        "trunk": ("BertModel", _dense("bert.pooler.dense", "pooler", "E D -> D E")),
+        "sequence": (
+            "BertForSequenceClassification",
+            (*_dense("bert.pooler.dense", "pooler", "E D -> D E"), *_dense("classifier", "head", "C D -> D C")),
+        ),
+        "token": ("BertForTokenClassification", _dense("classifier", "head", "C D -> D C")),
+    },
+    ignored=(
+        *UNUSED,
+        *(f"cls.predictions.{name}" for name in ("bias", "decoder.weight", "decoder.bias")),
+        *(f"cls.predictions.transform.dense.{name}" for name in ("weight", "bias")),
+        *(f"cls.predictions.transform.LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta")),
+        *(f"cls.seq_relationship.{name}" for name in ("weight", "bias")),
+    ),
+    trunks=("BertForMaskedLM", "BertForPreTraining", "BertForNextSentencePrediction"),
+)
+ROBERTA = _encoder(
+    "roberta",
+    "roberta.",
+    form={},  # the first position's row comes after that of padding: read_config
+    heads={
+        "trunk": ("RobertaModel", _dense("roberta.pooler.dense", "pooler", "E D -> D E")),
+        "sequence": (
+            "RobertaForSequenceClassification",
+            (*_dense("classifier.dense", "pooler", "E D -> D E"), *_dense("classifier.out_proj", "head", "C D -> D C")),
+        ),
+        "token": ("RobertaForTokenClassification", _dense("classifier", "head", "C D -> D C")),
+    },
+    ignored=(
+        *UNUSED,
+        *(f"lm_head.{name}" for name in ("bias", "decoder.weight", "decoder.bias", "dense.weight", "dense.bias")),
+        *(f"lm_head.layer_norm.{name}" for name in ("weight", "bias")),
+    ),
+    trunks=("RobertaForMaskedLM",),
+)
+
+KNOWN = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, BERT, ROBERTA)
 FAMILIES = {family.model_type: family for family in KNOWN}
 
 ROPE_KEYS = {
@@ -387,6 +495,12 @@ MOST_LAYERS = 10_000
 EXECUTION = ("dtype", "remat", "unroll", "dropout", "vocab_multiple")
 
 
+def is_encoder(config: dict) -> bool:
+    """Whether a config.json is of an encoder."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.kind is EncoderConfig
+
+
 def family_of(config: dict, where: str) -> Family:
     """The table for a config.json; `where` names the file in errors."""
     model_type = config.get("model_type")
@@ -395,13 +509,13 @@ def family_of(config: dict, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def read_config(config: dict, where: str, task: str | None = None) -> TransformerConfig:
-    """config.json -> the model's switches; raises InputError naming the key that is missing, wrong or not computed.
+def read_config(config: dict, where: str, task: str | None = None) -> Form:
+    """config.json -> the model's form; raises InputError naming the key that is missing, wrong or not computed.
 
     Args:
       config: config.json of a known family.
       where: the file, for errors.
-      task: "lm", "sequence" or "token"; None takes it from `architectures`.
+      task: "lm", "sequence" or "token", of an encoder also "trunk"; None takes it from `architectures`.
     """
     family = family_of(config, where)
     for key, allowed in family.only.items():
@@ -410,19 +524,50 @@ def read_config(config: dict, where: str, task: str | None = None) -> Transforme
     known: dict[str, Any] = {}
     for field in family.fields:
         known[field.ours] = _read_field(config, field, known, where)
-    known.setdefault("kv_heads", known["heads"])
-    known.setdefault("head_dim", known["width"] // known["heads"])
+    if family.kind is TransformerConfig:
+        known |= _read_decoder(config, family, known, where)
+    elif "first_position" not in family.form:
+        known["first_position"] = _padding(config, where) + 1
+    task = task or _task_of(config, family, where)
+    if task not in family.heads:
+        raise InputError(f"{where}: field 'model_type': {family.model_type!r} is an encoder, not a language model")
+    if task in ("sequence", "token"):
+        known["num_labels"] = _num_labels(config, where)
+    known |= {"pooler": task != "token"} if family.kind is EncoderConfig else {"head_bias": task == "token"}
+    try:
+        return family.kind(**family.form, **known)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _read_decoder(config: dict, family: Family, known: dict[str, Any], where: str) -> dict[str, Any]:
+    """What only a decoder has: heads of several kinds, rotary positions, windows."""
+    known = {"kv_heads": known["heads"], "head_dim": known["width"] // known["heads"]} | known
     _check_heads(config, family, known, where)
     if family.form["position"] == "rope":
         known |= _read_rope(config, family.rope, known["context"], where)
-    known |= _read_window(config, family, known["layers"], where)
-    task = task or _task_of(config, family, where)
-    if task != "lm":
-        known |= {"num_labels": _num_labels(config, where), "head_bias": task == "token"}
-    try:
-        return TransformerConfig(**family.form, **known)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+    return known | _read_window(config, family, known["layers"], where)
+
+
+def _padding(config: dict, where: str) -> int:
+    """RoBERTa's padding id, after which its positions begin."""
+    found = config.get("pad_token_id", 1)
+    if type(found) is not int or not 0 <= found <= LARGEST[int]:
+        raise InputError(f"{where}: field 'pad_token_id': found {found!r}; must be an id: positions begin after it")
+    return found
+
+
+def as_stored(config: dict, form: Form, names: set[str], family: Family) -> tuple[dict, Form]:
+    """config.json and form of what is read of a file with these tensors.
+
+    Of an encoder without labels that is the trunk, whatever was beside it, with a pooler if the file has one.
+    """
+    if not isinstance(form, EncoderConfig) or form.num_labels:
+        return config, form
+    architecture, pooler = family.heads["trunk"]
+    found = {name.removeprefix(family.base) for name in names}
+    has = all(tensor.name.removeprefix(family.base) in found for tensor in pooler)
+    return config | {"architectures": [architecture]}, dataclasses.replace(form, pooler=has)
 
 
 def _read_field(config: dict, field: Field, known: dict, where: str) -> Any:
@@ -538,6 +683,7 @@ def _read_window(config: dict, family: Family, layers: int, where: str) -> dict[
 def _task_of(config: dict, family: Family, where: str) -> str:
     architectures = config.get("architectures")
     tasks = {architecture: task for task, (architecture, _) in family.heads.items()}
+    tasks |= {architecture: "trunk" for architecture in family.trunks}
     found = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(found, str) or found not in tasks:
         raise InputError(
@@ -554,22 +700,29 @@ def _num_labels(config: dict, where: str) -> int:
     return count
 
 
-def task_of(config: TransformerConfig) -> str:
-    """The kind of head: "lm", "sequence" (one answer a row, no bias) or "token" (one a position, with a bias)."""
+def task_of(config: Form) -> str:
+    """The kind of head: "lm", "sequence" (one answer a row, no bias) or "token" (one a position, with a bias).
+
+    Of an encoder "trunk" (none), "sequence" (one answer a row, by the pooler) or "token".
+    """
+    if isinstance(config, EncoderConfig):
+        return "trunk" if config.num_labels == 0 else "sequence" if config.pooler else "token"
     if config.num_labels == 0:
         return "lm"
     return "token" if config.head_bias else "sequence"
 
 
-def same_function(a: TransformerConfig, b: TransformerConfig) -> bool:
+def same_function(a: Form, b: Form) -> bool:
     """Whether two configs describe the same parameters and the same function of them."""
     return _function(a) == _function(b)
 
 
-def _function(config: TransformerConfig) -> TransformerConfig:
+def _function(config: Form) -> Form:
     """`config` with everything neutral that its function does not depend on."""
     neutral = {f.name: f.default for f in dataclasses.fields(config) if f.name in EXECUTION}
     neutral["init_std"] = 0.02
+    if isinstance(config, EncoderConfig):
+        return dataclasses.replace(config, **neutral, **({} if config.num_labels else {"pooler": True}))
     if config.position != "rope":
         neutral |= {"rope_theta": 10000.0, "rope_scaling": (), "rope_share": 1.0}
     if not config.attention_bias:
@@ -587,14 +740,15 @@ def _function(config: TransformerConfig) -> TransformerConfig:
     return dataclasses.replace(config, **neutral)
 
 
-def write_config(config: TransformerConfig, first: str | None = None) -> dict[str, Any]:
+def write_config(config: Form, first: str | None = None) -> dict[str, Any]:
     """The model's switches -> config.json of the family `first` if it can express them, else of the first that can.
 
     Raises:
       InputError: no family can; names the switches of each that differ.
     """
     refused = []
-    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
+    able = [family for family in KNOWN if isinstance(config, family.kind)]
+    for family in sorted(able, key=lambda family: family.model_type != first):
         written = _write_family(config, family)
         try:
             back = read_config(written, "config.json")
@@ -609,8 +763,9 @@ def write_config(config: TransformerConfig, first: str | None = None) -> dict[st
     raise InputError(f"no family of the Hugging Face layout has this form: {'; '.join(refused)}")
 
 
-def _write_family(config: TransformerConfig, family: Family) -> dict[str, Any]:
-    config = dataclasses.replace(config, query_scalar=config.query_scalar or float(config.head_dim))
+def _write_family(config: Form, family: Family) -> dict[str, Any]:
+    if isinstance(config, TransformerConfig):
+        config = dataclasses.replace(config, query_scalar=config.query_scalar or float(config.head_dim))
     task = task_of(config)
     written: dict[str, Any] = {"architectures": [family.heads[task][0]], "model_type": family.model_type}
     for field in family.fields:
@@ -618,19 +773,27 @@ def _write_family(config: TransformerConfig, family: Family) -> dict[str, Any]:
         if field.values is not None:
             value = next((theirs for theirs, ours in field.values.items() if ours == value), value)
         written[field.theirs] = None if value == field.null else value
-    if family.form["position"] == "rope":
-        written |= _write_rope(config, family.rope)
+    if isinstance(config, TransformerConfig):
+        written |= _write_decoder(config, family)
+    elif "first_position" not in family.form:
+        written["pad_token_id"] = config.first_position - 1
+    if config.num_labels:
+        written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+        written["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    return written | family.constants
+
+
+def _write_decoder(config: TransformerConfig, family: Family) -> dict[str, Any]:
+    """Rotary settings and windows."""
+    written = _write_rope(config, family.rope) if family.form["position"] == "rope" else {}
+    window = config.window if any(config.window_layers) else 0
     if family.window:
-        window = config.window if any(config.window_layers) else 0
         written["sliding_window"] = window or (None if isinstance(family.window, str) else 4096)
     if family.window == "switched":
         written["use_sliding_window"] = window > 0
     if family.window not in ("", "all"):
         written["layer_types"] = [LAYER_TYPES[windowed] for windowed in config.window_layers]
-    if task != "lm":
-        written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
-        written["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
-    return written | family.constants
+    return written
 
 
 def _write_rope(config: TransformerConfig, keys: Rope) -> dict[str, Any]:

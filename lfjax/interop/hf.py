@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,17 @@ from safetensors.numpy import save_file
 from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.interop import peft
-from lfjax.interop.families import Family, family_of, read_config, same_function, task_of, write_config
+from lfjax.interop.families import (
+    Family,
+    Form,
+    as_stored,
+    family_of,
+    is_encoder,
+    read_config,
+    same_function,
+    task_of,
+    write_config,
+)
 from lfjax.interop.tensors import (
     INDEX,
     NAMES,
@@ -78,7 +88,7 @@ def load(
       path: the folder.
       dtype: of the computation; parameters are float32.
       task: "lm", "sequence" (a head on the last real token) or "token" (a head with a bias on every position); None
-        takes it from `architectures`.
+        takes it from `architectures`. Of an encoder without labels the trunk is read, whatever head it has.
       mesh, rules: where each parameter lives (`lfjax.sharding`); rules None are the default ones. Each device's slice
         is read straight from the files, for a large model a layer at a time.
       vocab_multiple: the embedding gets zero rows up to a multiple of it; None is 1 without a mesh, and
@@ -101,23 +111,31 @@ def load(
         vocab_multiple = math.lcm(128, split) if split > 1 else 1
     shape = dataclasses.replace(read_config(config, where, task), dtype=dtype, vocab_multiple=vocab_multiple)
     tokenizer = _load_tokenizer(folder, shape.vocab_size)
-    params = _import_params(TensorFolder(folder), family_of(config, where), shape, mesh, rules)
+    family, tensors = family_of(config, where), TensorFolder(folder)
+    config, shape = as_stored(config, shape, tensors.names(), family)
+    params = _import_params(tensors, family, shape, mesh, rules)
     return Loaded(shape.build(), params, config, tokenizer)
 
 
 def check_language_model(loaded: Loaded, name: object) -> None:
-    """Raises InputError, with this name of the model, where it gives scores."""
+    """Raises InputError, with this name of the model, where it gives scores or is an encoder."""
+    if is_encoder(loaded.config):
+        kind = loaded.config["model_type"]
+        raise InputError(f"{name} is an encoder ({kind}), not a language model: it scores texts; name another")
     if loaded.model.config.num_labels:
         raise InputError(f"{name} is a model of scores, not a language model; name another")
 
 
-def loaded_from(model: Network, params, tokenizer=None, *, config: dict[str, Any] | None = None) -> Loaded:
+def loaded_from(
+    model: Network, params, tokenizer=None, *, config: dict[str, Any] | None = None, labels: Sequence[str] = ()
+) -> Loaded:
     """A model trained here, with the config.json that describes it; `save` writes it.
 
     Args:
       model, params: a transformer in a form that one of the families has.
       tokenizer: gives the ids of BOS, EOS and padding.
       config: further keys to keep, such as those of the model it was trained from; what describes the model wins.
+      labels: what the scores are called, in their order.
 
     Raises:
       InputError: no family has this form (the message says which switch), or the tokenizer has more pieces than the
@@ -132,7 +150,11 @@ def loaded_from(model: Network, params, tokenizer=None, *, config: dict[str, Any
     absent = {name: None for name in _SPECIAL_IDS if name not in kept}
     dtypes = {"dtype": "float32", "torch_dtype": "float32"}  # the second name is read by transformers 4
     written = write_config(model.config, kept.get("model_type"))
-    return Loaded(model, params, kept | absent | written | ids | dtypes, tokenizer)
+    if labels:
+        written["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        written["label2id"] = {label: i for i, label in enumerate(labels)}
+    # a family that writes one of the ids needs it: RoBERTa's positions begin after that of padding
+    return Loaded(model, params, kept | absent | ids | written | dtypes, tokenizer)
 
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -295,7 +317,7 @@ def _load_tokenizer(folder: pathlib.Path, vocab_size: int):
     return tokenizer
 
 
-def _flat_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def _flat_shapes(config: Form) -> dict[str, tuple[int, ...]]:
     """Our parameters: path -> shape."""
     flat: dict[str, tuple[int, ...]] = {}
 
@@ -321,7 +343,7 @@ def _unflatten(flat: dict[str, Any]) -> dict:
     return tree
 
 
-def _active(family: Family, config: TransformerConfig) -> Iterator[tuple[Tensor, dict[str, int]]]:
+def _active(family: Family, config: Form) -> Iterator[tuple[Tensor, dict[str, int]]]:
     """The lines of the family's table whose parameters this model has, each with the sizes of its axes."""
     shapes = _flat_shapes(config)
     for tensor in (*family.tensors, *family.heads[task_of(config)][1]):
@@ -330,7 +352,7 @@ def _active(family: Family, config: TransformerConfig) -> Iterator[tuple[Tensor,
             yield tensor, tensor.sizes(shape[1:] if tensor.stacked else shape, config.vocab_size)
 
 
-def _import_params(folder: TensorFolder, family: Family, config: TransformerConfig, mesh, rules) -> dict:
+def _import_params(folder: TensorFolder, family: Family, config: Form, mesh, rules) -> dict:
     """Their tensors -> our parameter tree; every tensor of the folder must be used, and all are checked first."""
     shapes = _flat_shapes(config)
     sharding = {}
@@ -436,18 +458,23 @@ def _from_slices(shape: tuple[int, ...], sharding, read: Callable[[Any], np.ndar
 
 
 def _stored_name(name: str, family: Family, folder: TensorFolder) -> str:
-    """The name in the file: files of the bare trunk (GPT-2's own, for one) leave the family's prefix out."""
-    for candidate in (name, name.removeprefix(family.base)):
-        if candidate in folder.names():
-            return candidate
+    """The name in the file: files of the bare trunk (GPT-2's own, for one) leave the family's prefix out.
+
+    Old files end some names in another way.
+    """
+    old = [name.removesuffix(new) + old for new, old in family.renamed if name.endswith(new)]
+    for candidate in (name, *old):
+        for stored in (candidate, candidate.removeprefix(family.base)):
+            if stored in folder.names():
+                return stored
     raise InputError(f"{folder.file}: tensor {name!r} is missing, which config.json asks for")
 
 
-def _check_unused(unused: set[str], folder: TensorFolder, family: Family, config: TransformerConfig) -> None:
+def _check_unused(unused: set[str], folder: TensorFolder, family: Family, config: Form) -> None:
     """Refuses tensors that no parameter took, but for buffers and a second copy of a tied embedding."""
     left = {name for name in unused if not name.endswith(family.ignored)}
-    head = family.heads["lm"][1][0].name
-    if head in left and config.num_labels == 0 and config.tied:
+    head = family.heads["lm"][1][0].name if "lm" in family.heads else ""
+    if head in left and isinstance(config, TransformerConfig) and config.num_labels == 0 and config.tied:
         embedding = _stored_name(family.tensors[0].name, family, folder)
         if not folder.equal(head, embedding, (config.vocab_size, config.width)):
             raise InputError(
@@ -463,14 +490,17 @@ def _export_tensors(loaded: Loaded) -> dict[str, np.ndarray]:
     """Our parameters -> their tensors, float32; the inverse of `_import_params`."""
     config, tensors = loaded.model.config, {}
     shapes = _flat_shapes(config)
-    for tensor, sizes in _active(family_of(loaded.config, CONFIG), config):
+    family = family_of(loaded.config, CONFIG)
+    bare = family.base if task_of(config) == "trunk" else ""  # a file without a head has no prefix
+    for tensor, sizes in _active(family, config):
         arrays = [_host(_at(loaded.params, path)) for path in tensor.ours]
         for path, array in zip(tensor.ours, arrays, strict=True):
             if array.shape != shapes[path]:
                 raise InputError(f"parameter {path!r}: found shape {array.shape}; the model has {shapes[path]}")
         for i in range(config.layers) if tensor.stacked else (None,):
             rows = arrays if i is None else [array[i] for array in arrays]
-            tensors[tensor.name.format(i=i)] = tensor.to_theirs(rows, sizes)
+            name = tensor.name.format(i=i)
+            tensors[name.removeprefix(bare)] = tensor.to_theirs(rows, sizes)
     return tensors
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -391,7 +391,7 @@ def block(config: TransformerConfig, params: dict, x: Array, mix: Callable, rope
     return add(attended, blocks.feed_forward(normed, params["mlp"], c.activation, constrain), 1)
 
 
-def run_layers(config: TransformerConfig, layer: Callable, x: Array, stacked: dict, keys: Array | None) -> Array:
+def run_layers(config: Any, layer: Callable, x: Array, stacked: dict, keys: Array | None) -> Array:
     """Applies `layer(x, params, keys, windowed)` for all stacked layers, in line or scanned, rematerialised or not.
 
     `windowed` is a bool, but for a scan over layers of both kinds: there it is an array.
