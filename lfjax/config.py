@@ -23,7 +23,7 @@ from ml_collections.config_dict import placeholder
 
 Config = Any  # an ml_collections ConfigDict: its leaves get their types from `base_config`, which no checker can follow
 
-STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
+STAGES = ("tokenizer", "pretrain", "sft", "reward", "classify", "ppo", "evaluate")
 
 
 class InputError(ValueError):
@@ -62,7 +62,7 @@ def base_config() -> Config:
     """Every section with its defaults. Fields are scalars or tuples; optional ones are typed placeholders."""
     config: Config = ConfigDict()
     config.seed = 0
-    config.stages = STAGES  # what runs, in this order
+    config.stages = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")  # what runs, in this order
     config.data = _section(
         source="vader",  # "vader": rated sentences fetched with pip; "jsonl": feedback records; "text": paragraphs
         path=placeholder(str),  # jsonl, text: the file (or its training split)
@@ -145,6 +145,15 @@ def base_config() -> Config:
             ),
         )
     )
+    config.classify = _section(
+        **_training(
+            init_from="auto",  # as reward.init_from
+            seq_len=128,
+            buckets=(32, 64, 128),  # sequence lengths, each compiled once
+            dropout=0.0,
+            step=_section(label_smoothing=0.0, num_microbatches=1),
+        )
+    )
     config.ppo = _section(
         **_training(
             init_from="auto",  # the policy's start and the frozen reference; as reward.init_from
@@ -193,6 +202,7 @@ def base_config() -> Config:
     config.steps = _section(  # swap any of these for a fork: "my_module:my_step"
         sft="lfjax.steps.sft:sft_step",
         reward="lfjax.steps.reward:reward_step",
+        classify="lfjax.steps.classify:classify_step",
         ppo_rollout="lfjax.steps.ppo_rollout:ppo_rollout",
         ppo_score="lfjax.steps.ppo_score:ppo_score",
         ppo_experience="lfjax.steps.ppo_experience:ppo_experience",
@@ -250,6 +260,7 @@ def cause_of(error: Exception, source: str | Path) -> str:
 STEP_SECTIONS = {
     "sft": ("pretrain.step", "sft.step"),
     "reward": ("reward.step",),
+    "classify": ("classify.step",),
     "ppo_rollout": ("ppo.rollout_step",),
     "ppo_experience": ("ppo.experience_step",),
     "ppo_update": ("ppo.update_step",),
@@ -428,12 +439,12 @@ def validate(config: Config) -> None:
     for fraction in ("validation_fraction", "test_fraction"):
         if not 0.0 < config.data[fraction] < 0.5:
             raise InputError(f"config.data.{fraction}: {config.data[fraction]}; allowed: between 0 and 0.5")
-    for stage in ("pretrain", "sft", "reward", "ppo"):
+    for stage in ("pretrain", "sft", "reward", "classify", "ppo"):
         if stage in config.stages:
             _check_training(config, stage)
     if "ppo" in config.stages or "evaluate" in config.stages:  # the evaluation samples as PPO does
         _check_ppo(config)
-    for stage in ("pretrain", "sft", "reward", "ppo"):
+    for stage in ("pretrain", "sft", "reward", "classify", "ppo"):
         if stage in config.stages and not config.model.init_from:  # else that model's context counts, once it is read
             check_room(config, stage, config.model.context, "model.context")
 
@@ -511,7 +522,12 @@ def init_from(config: Config, stage: str) -> str:
 
 def model_sources(config: Config, stage: str) -> dict[str, str]:
     """Which models a stage starts from, config key -> stage or folder."""
-    keys = {"sft": ("init_from",), "reward": ("init_from",), "ppo": ("init_from", "reward", "value_init")}
+    keys = {
+        "sft": ("init_from",),
+        "reward": ("init_from",),
+        "classify": ("init_from",),
+        "ppo": ("init_from", "reward", "value_init"),
+    }
     found = {f"{stage}.{key}": config[stage][key] for key in keys.get(stage, ())}
     if f"{stage}.init_from" in found:
         found[f"{stage}.init_from"] = init_from(config, stage)
@@ -564,7 +580,7 @@ def _check_model(config: Config) -> None:
 
 def uses_lora(config: Config, stage: str) -> bool:
     """Whether a stage trains adapters: LoRA is on, and the stage starts from a model."""
-    starts = stage in ("sft", "reward", "ppo") or (stage == "pretrain" and bool(config.model.init_from))
+    starts = stage in ("sft", "reward", "classify", "ppo") or (stage == "pretrain" and bool(config.model.init_from))
     return config.model.lora.rank > 0 and starts
 
 
@@ -630,8 +646,13 @@ def _check_training(config: Config, stage: str) -> None:
         raise InputError(f"config.{stage}.seq_len: {section.seq_len}; allowed: at least 2")
     if stage in ("pretrain", "sft"):
         _at_least(config, 1, f"{stage}.step.chunk_size")
+    if stage in ("reward", "classify"):
+        _check_lengths(config, stage)
     if stage == "reward":
         _check_reward(config)
+    if stage == "classify" and not 0.0 <= section.step.get("label_smoothing", 0.0) < 1.0:
+        found = section.step.label_smoothing
+        raise InputError(f"config.classify.step.label_smoothing: {found}; allowed: 0 up to, not including, 1")
 
 
 def check_room(config: Config, stage: str, context: int, whose: str) -> None:
@@ -639,6 +660,7 @@ def check_room(config: Config, stage: str, context: int, whose: str) -> None:
     section = config[stage]
     key, longest = {
         "reward": lambda: ("buckets", max(section.buckets)),
+        "classify": lambda: ("buckets", max(section.buckets)),
         "ppo": lambda: ("prompt_buckets", max(section.prompt_buckets) + section.rollout_step.max_new_tokens),
     }.get(stage, lambda: ("seq_len", section.seq_len))()
     if longest > context:
@@ -650,6 +672,16 @@ def _check_buckets(config: Config, key: str, low: int) -> None:
     lengths = _leaf(config, key)
     if not lengths or not all(type(length) is int and length >= low for length in lengths):
         raise InputError(f"config.{key}: {lengths}; give lengths in tokens, such as (32, 64), each at least {low}")
+
+
+def _check_lengths(config: Config, stage: str) -> None:
+    section = config[stage]
+    _check_buckets(config, f"{stage}.buckets", 2)
+    if section.seq_len > max(section.buckets):
+        raise InputError(
+            f"config.{stage}.seq_len: {section.seq_len}; allowed: at most the largest of {stage}.buckets ="
+            f" {max(section.buckets)}"
+        )
 
 
 def _check_reward(config: Config) -> None:
@@ -674,12 +706,6 @@ def _check_reward(config: Config) -> None:
     if not numbers or any(low >= high for low, high in itertools.pairwise(bounds)):
         raise InputError(
             f"config.reward.step.ordinal_bounds: {bounds}; give increasing numbers in rating points, such as (1.5, 2.5)"
-        )
-    _check_buckets(config, "reward.buckets", 2)
-    if reward.seq_len > max(reward.buckets):
-        raise InputError(
-            f"config.reward.seq_len: {reward.seq_len}; allowed: at most the largest of reward.buckets ="
-            f" {max(reward.buckets)}"
         )
 
 

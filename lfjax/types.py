@@ -75,6 +75,15 @@ class RewardBatch(NamedTuple):
     margin: Array  # [B] float32: how much better a preference's chosen answer is (0 when not said)
 
 
+class ClassBatch(NamedTuple):
+    """Complete sequences (prompt + response + EOS) and the class that people gave each."""
+
+    tokens: Array  # [B T] int32
+    mask: Array  # [B T] bool: real tokens
+    labels: Array  # [B] int32: the class, any integer where `counts` is False
+    counts: Array  # [B] bool: False for rows that only fill a batch
+
+
 class PromptBatch(NamedTuple):
     """Left-padded prompts. `row_ids` are global: a sample's noise depends on them, never on the batch's layout."""
 

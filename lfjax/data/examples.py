@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 
 from lfjax.config import InputError
@@ -100,7 +101,9 @@ def sft_texts(record: Record) -> list[str]:
 
 
 def teaches(record: Record, stage: str) -> bool:
-    """Whether a stage, "pretrain", "sft" or "reward", can learn something from the record."""
+    """Whether a stage, "pretrain", "sft", "reward" or "classify", can learn something from the record."""
+    if stage == "classify":
+        return any(isinstance(entry, Label) for entry in record.feedback)
     if stage == "reward":
         return any(True for _ in _judgements(record, (0.0, 1.0)))
     return bool(sft_texts(record)) if stage == "sft" else any(record.responses)
@@ -186,6 +189,42 @@ def reward_examples(
             made = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
             candidates, cut = [tokens for tokens, _ in made], sum(cut for _, cut in made)
             examples.append(RewardExample(candidates, ratings, ranks, margin, index, cut))
+    return examples
+
+
+def class_name(value: bool | float | str) -> str:
+    """A label's class as text: "true", "false", the word, or the number as it is written shortest."""
+    return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:.15g}"
+
+
+def class_names(records: Iterable[Record]) -> tuple[str, ...]:
+    """The classes of all labels: numbers first, by size, then words by the alphabet."""
+    found = {class_name(e.value): e.value for record in records for e in record.feedback if isinstance(e, Label)}
+    plain = {name: value if type(value) in (int, float) else math.inf for name, value in found.items()}
+    return tuple(sorted(plain, key=lambda name: (plain[name], name)))
+
+
+def class_examples(
+    records: Iterable[Record], tokenizer: Tokenizer, classes: tuple[str, ...], *, max_length: int
+) -> list[RewardExample]:
+    """One example a label: its sequence, cut as a reward's, with the index of its class as the rating.
+
+    Raises:
+      InputError: a label is none of `classes`; names the record.
+    """
+    number, examples = {name: i for i, name in enumerate(classes)}, []
+    for index, record in enumerate(records):
+        for entry in record.feedback:
+            if isinstance(entry, Label):
+                name = class_name(entry.value)
+                if name not in number:
+                    raise InputError(
+                        f"{record.where}: field 'value': found the label {name!r}, which no training record has;"
+                        " leave the record out, or put more of its kind into training"
+                    )
+                text = record.responses[entry.response]
+                tokens, cut = _complete(record, text, tokenizer, max_length, truncate=True)
+                examples.append(RewardExample([tokens], [float(number[name])], [None], 0.0, index, int(cut)))
     return examples
 
 

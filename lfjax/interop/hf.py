@@ -117,6 +117,11 @@ def load(
     return Loaded(shape.build(), params, config, tokenizer)
 
 
+def names_encoder(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder's config.json is that of an encoder; reads nothing else."""
+    return is_encoder(read_json(pathlib.Path(path) / CONFIG))
+
+
 def check_language_model(loaded: Loaded, name: object) -> None:
     """Raises InputError, with this name of the model, where it gives scores or is an encoder."""
     if is_encoder(loaded.config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from lfjax.loops.classify import classify_stage
 from lfjax.loops.evaluate import evaluate_stage
 from lfjax.loops.ppo import ppo_stage
 from lfjax.loops.reward import reward_stage
@@ -14,6 +15,7 @@ STAGE_FUNCTIONS = {
     "pretrain": functools.partial(lm_stage, stage="pretrain"),
     "sft": functools.partial(lm_stage, stage="sft"),
     "reward": reward_stage,
+    "classify": classify_stage,
     "ppo": ppo_stage,
     "evaluate": evaluate_stage,
 }

@@ -17,6 +17,7 @@ from lfjax.loops.run import Run
 from lfjax.loops.supervised import compute_settings, passes, run_prompts, total_steps, training_parts
 from lfjax.loops.training import train
 from lfjax.models import lora
+from lfjax.models.encoder import EncoderConfig
 from lfjax.models.flops import forward_flops
 from lfjax.sharding import global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
@@ -148,6 +149,8 @@ def prompt_shapes(run: Run) -> int:
 def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
     """(model, parameters) that start as the reward model's scores, normalised, or as the policy with a zero head."""
     name = run.config.ppo.value_init
+    if name == "reward" and isinstance(reward, LearnedReward) and isinstance(reward.config, EncoderConfig):
+        raise InputError(run.no_values(name))
     if name == "reward" and isinstance(reward, LearnedReward):
         config, params = reward.config, dict(reward.params)
         head = {
@@ -164,6 +167,8 @@ def value_network(run: Run, policy: Policy, reward, norm: RewardNorm):
             raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
         loaded = run.load_model("ppo.value_init", name)
         config, params = loaded.model.config, loaded.params
+        if isinstance(config, EncoderConfig):
+            raise InputError(run.no_values(name))
         if config.num_labels != 1:
             raise InputError(f'config.ppo.value_init: {name!r} has no head with one value; use "reward" or "policy"')
         head = {"kernel": params["head"]["kernel"], "bias": params["head"].get("bias", jnp.zeros(1))}

@@ -7,7 +7,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lfjax.config import init_from
@@ -17,11 +16,11 @@ from lfjax.data.sources import ordinal_bounds
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
     compiled_step,
-    compute_settings,
     create_state,
     passes,
     total_steps,
     training_parts,
+    with_head,
 )
 from lfjax.loops.training import train
 from lfjax.models import lora
@@ -127,26 +126,20 @@ def with_cutpoints(run: Run, params, bounds: tuple[float, ...]):
 
 
 def reward_model(run: Run):
-    """The language model's trunk with a fresh head. Source of the head's init: Stiennon et al. 2020, appendix B."""
+    """The language model's (or encoder's) trunk with a fresh head, or a reward model to go on from."""
     section = run.config.reward
     loaded = run.load_model("reward.init_from", init_from(run.config, "reward"))
-    config = compute_settings(run, loaded.model.config, num_labels=1, dropout=section.dropout)
-    model = run.network(config)
-    params = {name: group for name, group in loaded.params.items() if name != "unembed"}
-    if "head" not in params:
-        kernel = jax.random.normal(run.key("reward-head"), (config.width, 1)) / np.sqrt(config.width + 1)
-        params["head"] = {"kernel": np.asarray(kernel if section.head_init == "normal" else jnp.zeros_like(kernel))}
-    return model, run.place(params)
+    return with_head(run, loaded, "reward", 1, dropout=section.dropout, zero=section.head_init != "normal")
 
 
-def scorer(run: Run, model, base=None):
-    """(params, RewardBatches) -> per example a float array of its candidates' scores."""
-    how = run.lora_of("reward")
+def scorer(run: Run, model, base=None, *, stage: str = "reward", each: int = 1):
+    """(params, RewardBatches) -> per example a float array of its candidates' scores, `each` a candidate in a row."""
+    how = run.lora_of(stage)
 
     def scores_of(params, tokens, mask, base):
-        return lora.bind(model, base, how).apply({"params": params}, tokens, attention_mask=mask)[:, 0]
+        return lora.bind(model, base, how).apply({"params": params}, tokens, attention_mask=mask)
 
-    step = jit_step(scores_of, name="reward score", out_shardings=replicated(run.mesh))
+    step = jit_step(scores_of, name=f"{stage} score", out_shardings=replicated(run.mesh))
 
     def score(params, batches: RewardBatches) -> list[np.ndarray]:
         pieces = []
@@ -159,7 +152,7 @@ def scorer(run: Run, model, base=None):
         for indices, values in jax.device_get(pieces):
             for index, row in zip(indices, values.reshape(len(indices), -1), strict=True):
                 if index >= 0:
-                    scores[index] = row[: len(batches.examples[index].candidates)]
+                    scores[index] = row[: each * len(batches.examples[index].candidates)]
         return scores
 
     return score

@@ -137,7 +137,7 @@ class Run:
 
     def _check_batches(self) -> None:
         shards = batch_shards(self.mesh)
-        for stage in ("pretrain", "sft", "reward", "ppo", "evaluate"):
+        for stage in ("pretrain", "sft", "reward", "classify", "ppo", "evaluate"):
             rows = self.config[stage].batch_size
             if stage in self.stages and rows % shards:
                 raise InputError(
@@ -171,6 +171,7 @@ class Run:
             for key, name in configs.model_sources(self.config, stage).items():
                 if name not in configs.STAGES:
                     self.source(key, name)
+        self._check_encoders()
         for key in ("model.init_from", "tokenizer.path"):
             section, _, part = key.partition(".")
             path = self.config[section][part]
@@ -178,6 +179,31 @@ class Run:
                 raise InputError(f"config.{key}: {path}: no such file or folder; correct the path")
         if "ppo" in self.stages and configs.is_function(self.config.ppo.reward):
             self.resolve("ppo.reward", self.config.ppo.reward)
+
+    def _check_encoders(self) -> None:
+        """An encoder neither writes nor gives a value a token: known before its reward model is trained."""
+        encoders = {}
+        for stage in self.stages:
+            for key, name in configs.model_sources(self.config, stage).items():
+                if name not in configs.STAGES and (Path(name) / hf.CONFIG).is_file() and hf.names_encoder(name):
+                    encoders[key] = name
+        for key in ("model.init_from", "sft.init_from", "ppo.init_from"):
+            if key in encoders:
+                raise InputError(f"config.{key}: {encoders[key]} is an encoder, not a language model; name another")
+        if "ppo" not in self.stages:
+            return
+        reward, value = self.config.ppo.reward, self.config.ppo.value_init
+        learned = "ppo.reward" in encoders or (reward == "reward" and "reward.init_from" in encoders)
+        if "ppo.value_init" in encoders or (value == "reward" and learned):
+            raise InputError(self.no_values(value))
+
+    @staticmethod
+    def no_values(name: str) -> str:
+        """What is said where a value network would have to be an encoder."""
+        return (
+            f'config.ppo.value_init: "{name}" is an encoder, which scores whole texts and gives no value a token; use'
+            ' "policy"'
+        )
 
     def _open_workdir(self) -> None:
         """Writes config.json, or refuses a directory that belongs to another config.
@@ -262,8 +288,9 @@ class Run:
         """Every stage finds something to learn from in the splits that it reads."""
         reads = {"pretrain": "text", "sft": "`edit` feedback, and no record without feedback,"}
         reads["reward"] = "rating, ranking, preference, edit or label"
+        reads["classify"] = "`label` feedback"
         for stage, what in reads.items():
-            for split in ("train", "validation", *(("test",) if stage == "reward" else ())):
+            for split in ("train", "validation", *(("test",) if stage in ("reward", "classify") else ())):
                 if stage in self.stages and not any(teaches(r, stage) for r in getattr(self.records, split)):
                     raise InputError(
                         f"stage {stage}: {self.data_file(split)}: the {split} split holds no {what} to learn from; add"
@@ -416,8 +443,8 @@ class Run:
         head = {group: tree for group, tree in params.items() if group == "head"}
         return {**head, "lora": adapters}, {group: tree for group, tree in params.items() if group != "head"}
 
-    def save_model(self, stage: str, model, trained, base=None) -> None:
-        """Writes models/<stage>, whole or not at all; all processes call it, process 0 writes.
+    def save_model(self, stage: str, model, trained, base=None, *, labels: tuple[str, ...] = ()) -> None:
+        """Writes models/<stage>, whole or not at all; all processes call it, process 0 writes. `labels` name scores.
 
         With LoRA the model is merged, and the adapter is in models/<stage>/adapter, in PEFT's format.
         """
@@ -429,7 +456,7 @@ class Run:
         key, name = self.start_of(stage)
         start = self.source(key, name) if name else None  # its family and further keys are kept
         config = None if start is None else read_json(start / hf.CONFIG)
-        loaded = hf.loaded_from(model, params, self.tokenizer, config=config)
+        loaded = hf.loaded_from(model, params, self.tokenizer, config=config, labels=labels)
         if how is not None:
             host = jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(trained))
             adapter = peft.export(model.config, loaded.config, host, how, str(start))

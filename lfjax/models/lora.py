@@ -62,12 +62,12 @@ def targets(config: TransformerConfig, lora: LoRA) -> dict[str, tuple[int, int, 
     Raises:
       InputError: a regex is found in none of them.
     """
-    possible = matrices(config)
+    possible = matrices(config) if isinstance(config, TransformerConfig) else {}
     for pattern in lora.targets:
         if not any(re.search(pattern, name) for name in possible):
             raise InputError(
                 f"config.model.lora.targets: {pattern!r} is found in no matrix of the model; they are"
-                f" {', '.join(possible) or 'those of transformers, which it is not'}"
+                f" {', '.join(possible) or 'those of decoders, which it is not'}"
             )
     return {name: shape for name, shape in possible.items() if any(re.search(t, name) for t in lora.targets)}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lfjax.config import InputError
 
-STAGE_ORDER = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
+STAGE_ORDER = ("tokenizer", "pretrain", "sft", "reward", "classify", "ppo", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
