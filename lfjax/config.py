@@ -80,7 +80,9 @@ def base_config() -> Config:
     )
     config.model = _section(
         init_from=placeholder(str),  # a model folder (Hugging Face layout) to start from; its shape wins
-        form="llama",  # "llama": RoPE, RMSNorm, SwiGLU; "gpt2": learned positions, LayerNorm, GELU, biases
+        # "llama": RoPE, RMSNorm, SwiGLU; "gpt2": learned positions, LayerNorm, GELU, biases; "lstm": recurrent, of
+        # width and layers alone
+        form="llama",
         width=128,
         layers=2,
         heads=4,
@@ -421,7 +423,7 @@ def validate(config: Config) -> None:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
     _check_fixed_splits(config)
     _one_of(config, "tokenizer.model_type", ("unigram", "bpe"))
-    _one_of(config, "model.form", ("llama", "gpt2"))
+    _one_of(config, "model.form", ("llama", "gpt2", "lstm"))
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
     _one_of(config, "model.remat", ("none", "dots", "full"))
     _one_of(config, "reward.head_init", ("normal", "zero"))

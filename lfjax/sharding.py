@@ -32,6 +32,7 @@ DEFAULT_RULES = (
     (r"mlp/(up|gate)$", ("", "fsdp", "tensor")),
     (r"mlp/(up|gate)_bias$", ("", "tensor")),
     (r"mlp/down$", ("", "tensor", "fsdp")),
+    (r"lstm/(input|recurrent)$", ("", "fsdp", "")),
     (r"unembed/kernel$", ("fsdp", "tensor")),
     (r"", ()),
 )

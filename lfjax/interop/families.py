@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from lfjax.config import InputError
 from lfjax.interop.tensors import Tensor
 from lfjax.models.encoder import EncoderConfig
+from lfjax.models.lstm import LSTMConfig
 from lfjax.models.transformer import TransformerConfig
 
-Form = TransformerConfig | EncoderConfig  # of any model here
+Form = TransformerConfig | EncoderConfig | LSTMConfig  # of any model here
 
 REQUIRED = object()
 AS_ABSENT = object()
@@ -84,7 +85,7 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     window: str | int = ""
     rope: Rope = Rope()
-    kind: type[TransformerConfig] | type[EncoderConfig] = TransformerConfig
+    kind: type[TransformerConfig] | type[EncoderConfig] | type[LSTMConfig] = TransformerConfig
     trunks: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -480,7 +481,37 @@ ROBERTA = _encoder(
     trunks=("RobertaForMaskedLM",),
 )
 
-KNOWN = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, BERT, ROBERTA)
+# lfjax's own: no other tool knows it. Tensors are torch.nn.LSTM's, with one bias; the forget gate adds 1 to its own.
+LSTM = Family(
+    model_type="lfjax_lstm",
+    base="",
+    form={},
+    fields=(
+        Field("vocab_size", "vocab_size", int),
+        Field("hidden_size", "width", int),
+        Field("num_hidden_layers", "layers", int),
+        Field("tie_word_embeddings", "tied", bool, True),
+    ),
+    only={},
+    constants={},
+    tensors=(
+        Tensor("embed_tokens.weight", "embed/tokens", "V D -> V D"),
+        Tensor("lstm.weight_ih_l{i}", "layers/lstm/input", "F D -> D F"),
+        Tensor("lstm.weight_hh_l{i}", "layers/lstm/recurrent", "F D -> D F"),
+        Tensor("lstm.bias_ih_l{i}", "layers/lstm/bias", "F -> F"),
+    ),
+    heads={
+        task: (f"LSTMFor{name}", LLAMA.heads[task][1])
+        for task, name in (
+            ("lm", "CausalLM"),
+            ("sequence", "SequenceClassification"),
+            ("token", "TokenClassification"),
+        )
+    },
+    kind=LSTMConfig,
+)
+
+KNOWN = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, BERT, ROBERTA, LSTM)
 FAMILIES = {family.model_type: family for family in KNOWN}
 
 ROPE_KEYS = {
@@ -526,7 +557,7 @@ def read_config(config: dict, where: str, task: str | None = None) -> Form:
         known[field.ours] = _read_field(config, field, known, where)
     if family.kind is TransformerConfig:
         known |= _read_decoder(config, family, known, where)
-    elif "first_position" not in family.form:
+    elif family.kind is EncoderConfig and "first_position" not in family.form:
         known["first_position"] = _padding(config, where) + 1
     task = task or _task_of(config, family, where)
     if task not in family.heads:
@@ -723,6 +754,9 @@ def _function(config: Form) -> Form:
     neutral["init_std"] = 0.02
     if isinstance(config, EncoderConfig):
         return dataclasses.replace(config, **neutral, **({} if config.num_labels else {"pooler": True}))
+    if isinstance(config, LSTMConfig):
+        del neutral["init_std"]
+        return dataclasses.replace(config, **neutral, **({"tied": True} if config.num_labels else {"head_bias": False}))
     if config.position != "rope":
         neutral |= {"rope_theta": 10000.0, "rope_scaling": (), "rope_share": 1.0}
     if not config.attention_bias:
@@ -775,7 +809,7 @@ def _write_family(config: Form, family: Family) -> dict[str, Any]:
         written[field.theirs] = None if value == field.null else value
     if isinstance(config, TransformerConfig):
         written |= _write_decoder(config, family)
-    elif "first_position" not in family.form:
+    elif isinstance(config, EncoderConfig) and "first_position" not in family.form:
         written["pad_token_id"] = config.first_position - 1
     if config.num_labels:
         written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}

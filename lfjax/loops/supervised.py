@@ -19,6 +19,7 @@ from lfjax.metrics import Window
 from lfjax.models import lora, presets
 from lfjax.models.encoder import EncoderConfig
 from lfjax.models.flops import forward_flops
+from lfjax.models.lstm import LSTMConfig
 from lfjax.models.network import initialise
 from lfjax.optim import make_optimizer, schedule
 from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
@@ -69,8 +70,11 @@ def run_prompts(run: Run, records, tokenizer=None) -> list[list[int]]:
 
 
 def model_config(run: Run):
-    """The decoder that `config.model` describes, for the run's vocabulary and mesh."""
+    """The language model that `config.model` describes, for the run's vocabulary and mesh."""
     c = run.config.model
+    if c.form == "lstm":
+        vocabulary, rows = run.tokenizer.vocab_size, run.vocab_multiple
+        return LSTMConfig(vocabulary, c.width, c.layers, tied=c.tied, dtype=c.dtype, vocab_multiple=rows)
     shared = {
         "vocab_size": run.tokenizer.vocab_size,
         "width": c.width,
@@ -107,7 +111,8 @@ def new_or_loaded(run: Run, stage: str):
 def compute_settings(run: Run, config, **changes):
     """A loaded model's config with this run's ways of computing it."""
     c = run.config.model
-    return dataclasses.replace(config, dtype=c.dtype, remat=c.remat, unroll=c.unroll, **changes)
+    ways = {name: c[name] for name in ("dtype", "remat", "unroll") if hasattr(config, name)}
+    return dataclasses.replace(config, **ways, **changes)
 
 
 def with_head(run: Run, loaded, stage: str, num_labels: int, *, dropout: float, zero: bool = False):

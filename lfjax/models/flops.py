@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lfjax.models.encoder import EncoderConfig
+from lfjax.models.lstm import LSTMConfig
 from lfjax.models.transformer import TransformerConfig
 
 # Dense bfloat16 FLOP/s of one device as jax counts devices, by a part of its device_kind. Source: vendors' data sheets.
@@ -31,13 +32,15 @@ PEAK = {
 }
 
 
-def forward_flops(config: TransformerConfig | EncoderConfig, length: int, *, head: bool = True) -> float:
+def forward_flops(config: TransformerConfig | EncoderConfig | LSTMConfig, length: int, *, head: bool = True) -> float:
     """FLOPs of one token's forward pass in a sequence of `length`; three times that with its backward pass.
 
     Args:
       head: whether the vocabulary head (or the score head) is computed at every position.
     """
     c = config
+    if isinstance(c, LSTMConfig):
+        return 2.0 * (c.layers * 8 * c.width**2 + (c.width * (c.num_labels or c.vocab_size) if head else 0))
     if isinstance(c, EncoderConfig):  # every token reads all of them; the pooler and its scores come once a text
         last = (c.pooler * c.width**2 + c.width * c.num_labels) / (length if c.pooler else 1) if head else 0
         return 2.0 * (c.layers * (4 * c.width**2 + 2 * c.width * c.mlp_width + 2 * c.width * length) + last)

@@ -42,8 +42,6 @@ class LSTMConfig:
     vocab_multiple: int = 1
     context: int = UNBOUNDED
     logit_softcap: float = 0.0
-    remat: str = "none"
-    unroll: int = 0
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "layers"):
@@ -163,8 +161,9 @@ def run(
     x = jnp.take(params["embed"]["tokens"], tokens, axis=0, mode="clip").astype(c.dtype)
     x = constrain(blocks.dropout(x, keys[-1], c.dropout), "residual")
     hidden, cell = [], []
+    stacks = {name: constrain(leaf, f"layers/lstm/{name}") for name, leaf in params["layers"]["lstm"].items()}
     for index in range(c.layers):
-        weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"]["lstm"])
+        weights = {name: leaf[index] for name, leaf in stacks.items()}
         before = (memory.hidden[index], memory.cell[index])
         x, (h, s) = layer(weights, blocks.dropout(x, keys[index] if index else None, c.dropout), before, real, starts)
         x = constrain(x, "residual")

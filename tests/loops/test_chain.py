@@ -225,3 +225,13 @@ def test_a_model_that_is_started_from_brings_its_context(straight, train, tmp_pa
     assert train(tmp_path / "long", *options, f"--config.sft.seq_len={context + 1}") == 2
     assert f"config.sft.seq_len: {context + 1} tokens; allowed: at most the context of" in capsys.readouterr().err
     assert train(tmp_path / "whole", *options, f"--config.sft.seq_len={context}", "--config.sft.steps=1") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_recurrent_model_goes_through_every_stage(train, tmp_path, devices):
+    options = ["--config.model.form=lstm", "--config.mesh.fsdp=2"] if devices > 1 else ["--config.model.form=lstm"]
+    assert train(tmp_path / "w", *options, devices=devices) == 0
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["pretrain/perplexity"] < 300 and summary["compile/count"] > 0
+    assert json.loads((tmp_path / "w" / "models" / "ppo" / "config.json").read_text())["model_type"] == "lfjax_lstm"

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from lfjax.config import InputError
+from lfjax.interop import hf
+from lfjax.models.flops import forward_flops
 from lfjax.models.lstm import LSTMConfig
 from lfjax.optim import make_optimizer
 from lfjax.sampling.generate import generate
@@ -125,3 +127,20 @@ def test_it_learns_a_batch_by_heart():
 def test_a_size_that_cannot_be_is_named(change, name):
     with pytest.raises(InputError, match=f"model.{name}"):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("change", [{}, {"tied": True}, {"num_labels": 2}, {"num_labels": 1, "head_bias": True}])
+def test_it_is_written_and_read_again(tmp_path, change):
+    config = dataclasses.replace(CONFIG, **change)
+    hf.save(tmp_path / "model", hf.loaded_from(config.build(), params(config)))
+    back = hf.load(tmp_path / "model")
+    assert dataclasses.replace(back.model.config, tied=True) == dataclasses.replace(config, tied=True)
+    jax.tree.map(np.testing.assert_array_equal, back.params, params(config))
+    hf.save(tmp_path / "again", back)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again")]
+    assert files[0] == files[1]
+
+
+def test_it_counts_its_own_flops():
+    """Two gate products a layer, [D] by [D 4D], and the head."""
+    assert forward_flops(CONFIG, 5) == 2 * (2 * 2 * 8 * 32 + 8 * 13)
