@@ -80,7 +80,10 @@ def test_an_encoder_is_a_reward_model_from_a_config(folder, train, tmp_path):
     [
         (("sft.init_from={}", "stages=sft"), "config.sft.init_from: {} is an encoder, not a language model"),
         (("ppo.reward={}", "ppo.init_from={}", "stages=ppo"), "config.ppo.init_from: {} is an encoder"),
-        (("reward.init_from={}", "stages=('tokenizer','pretrain','reward','ppo')"), 'config.ppo.value_init: "reward"'),
+        (
+            ("reward.init_from={}", "ppo.init_from=pretrain", "stages=('tokenizer','pretrain','reward','ppo')"),
+            'config.ppo.value_init: "reward"',
+        ),
     ],
 )
 def test_an_encoder_where_none_can_be_is_named_before_anything_is_trained(
