@@ -10,9 +10,9 @@ import numpy as np
 from lfjax.config import InputError, init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import class_examples, class_names
-from lfjax.loops.reward import scorer
+from lfjax.loops.reward import scorer, with_head
 from lfjax.loops.run import Run
-from lfjax.loops.supervised import compiled_step, create_state, passes, total_steps, training_parts, with_head
+from lfjax.loops.supervised import compiled_step, create_state, passes, total_steps, training_parts
 from lfjax.loops.training import train
 from lfjax.models.flops import forward_flops
 from lfjax.state import RewardState

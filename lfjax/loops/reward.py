@@ -7,6 +7,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lfjax.config import init_from
@@ -16,15 +17,17 @@ from lfjax.data.sources import ordinal_bounds
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
     compiled_step,
+    compute_settings,
     create_state,
     passes,
     total_steps,
     training_parts,
-    with_head,
 )
 from lfjax.loops.training import train
 from lfjax.models import lora
+from lfjax.models.encoder import EncoderConfig
 from lfjax.models.flops import forward_flops
+from lfjax.models.network import initialise
 from lfjax.records import mean_ratings
 from lfjax.rewards import baselines, calibration, lexicon
 from lfjax.sharding import abstract, global_batch, jit_step, replicated
@@ -130,6 +133,25 @@ def reward_model(run: Run):
     section = run.config.reward
     loaded = run.load_model("reward.init_from", init_from(run.config, "reward"))
     return with_head(run, loaded, "reward", 1, dropout=section.dropout, zero=section.head_init != "normal")
+
+
+def with_head(run: Run, loaded, stage: str, num_labels: int, *, dropout: float, zero: bool = False):
+    """(model, parameters on the mesh): the loaded trunk with a head of so many scores, fresh where it has none such.
+
+    An encoder's head gets a pooler below it. Source of the head's init: Stiennon et al. 2020, appendix B.
+    """
+    config = compute_settings(run, loaded.model.config, num_labels=num_labels, dropout=dropout)
+    if isinstance(config, EncoderConfig) and loaded.model.config.num_labels == 0:
+        config = dataclasses.replace(config, pooler=True)
+    model, table = run.network(config), config.parameters()
+    params = {name: group for name, group in loaded.params.items() if name != "unembed"}
+    if "head" not in params or params["head"]["kernel"].shape[-1] != num_labels:
+        kernel = jax.random.normal(run.key(f"{stage}-head"), (config.width, num_labels)) / np.sqrt(config.width + 1)
+        params["head"] = {name: np.zeros(shape, np.float32) for name, (shape, _) in table["head"].items()}
+        params["head"]["kernel"] = np.asarray(jnp.zeros_like(kernel) if zero else kernel)
+    if "pooler" in table and "pooler" not in params:
+        params["pooler"] = jax.tree.map(np.asarray, initialise(run.key(f"{stage}-pooler"), table["pooler"]))
+    return model, run.place(params)
 
 
 def scorer(run: Run, model, base=None, *, stage: str = "reward", each: int = 1):

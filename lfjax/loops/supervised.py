@@ -17,10 +17,8 @@ from lfjax.loops.run import Run
 from lfjax.loops.training import train
 from lfjax.metrics import Window
 from lfjax.models import lora, presets
-from lfjax.models.encoder import EncoderConfig
 from lfjax.models.flops import forward_flops
 from lfjax.models.lstm import LSTMConfig
-from lfjax.models.network import initialise
 from lfjax.optim import make_optimizer, schedule
 from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState
@@ -113,25 +111,6 @@ def compute_settings(run: Run, config, **changes):
     c = run.config.model
     ways = {name: c[name] for name in ("dtype", "remat", "unroll") if hasattr(config, name)}
     return dataclasses.replace(config, **ways, **changes)
-
-
-def with_head(run: Run, loaded, stage: str, num_labels: int, *, dropout: float, zero: bool = False):
-    """(model, parameters on the mesh): the loaded trunk with a head of so many scores, fresh where it has none such.
-
-    An encoder's head gets a pooler below it. Source of the head's init: Stiennon et al. 2020, appendix B.
-    """
-    config = compute_settings(run, loaded.model.config, num_labels=num_labels, dropout=dropout)
-    if isinstance(config, EncoderConfig) and loaded.model.config.num_labels == 0:
-        config = dataclasses.replace(config, pooler=True)
-    model, table = run.network(config), config.parameters()
-    params = {name: group for name, group in loaded.params.items() if name != "unembed"}
-    if "head" not in params or params["head"]["kernel"].shape[-1] != num_labels:
-        kernel = jax.random.normal(run.key(f"{stage}-head"), (config.width, num_labels)) / np.sqrt(config.width + 1)
-        params["head"] = {name: np.zeros(shape, np.float32) for name, (shape, _) in table["head"].items()}
-        params["head"]["kernel"] = np.asarray(jnp.zeros_like(kernel) if zero else kernel)
-    if "pooler" in table and "pooler" not in params:
-        params["pooler"] = jax.tree.map(np.asarray, initialise(run.key(f"{stage}-pooler"), table["pooler"]))
-    return model, run.place(params)
 
 
 def training_parts(run: Run, stage: str, total: int, name: str = "optim"):
