@@ -69,7 +69,7 @@ def test_an_encoder_learns_the_classes_of_labels_and_exports_their_names(folder,
 
 
 def test_an_encoder_is_a_reward_model_from_a_config(folder, train, tmp_path):
-    options = [f"--config.reward.{option}" for option in (f"init_from={folder}", *OPTIONS, "dropout=0.0")]
+    options = [f"--config.reward.{option}" for option in (f"init_from={folder}", *OPTIONS, "dropout=0.0", "steps=80")]
     assert train(tmp_path / "w", *options, f"--config.tokenizer.path={folder}", "--config.stages=reward") == 0
     assert summary(tmp_path / "w")["reward/pair_accuracy"] > 0.7
     assert hf.load(tmp_path / "w" / "models" / "reward").model.config.num_labels == 1
