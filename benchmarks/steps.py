@@ -60,7 +60,7 @@ def matmul_peak(repeats: int) -> float:
 
 def sft_run(model, params):
     """A function that makes one SFT step and returns its metrics."""
-    tx = make_optimizer(1e-4)
+    tx = make_optimizer(1e-4, clip_norm=1.0)
     tokens = jax.random.randint(KEY, (SFT_ROWS, SFT_LENGTH + 1), 0, model.config.vocab_size)
     ones = jnp.ones((SFT_ROWS, SFT_LENGTH), bool)
     data = SftBatch(tokens, ones, ones.astype(jnp.int32))

@@ -397,6 +397,9 @@ def _eval(arguments: argparse.Namespace, _) -> int:
     output = Path(arguments.output) if arguments.output else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"--output: {output}: no file can be written there; name one in a folder that exists")
+    read = (arguments.text, arguments.train_text, arguments.completions)
+    if output and any(path and Path(path).resolve() == output.resolve() for path in read):
+        raise InputError(f"--output: {output}: is a file to read as well; name another")
     folder = _model_folder(Path(arguments.model), arguments.stage)
     _set_up_jax("highest", True)
 
@@ -430,6 +433,9 @@ def _convert(arguments: argparse.Namespace, _) -> int:
     folder = Path(arguments.source)
     if arguments.command == "export":
         folder = _model_folder(folder, arguments.stage)
+    target = Path(arguments.target).resolve()
+    if target.parent.name == "models" and (target.parent.parent / "checkpoints").is_dir():
+        raise InputError(f"{arguments.target}: is a run's own model; name a folder outside of {target.parent}")
 
     import jax
 
@@ -505,6 +511,10 @@ def _feedback(arguments: argparse.Namespace, _) -> int:
     output = Path(arguments.output)
     if not output.parent.is_dir() or output.is_dir():
         raise InputError(f"{output}: name a file in a folder that is there")
+    if Path(arguments.source).resolve() == output.resolve():
+        raise InputError(f"{output}: is the file to read as well; name another to write")
+    if arguments.max_chars < 0:
+        raise InputError(f"--max-chars: {arguments.max_chars}; allowed: 0 (no limit) or more")
     left_out: collections.Counter[str] = collections.Counter()
     records = convert(arguments.source, arguments.format, left_out, max_chars=arguments.max_chars)
     print(f"{output}: {write_records(output, records)} records")

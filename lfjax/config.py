@@ -594,7 +594,7 @@ def _check_lora(config: Config) -> None:
     if not 0.0 <= lora.dropout < 1.0:
         raise InputError(f"config.model.lora.dropout: {lora.dropout}; allowed: 0 up to, not including, 1")
     try:
-        patterns = [re.compile(pattern) for pattern in lora.targets]
+        patterns = [re.compile(pattern + "") for pattern in lora.targets]  # "": text, not bytes
     except (TypeError, re.error):
         patterns = []
     if not patterns:

@@ -90,6 +90,7 @@ OVERRIDES = {
     "a misspelt key": ("--config.ppo.kl_coeff=1", "config.ppo.kl_coeff", "did you mean config.ppo.kl_coef?"),
     "a wrong type": ("--config.ppo.steps=few", "config.ppo.steps", "give a value such as 16"),
     "a section set to a value": ("--config.ppo.update_step=3", "config.ppo.update_step", "set one of its keys: "),
+    "bytes for a pattern": ("--config.model.lora.targets=(b'layers/',)", "config.model.lora.targets", "give regexes"),
     "no override": ("--config.seed", "--config.seed", "write --config.seed=VALUE"),
     "another argument": ("--steps=3", "--steps=3", "overrides are --config.section.key=value"),
     "an unknown stage": ("--config.stages=tokenizer,pretrian", "config.stages", "did you mean 'pretrain'?"),
@@ -522,7 +523,7 @@ def test_a_run_does_not_go_on_with_other_data(command, tmp_path, records, traine
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
-def test_a_run_does_not_go_on_with_another_fork(command, tmp_path, records, monkeypatch):
+def test_an_edited_fork_is_kept_beside_the_first(tmp_path, records, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     fork = tmp_path / "fork_to_be_changed.py"
     fork.write_text("def reward(prompts, responses, records):\n    return [0.0 for _ in responses]\n")
@@ -531,8 +532,23 @@ def test_a_run_does_not_go_on_with_another_fork(command, tmp_path, records, monk
     assert train(tmp_path / "w", records, *options) == 0
     assert (tmp_path / "w" / "steps" / "reward_function.py").read_text() == fork.read_text()
     fork.write_text(fork.read_text().replace("0.0", "1.0"))
-    line = command(*arguments(tmp_path / "w", records, *options))
-    assert "steps/reward_function.py is not what the run was started with; put that back" in line
+    capfd.readouterr()
+    assert train(tmp_path / "w", records, *options) == 0
+    kept = tmp_path / "w" / "steps" / "reward_function.2.py"
+    assert f"note: {fork} has changed since the run was started; kept as {kept}" in capfd.readouterr().err
+    assert kept.read_text() == fork.read_text()
+    assert train(tmp_path / "w", records, *options) == 0 and "note:" not in capfd.readouterr().err
+
+
+def test_a_run_that_has_not_begun_takes_mended_data(command, tmp_path, records):
+    data = pathlib.Path(shutil.copy(records, tmp_path / "rated.jsonl"))
+    size = "--config.tokenizer.vocab_size=340"
+    assert "these texts fill at most" in command(*arguments(tmp_path / "w", data, PRETRAINING, size), progress=True)
+    more = [{**row, "id": f"more {row['id']}"} for row in smallest.records(40, seed=7)]
+    for row in more:
+        row["responses"] = [f"{row['responses'][0]} and quite unlike anything said before, {row['id']}"]
+    smallest.write_records(data, [*smallest.records(), *more])
+    assert train(tmp_path / "w", data, PRETRAINING, size) == 0
 
 
 def test_a_directory_belongs_to_one_run_at_a_time(command, tmp_path, records, trained):

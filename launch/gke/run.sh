@@ -19,7 +19,8 @@ dry_run=
 size=$1 name=$2 image=$3 config=$4 workdir=$5
 shift 5
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || usage "NAME $name: small letters, digits and -, at most 40"
-[[ $workdir == /mnt/lfjax/?* ]] || usage "WORKDIR $workdir: must be under /mnt/lfjax, the volume that all nodes see"
+[[ $workdir == /mnt/lfjax/?* && /$workdir/ != */../* ]] || usage "WORKDIR $workdir: must be under /mnt/lfjax, the volume that all nodes see"
+[[ $image =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || usage "IMAGE $image: a name such as registry/project/lfjax:1"
 topology=${size#*:}
 case ${size%%:*} in
   v4) accelerator=tpu-v4-podslice ;;

@@ -50,6 +50,8 @@ def gsm8k(row: dict[str, str]) -> dict[str, Any]:
 
     Source: Cobbe et al. 2021, arXiv:2110.14168.
     """
+    if not row["question"].strip() or not row["answer"].strip():
+        raise LeftOut("no question or no answer")
     return {"prompt": row["question"] + "\n", "responses": [row["answer"]], "feedback": []}
 
 
@@ -96,6 +98,7 @@ def convert(
     if name not in FORMATS:
         raise InputError(f"format {name!r}: not known; allowed: {', '.join(FORMATS)}")
     function, fields = FORMATS[name]
+    empty = True
     for where, row in json_lines(path):
         if not isinstance(row, dict):
             raise InputError(f"{where}: found {type(row).__name__}; allowed: a JSON object with {', '.join(fields)}")
@@ -112,4 +115,8 @@ def convert(
         if max_chars and len(record.prompt_text) + max(map(len, record.responses)) > max_chars:
             left_out[f"more than {max_chars} characters"] += 1
             continue
+        empty = False
         yield record
+    if empty:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in left_out.items())
+        raise InputError(f"{path}: no record can be made of it ({reasons}); give another file, or a larger --max-chars")

@@ -222,9 +222,9 @@ class Run:
         if path.exists():
             before = read_json(path)
             differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
-            if not differs:
+            if not differs and begun:
                 return self._check_inputs()
-            if begun:
+            if differs and begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(
                     f"{path}: the run was started with another config ({shown}); use another --workdir, which may start"
@@ -273,16 +273,30 @@ class Run:
         return digests
 
     def _check_inputs(self) -> None:
-        """Refuses to go on with other data or other code than the run was started with."""
+        """Refuses to go on with other data than the run was started with; keeps other code and says so.
+
+        Code may have been mended, data may not be: which record comes when follows from it.
+        """
         path = self.workdir / INPUTS
         before = read_json(path) if path.exists() else {}
-        for name, digest in self._inputs().items():
-            if isinstance(before, dict) and before.get(name, digest) != digest:
-                held = f" ({self.workdir}/{name} holds it)" if name.startswith("steps/") else ""
+        if not isinstance(before, dict):
+            raise InputError(f"{path}: no JSON object; delete it, if data and forks are what the run was started with")
+        found = self._inputs()
+        other = [name for name, digest in found.items() if before.get(name, digest) != digest]
+        for name in other:
+            if not name.startswith("steps/"):
                 raise InputError(
-                    f"{path}: {name} is not what the run was started with; put that back{held}, or use another"
-                    " --workdir"
+                    f"{path}: {name} is not what the run was started with; put that back, or use another --workdir"
                 )
+        if other and jax.process_index() == 0:
+            forks = self._forks()
+            for name in other:
+                stem = name.removeprefix("steps/").removesuffix(".py")
+                earlier = len(list((self.workdir / "steps").glob(f"{stem}*.py")))
+                kept = self.workdir / "steps" / f"{stem}.{earlier + 1}.py"
+                shutil.copyfile(forks[stem], kept)
+                print(f"note: {forks[stem]} has changed since the run was started; kept as {kept}", file=sys.stderr)
+            write_json(path, before | found)
 
     def _check_data(self) -> None:
         """Every stage finds something to learn from in the splits that it reads."""

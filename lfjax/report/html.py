@@ -40,7 +40,9 @@ def build(workdir: str | os.PathLike) -> pathlib.Path:
         temporary.write_text(page(run), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}; free some space") from error
+        temporary.unlink(missing_ok=True)
+        fix = "remove what stands there" if path.is_dir() else "free some space"
+        raise InputError(f"{path}: cannot write: {error.strerror or error}; {fix}") from error
     return path
 
 

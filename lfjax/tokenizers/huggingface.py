@@ -67,8 +67,13 @@ class LibraryTokenizer:
 
         try:
             made = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:  # the library raises no class of its own
-            raise InputError(f"{self._where}: not what `tokenizers` reads: {' '.join(str(error).split())}") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises no class of its own, and its panics are no Exception
+            found = " ".join(str(error).split())
+            raise InputError(
+                f"{self._where}: not what `tokenizers` reads: {found}; restore the model's own file"
+            ) from None
         made.no_truncation()
         made.no_padding()
         made.encode_special_tokens = not markup

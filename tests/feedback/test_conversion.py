@@ -79,7 +79,8 @@ def test_a_corrected_program_is_a_critique_and_an_edit_that_go_on_from_the_promp
     ],
 )
 def test_a_program_that_does_not_go_on_from_the_prompt_is_left_out(tmp_path, row, reason):
-    assert converted(tmp_path, "ilf", row) == ([], {reason: 1})
+    records, left_out = converted(tmp_path, "ilf", row, program())
+    assert len(records) == 1 and left_out == {reason: 1}
 
 
 def test_long_records_are_left_out_on_request(tmp_path):
@@ -127,3 +128,14 @@ def test_published_files_are_read(shared):
         left_out = collections.Counter()
         records = list(convert(shared / "data" / files[name], name, left_out))
         assert len(records) + sum(left_out.values()) == rows[name] and len(records) > 0.95 * rows[name]
+
+
+def test_a_file_of_which_nothing_can_be_made_writes_nothing(tmp_path, capsys):
+    source, output = tmp_path / "pairs.jsonl", tmp_path / "records.jsonl"
+    source.write_text(json.dumps({"question": "q", "answer": " "}) + "\n")
+    for target, options in ((output, []), (source, []), (output, ["--max-chars=-1"])):
+        assert cli.main(["feedback", "convert", "gsm8k", str(source), str(target), *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    found = ("no record can be made of it (1 x no question or no answer)", "is the file to read as well", "-chars: -1")
+    assert len(lines) == 3 and all(part in line for part, line in zip(found, lines, strict=True))
+    assert not output.exists() and [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]

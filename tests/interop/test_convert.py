@@ -162,3 +162,11 @@ def test_transformers_opens_what_export_wrote_in_parts(tmp_path, run):
     loaded = hf.load(tmp_path / "parts")
     ours = loaded.model.apply({"params": loaded.params}, tokens.astype(np.int32))
     np.testing.assert_allclose(ours, expected, atol=2e-4 * max(1.0, float(np.abs(expected).max())), rtol=0)
+
+
+def test_a_runs_own_model_is_not_written_over(run, capsys):
+    own = run / "models" / "other"
+    (run / "checkpoints").mkdir(exist_ok=True)
+    assert cli.main(["export", str(run), str(own)]) == 2
+    assert f"{own}: is a run's own model; name a folder outside of" in capsys.readouterr().err
+    assert not own.exists()

@@ -319,3 +319,11 @@ TRANSFORMERS = {
         222,
     ],
 }
+
+
+def test_a_vocabulary_that_makes_the_library_panic_is_one_line(tmp_path):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": ["a b"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(InputError, match=r"tokenizer\.json: not what `tokenizers` reads: .*restore") as caught:
+        tokenizers.load(tmp_path)
+    assert "\n" not in str(caught.value)
