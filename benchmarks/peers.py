@@ -250,6 +250,7 @@ def compare(task: str, rounds: int, peer_python: str) -> dict[str, float]:
     found = {name: contender for name, contender in found.items() if contender.ready}
     for _ in range(rounds):
         for contender in found.values():
+            time.sleep(0.5)  # the threads of the one before spin a while
             contender.step()
     out = {}
     amount, _ = AMOUNTS[task]
