@@ -434,7 +434,11 @@ def _convert(arguments: argparse.Namespace, _) -> int:
     if arguments.command == "export":
         folder = _model_folder(folder, arguments.stage)
     target = Path(arguments.target).resolve()
-    if target.parent.name == "models" and (target.parent.parent / "checkpoints").is_dir():
+    if (
+        target != folder.resolve()
+        and target.parent.name == "models"
+        and (target.parent.parent / "checkpoints").is_dir()
+    ):
         raise InputError(f"{arguments.target}: is a run's own model; name a folder outside of {target.parent}")
 
     import jax
