@@ -99,6 +99,13 @@ ACTIVATIONS = {
     "gelu": "gelu",
 }
 
+# Heads that several families have under one name.
+SCORE = (Tensor("score.weight", "head/kernel", "C D -> D C"),)
+CLASSIFIER = (
+    Tensor("classifier.weight", "head/kernel", "C D -> D C"),
+    Tensor("classifier.bias", "head/bias", "C -> C"),
+)
+
 GPT2 = Family(
     model_type="gpt2",
     base="transformer.",
@@ -149,13 +156,10 @@ GPT2 = Family(
     ),
     heads={
         "lm": ("GPT2LMHeadModel", (Tensor("lm_head.weight", "unembed/kernel", "V D -> D V"),)),
-        "sequence": ("GPT2ForSequenceClassification", (Tensor("score.weight", "head/kernel", "C D -> D C"),)),
+        "sequence": ("GPT2ForSequenceClassification", SCORE),
         "token": (
             "GPT2ForTokenClassification",
-            (
-                Tensor("classifier.weight", "head/kernel", "C D -> D C"),
-                Tensor("classifier.bias", "head/bias", "C -> C"),
-            ),
+            CLASSIFIER,
         ),
     },
     ignored=(".attn.bias", ".attn.masked_bias"),
@@ -205,10 +209,10 @@ LLAMA = Family(
     ),
     heads={
         "lm": ("LlamaForCausalLM", (Tensor("lm_head.weight", "unembed/kernel", "V D -> D V"),)),
-        "sequence": ("LlamaForSequenceClassification", (Tensor("score.weight", "head/kernel", "C D -> D C"),)),
+        "sequence": ("LlamaForSequenceClassification", SCORE),
         "token": (
             "LlamaForTokenClassification",
-            (Tensor("score.weight", "head/kernel", "C D -> D C"), Tensor("score.bias", "head/bias", "C -> C")),
+            (*SCORE, Tensor("score.bias", "head/bias", "C -> C")),
         ),
     },
     ignored=(".rotary_emb.inv_freq",),
@@ -262,13 +266,10 @@ GPT_NEOX = Family(
     ),
     heads={
         "lm": ("GPTNeoXForCausalLM", (Tensor("embed_out.weight", "unembed/kernel", "V D -> D V"),)),
-        "sequence": ("GPTNeoXForSequenceClassification", (Tensor("score.weight", "head/kernel", "C D -> D C"),)),
+        "sequence": ("GPTNeoXForSequenceClassification", SCORE),
         "token": (
             "GPTNeoXForTokenClassification",
-            (
-                Tensor("classifier.weight", "head/kernel", "C D -> D C"),
-                Tensor("classifier.bias", "head/bias", "C -> C"),
-            ),
+            CLASSIFIER,
         ),
     },
     ignored=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"),

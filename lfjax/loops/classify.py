@@ -10,7 +10,7 @@ import numpy as np
 from lfjax.config import InputError, init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import class_examples, class_names
-from lfjax.loops.reward import scorer, with_head
+from lfjax.loops.reward import one_of_each, scorer, with_head
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import compiled_step, create_state, passes, total_steps, training_parts
 from lfjax.loops.training import train
@@ -43,12 +43,7 @@ def classify_stage(run: Run) -> dict[str, float]:
     trained, base = run.trained_part("classify", params, model.config, "classify-lora")
     state, shardings = create_state(run, RewardState, trained, tx)
     function = functools.partial(run.steps["classify"], tx=tx, **section.step.to_dict())
-    first = {}
-    for index in range(batches.steps_per_epoch):
-        batch = labelled(batches.batch_at(index))
-        first.setdefault(batch.tokens.shape, batch)
-        if len(first) == len(batches.bucket_shapes):
-            break
+    first = {batch.tokens.shape: batch for batch in map(labelled, one_of_each(batches).values())}
     step = compiled_step(run, "classify", function, model, base, state, shardings, first.values())
     guess = scorer(run, model, base, stage="classify", each=len(names))
 

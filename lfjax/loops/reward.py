@@ -33,6 +33,7 @@ from lfjax.rewards import baselines, calibration, lexicon
 from lfjax.sharding import abstract, global_batch, jit_step, replicated
 from lfjax.state import RewardState
 from lfjax.steps.reward import model_params
+from lfjax.types import RewardBatch
 
 
 def reward_stage(run: Run) -> dict[str, float]:
@@ -69,12 +70,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     trained, base = run.trained_part("reward", params, model.config, "reward-lora")
     state, shardings = create_state(run, RewardState, trained, tx)
     function = functools.partial(run.steps["reward"], tx=tx, **keywords)
-    first = {}
-    for index in range(batches.steps_per_epoch):
-        batch = batches.batch_at(index)
-        first.setdefault(batch.tokens.shape, batch)
-        if len(first) == len(batches.bucket_shapes):
-            break
+    first = one_of_each(batches)
     step = compiled_step(run, "reward", function, model, base, state, shardings, first.values())
     score = scorer(run, model, base)
 
@@ -100,6 +96,17 @@ def reward_stage(run: Run) -> dict[str, float]:
     if mean is not None:
         out["reward/rating_mean"] = mean
     return out | figures(state, "test", "reward/") | reward_baselines(run)
+
+
+def one_of_each(batches: RewardBatches) -> dict[tuple[int, ...], RewardBatch]:
+    """For every shape of an epoch's batches the first of it: what a step is compiled for."""
+    first: dict[tuple[int, ...], RewardBatch] = {}
+    for index in range(batches.steps_per_epoch):
+        batch = batches.batch_at(index)
+        first.setdefault(batch.tokens.shape, batch)
+        if len(first) == len(batches.bucket_shapes):
+            break
+    return first
 
 
 def rating_mean(examples: list[RewardExample]) -> float | None:

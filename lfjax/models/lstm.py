@@ -18,7 +18,7 @@ from jax import Array
 
 from lfjax.config import InputError
 from lfjax.models import blocks
-from lfjax.models.network import Network, gathered
+from lfjax.models.network import Network, gathered, head_parameters
 
 UNBOUNDED = 2**31 - 1  # positions: a memory has no end
 
@@ -55,18 +55,17 @@ class LSTMConfig:
         """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of fresh matrices."""
+        return self.width**-0.5
+
     def parameters(self) -> dict:
         """Every parameter as {group: {name: (shape, init)}}; the gates are in the order input, forget, cell, output."""
-        D, L = self.width, self.layers
-        std = D**-0.5
+        D, L, std = self.width, self.layers, self.init_std
         layers = {"input": ((L, D, 4 * D), std), "recurrent": ((L, D, 4 * D), std), "bias": ((L, 4 * D), "zeros")}
         table = {"embed": {"tokens": ((self.padded_vocab, D), std)}, "layers": {"lstm": layers}}
-        if self.num_labels > 0:
-            bias = {"bias": ((self.num_labels,), "zeros")} if self.head_bias else {}
-            table["head"] = {"kernel": ((D, self.num_labels), (D + 1) ** -0.5)} | bias
-        elif not self.tied:
-            table["unembed"] = {"kernel": ((D, self.padded_vocab), std)}
-        return table
+        return table | head_parameters(self)
 
     def build(self, **attributes) -> LSTM:
         """The model of these sizes."""

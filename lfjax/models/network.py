@@ -31,6 +31,16 @@ def initialise(key: Array, group: dict) -> dict:
     return jax.tree.unflatten(structure, draws)
 
 
+def head_parameters(config) -> dict:
+    """The table's groups of what hidden states become: "head" of scores, "unembed" where untied, or none."""
+    if config.num_labels > 0:
+        bias = {"bias": ((config.num_labels,), "zeros")} if config.head_bias else {}
+        return {"head": {"kernel": ((config.width, config.num_labels), (config.width + 1) ** -0.5)} | bias}
+    if config.tied:
+        return {}
+    return {"unembed": {"kernel": ((config.width, config.padded_vocab), config.init_std)}}
+
+
 def _unconstrained(x: Array, name: str) -> Array:
     return x
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from lfjax.config import InputError
 from lfjax.models import attention, blocks
-from lfjax.models.network import Network, gathered
+from lfjax.models.network import Network, gathered, head_parameters
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 CHOICES = {
@@ -164,12 +164,7 @@ def parameter_table(config: TransformerConfig) -> dict:
     table["layers"] = {"norm1": layer_norm, "attention": attend, "norm2": layer_norm, "mlp": mlp}
     if c.post_norm:
         table["layers"] |= {"post_norm1": layer_norm, "post_norm2": layer_norm}
-    if c.num_labels > 0:
-        bias = {"bias": ((c.num_labels,), "zeros")} if c.head_bias else {}
-        table["head"] = {"kernel": ((D, c.num_labels), (D + 1) ** -0.5)} | bias
-    elif not c.tied:
-        table["unembed"] = {"kernel": ((D, c.padded_vocab), std)}
-    return table
+    return table | head_parameters(c)
 
 
 class Transformer(Network):

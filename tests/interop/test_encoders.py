@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
-import safetensors.numpy
 import tiny
+from folders import stored, write
 from reference import encoder
 
 from lfjax.config import InputError
@@ -66,18 +65,6 @@ def tensors_of(name, dense=None, out=None, base=None, dtype="float32"):
         shapes[f"{base}embeddings.{table}_embeddings.weight"] = (rows, D)
     rng = np.random.default_rng(0)
     return {n: (0.4 * rng.standard_normal(shape)).astype(dtype) for n, shape in shapes.items()}
-
-
-def write(folder, config, tensors):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def stored(folder):
-    """Name -> dtype, shape and raw bytes of every tensor in the file."""
-    return dict(safetensors.deserialize((folder / "model.safetensors").read_bytes()))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

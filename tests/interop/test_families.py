@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from folders import stored, write
 from reference import decoder
 
 from lfjax.config import InputError
@@ -193,18 +194,6 @@ def config_of(name, style="new", **changes):
 def tensors_of(name, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     return {n: (0.4 * rng.standard_normal(shape)).astype(dtype) for n, shape in CASES[name].shapes.items()}
-
-
-def write(folder, config, tensors):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def stored(folder):
-    """Name -> dtype, shape and raw bytes of every tensor in the file."""
-    return dict(safetensors.deserialize((folder / "model.safetensors").read_bytes()))
 
 
 @functools.partial(jax.jit, static_argnums=0)
