@@ -288,14 +288,13 @@ def main():
         CONTENDERS[arguments.contender](Turns())
         return
     from machine import machine
-    from steps import Transformer, parameters, presets, sft_flops
+    from steps import Transformer, presets, sft_flops
 
     figures: dict[str, float] = {}
     for task in arguments.tasks:
         figures |= compare(task, arguments.rounds, arguments.peer_python)
     if "sft/lfjax/seconds" in figures:
-        model = Transformer(presets.gpt2_12m())
-        flops = sft_flops(model, parameters(model))
+        flops = sft_flops(Transformer(presets.gpt2_12m()))
         peak = 2 * 1536**3 / figures["sft/matmul/seconds"]
         figures["sft/lfjax/flop_utilisation"] = flops / figures["sft/lfjax/seconds"] / peak
     print(machine())

@@ -1,15 +1,18 @@
 """Speed of the steps on this machine: the 12 M-parameter GPT-2 form, float32, or another.
 
-    python benchmarks/steps.py [--repeats=5] [--form=12m|124m] [--dtype=float32|bfloat16] [--json=FILE]
+    python benchmarks/steps.py [--form=12m|124m] [--dtype=float32|bfloat16] [--sft-rows=16] [--sft-length=256]
+                               [--rows=32] [--repeats=5] [--json=FILE]
 
-SFT step: B=16 T=256. Generation: B=32, 64 + 64 tokens, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1 epoch of 4
-minibatches, separate reward, value and reference networks. Every program is compiled before it is timed; medians.
+SFT step: 16 rows of 256 tokens. Generation: 32 rows, 64 + 64 tokens, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1
+epoch of 4 minibatches, separate reward, value and reference networks. Every program is compiled before it is timed;
+medians. The FLOP rule is that of `lfjax.models.flops`.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +23,7 @@ from machine import machine
 
 from lfjax.cli import huge_pages
 from lfjax.models import presets
+from lfjax.models.flops import forward_flops, peak_flops
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
@@ -33,8 +37,9 @@ from lfjax.types import PromptBatch, SftBatch
 
 KEY = jax.random.key(1)
 FORMS = {"12m": presets.gpt2_12m, "124m": presets.gpt2_124m}
-SFT_ROWS, SFT_LENGTH = 16, 256
+SFT_SHAPE = (16, 256)  # rows, tokens
 ROWS, PROMPT, RESPONSE = 32, 64, 64
+MATMUL = {"cpu": 1536}  # a size at which the matmul runs at its best
 
 
 def median_seconds(function, repeats: int) -> float:
@@ -51,18 +56,20 @@ def parameters(model):
     return jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])(KEY)
 
 
-def matmul_peak(repeats: int) -> float:
-    """FLOP/s of XLA's float32 matmul, 1536 x 1536: what the steps' FLOP/s are compared to."""
-    x = jax.random.normal(KEY, (1536, 1536))
+def matmul_peak(repeats: int, dtype: str = "float32") -> float:
+    """FLOP/s of XLA's matmul of two square matrices: what the steps' FLOP/s are compared to."""
+    size = MATMUL.get(jax.default_backend(), 8192)
+    x = jax.random.normal(KEY, (size, size), dtype)
     product = jax.jit(jnp.matmul)
-    return 2 * 1536**3 / min(median_seconds(lambda: product(x, x), 3) for _ in range(repeats))
+    return 2 * size**3 / min(median_seconds(lambda: product(x, x), 3) for _ in range(repeats))
 
 
-def sft_run(model, params):
-    """A function that makes one SFT step and returns its metrics."""
+def sft_run(model, params, shape: tuple[int, int] = SFT_SHAPE):
+    """A function that makes one SFT step of `shape` rows and tokens and returns its metrics."""
     tx = make_optimizer(1e-4, clip_norm=1.0)
-    tokens = jax.random.randint(KEY, (SFT_ROWS, SFT_LENGTH + 1), 0, model.config.vocab_size)
-    ones = jnp.ones((SFT_ROWS, SFT_LENGTH), bool)
+    rows, length = shape
+    tokens = jax.random.randint(KEY, (rows, length + 1), 0, model.config.vocab_size)
+    ones = jnp.ones((rows, length), bool)
     data = SftBatch(tokens, ones, ones.astype(jnp.int32))
     step = jax.jit(functools.partial(sft_step, model=model, tx=tx), donate_argnums=0)
     state = LMState.create(jax.tree.map(jnp.copy, params), tx)
@@ -75,30 +82,30 @@ def sft_run(model, params):
     return run
 
 
-def sft_flops(model, params) -> int:
-    """FLOPs of an SFT step: 6 a parameter and token, positions apart, and causal attention (half of 12 L D T)."""
-    count = sum(x.size for x in jax.tree.leaves(params)) - params["embed"]["positions"].size
-    c = model.config
-    return SFT_ROWS * SFT_LENGTH * (6 * count + 6 * c.layers * c.width * SFT_LENGTH)
+def sft_flops(model, shape: tuple[int, int] = SFT_SHAPE) -> float:
+    """Model FLOPs of an SFT step."""
+    rows, length = shape
+    return 3 * rows * length * forward_flops(model.config, length)
 
 
-def prompt_batch(model):
-    tokens = jax.random.randint(KEY, (ROWS, PROMPT), 0, model.config.vocab_size)
-    return PromptBatch(tokens, jnp.ones((ROWS, PROMPT), bool), jnp.arange(ROWS))
+def prompt_batch(model, rows: int):
+    tokens = jax.random.randint(KEY, (rows, PROMPT), 0, model.config.vocab_size)
+    return PromptBatch(tokens, jnp.ones((rows, PROMPT), bool), jnp.arange(rows))
 
 
-def generate_run(model, params):
+def generate_run(model, params, rows: int = ROWS):
     """A function that samples a batch."""
     rollout = jax.jit(functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=RESPONSE))
-    return lambda: rollout(params, prompt_batch(model), KEY)
+    prompts = prompt_batch(model, rows)
+    return lambda: rollout(params, prompts, KEY)
 
 
-def ppo_run(model, params):
+def ppo_run(model, params, rows: int = ROWS):
     """A function that makes one PPO update, rollout and scoring included, and returns its metrics."""
     value_model = Transformer(dataclasses.replace(model.config, num_labels=1, head_bias=True))
     value_params, reward_params = parameters(value_model), parameters(value_model)
     models, tx = PPOModels(model, value_model, model), make_optimizer(1e-5)
-    prompts = prompt_batch(model)
+    prompts = prompt_batch(model, rows)
     rollout = jax.jit(functools.partial(ppo_rollout, model=model, eos_ids=(), max_new_tokens=RESPONSE))
     score = jax.jit(functools.partial(ppo_score, model=value_model))
     experience = jax.jit(functools.partial(ppo_experience, models=models, eos_ids=(0,), kl_coef=0.1, minibatches=4))
@@ -131,18 +138,24 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--form", choices=FORMS, default="12m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--sft-rows", type=int, default=SFT_SHAPE[0])
+    parser.add_argument("--sft-length", type=int, default=SFT_SHAPE[1])
+    parser.add_argument("--rows", type=int, default=ROWS, help="of generation and PPO")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     model = Transformer(FORMS[arguments.form](dtype=arguments.dtype))
     params = parameters(model)
-    figures = {"matmul/flop_per_s": matmul_peak(arguments.repeats)}
-    seconds = median_seconds(sft_run(model, params), arguments.repeats)
-    figures["sft/tokens_per_s"] = SFT_ROWS * SFT_LENGTH / seconds
-    figures["sft/flop_per_s"] = sft_flops(model, params) / seconds
+    shape, rows, repeats = (arguments.sft_rows, arguments.sft_length), arguments.rows, arguments.repeats
+    figures = {"matmul/flop_per_s": matmul_peak(repeats, arguments.dtype)}
+    seconds = median_seconds(sft_run(model, params, shape), repeats)
+    figures["sft/tokens_per_s"] = math.prod(shape) / seconds
+    figures["sft/flop_per_s"] = sft_flops(model, shape) / seconds
     figures["sft/flop_utilisation"] = figures["sft/flop_per_s"] / figures["matmul/flop_per_s"]
-    seconds = median_seconds(generate_run(model, params), arguments.repeats)
-    figures["generate/tokens_per_s"] = ROWS * RESPONSE / seconds
-    figures["ppo/episodes_per_s"] = ROWS / median_seconds(ppo_run(model, params), arguments.repeats)
+    if jax.default_backend() != "cpu":
+        figures["sft/mfu"] = figures["sft/flop_per_s"] / peak_flops(jax.devices()[0])
+    seconds = median_seconds(generate_run(model, params, rows), repeats)
+    figures["generate/tokens_per_s"] = rows * RESPONSE / seconds
+    figures["ppo/episodes_per_s"] = rows / median_seconds(ppo_run(model, params, rows), repeats)
     device = jax.devices()[0]
     print(f"{machine()}, {device.platform} {device.device_kind}")
     for name, value in figures.items():

@@ -18,7 +18,7 @@ OTHER_QUERY_BLOCK = 512
 
 
 def choose_implementation(
-    backend: str, dtype, q_shape: tuple, k_shape: tuple, *, segmented: bool, capped: bool = False
+    backend: str, dtype, q_shape: tuple, k_shape: tuple, *, masked: bool = False, capped: bool = False
 ) -> str:
     """Names the attention implementation for one call: "cudnn" or "xla".
 
@@ -26,17 +26,17 @@ def choose_implementation(
       backend: "cpu", "gpu" (or "cuda", "rocm") or "tpu".
       dtype: of queries, keys and values.
       q_shape, k_shape: [B N T H] and [B K S H].
-      segmented: whether segment ids separate packed documents (cuDNN has none).
-      capped: whether scores are capped or keys lie in a window (cuDNN has no cap; its window is not used here).
+      masked: whether padding, segment ids or a window hide keys (cuDNN takes these as a bias, of even lengths alone).
+      capped: whether scores are capped (cuDNN has no cap).
     Returns:
-      "cudnn" on NVIDIA GPUs for bfloat16/float16, head dim a multiple of 8 up to 128, no segment ids, neither cap nor
-      window and as many queries as keys; "xla" otherwise. TPUs use "xla" too: there is no splash kernel here yet.
+      "cudnn" on NVIDIA GPUs for bfloat16/float16, head dim a multiple of 8 up to 128, as many queries as keys, an even
+      number of them where masked, and no cap; "xla" otherwise. TPUs use "xla" too: there is no splash kernel here yet.
     """
-    if backend not in ("gpu", "cuda") or segmented or capped:
+    if backend not in ("gpu", "cuda") or capped:
         return "xla"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    head_dim = q_shape[-1]
-    fits = head_dim % 8 == 0 and head_dim <= 128 and q_shape[2] == k_shape[2]
+    length, head_dim = q_shape[2:]
+    fits = head_dim % 8 == 0 and head_dim <= 128 and length == k_shape[2] and not (masked and length % 2)
     return "cudnn" if half and fits else "xla"
 
 
@@ -66,10 +66,11 @@ def attend(
     backend = jax.default_backend()
     if isinstance(window, int) and causal and window >= k.shape[2]:
         window = None
-    special = {"segmented": segment_ids is not None, "capped": window is not None or softcap > 0.0}
-    if choose_implementation(backend, q.dtype, q.shape, k.shape, **special) == "cudnn":
-        return _attend_cudnn(q, k, v, key_mask, causal)
-    masks = {"key_mask": key_mask, "segment_ids": segment_ids, "causal": causal, "window": window}
+    masks = {"key_mask": key_mask, "segment_ids": segment_ids, "window": window}
+    masked = any(mask is not None for mask in masks.values())
+    if choose_implementation(backend, q.dtype, q.shape, k.shape, masked=masked, capped=softcap > 0.0) == "cudnn":
+        return _attend_cudnn(q, k, v, causal=causal, **masks)
+    masks["causal"] = causal
     return attend_blocked(q, k, v, **masks, softcap=softcap, block=QUERY_BLOCK.get(backend, OTHER_QUERY_BLOCK))
 
 
@@ -189,12 +190,12 @@ def _softmax_attention(q: Array, k: Array, v: Array, allowed: Array | None, soft
     return (mixed.reshape(batch, heads, length, head_dim) / total).astype(q.dtype)
 
 
-def _attend_cudnn(q, k, v, key_mask, causal) -> Array:
-    mask = (
-        None
-        if key_mask is None
-        else jnp.broadcast_to(key_mask[:, None, None, :], (q.shape[0], 1, q.shape[2], k.shape[2]))
-    )
+def _attend_cudnn(q, k, v, *, key_mask, segment_ids, window, causal) -> Array:
+    """By cuDNN's fused kernel, which leaves keys after a query out itself; whatever else hides keys is one mask."""
+    every = slice(0, q.shape[2])
+    mask = _allowed(every, every, key_mask, segment_ids, False, window)  # [B or 1, 1, 1, T or 1, S]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, :, 0], (mask.shape[0], 1, q.shape[2], k.shape[2]))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
     return jnp.swapaxes(out, 1, 2)

@@ -141,17 +141,20 @@ def test_elements_beyond_the_rotated_share_stay():
 
 
 SQUARE = ((2, 8, 256, 64), (2, 4, 256, 64))
+ODD = ((2, 8, 255, 64), (2, 4, 255, 64))
 
 
 @pytest.mark.parametrize(
-    "backend, dtype, shapes, segmented, expected",
+    "backend, dtype, shapes, masked, expected",
     [
         ("cpu", "float32", SQUARE, False, "xla"),
         ("cpu", "bfloat16", SQUARE, False, "xla"),
         ("gpu", "bfloat16", SQUARE, False, "cudnn"),
         ("cuda", "float16", SQUARE, False, "cudnn"),
         ("gpu", "float32", SQUARE, False, "xla"),
-        ("gpu", "bfloat16", SQUARE, True, "xla"),
+        ("gpu", "bfloat16", SQUARE, True, "cudnn"),
+        ("gpu", "bfloat16", ODD, True, "xla"),
+        ("gpu", "bfloat16", ODD, False, "cudnn"),
         ("gpu", "bfloat16", ((2, 8, 256, 60), (2, 4, 256, 60)), False, "xla"),
         ("gpu", "bfloat16", ((2, 8, 256, 256), (2, 4, 256, 256)), False, "xla"),
         ("gpu", "bfloat16", ((2, 8, 1, 64), (2, 4, 256, 64)), False, "xla"),
@@ -159,12 +162,52 @@ SQUARE = ((2, 8, 256, 64), (2, 4, 256, 64))
         ("tpu", "bfloat16", SQUARE, False, "xla"),
     ],
 )
-def test_the_choice_of_implementation_is_a_function_of_its_arguments(backend, dtype, shapes, segmented, expected):
-    assert attention.choose_implementation(backend, jnp.dtype(dtype), *shapes, segmented=segmented) == expected
+def test_the_choice_of_implementation_is_a_function_of_its_arguments(backend, dtype, shapes, masked, expected):
+    assert attention.choose_implementation(backend, jnp.dtype(dtype), *shapes, masked=masked) == expected
 
 
-def test_caps_and_windows_are_left_to_xla():
-    assert attention.choose_implementation("gpu", jnp.bfloat16, *SQUARE, segmented=False, capped=True) == "xla"
+def test_caps_are_left_to_xla():
+    assert attention.choose_implementation("gpu", jnp.bfloat16, *SQUARE, capped=True) == "xla"
+
+
+COLUMN = np.arange(16)
+HIDDEN = {
+    "nothing": {},
+    "padding": {"key_mask": np.array([[0], [5]]) <= COLUMN},
+    "packed": {"segment_ids": np.array([[1] * 5 + [2] * 11, [1] * 6 + [2] * 6 + [0] * 4])},
+    "window": {"window": 3},
+    "window and padding": {"window": 3, "key_mask": np.array([[16], [9]]) > COLUMN},
+    "traced window": {"window": jnp.int32(3)},
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_cudnn_is_given_hides_the_same_keys(monkeypatch, hidden, causal):
+    """On a GPU with cuDNN's kernel itself; elsewhere XLA's form of the same function computes it."""
+    on_gpu = jax.default_backend() in ("gpu", "cuda")
+    plain = jax.nn.dot_product_attention
+    if not on_gpu:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, n, 16, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    masks = [HIDDEN[hidden].get(name) for name in ("key_mask", "segment_ids")]
+    allowed = attention._allowed(slice(0, 16), slice(0, 16), *masks, causal, HIDDEN[hidden].get("window"))
+    sees = True if allowed is None else jnp.any(allowed, -1)[:, 0, ..., None]  # the rest is finite, and no more
+
+    def run(attend):
+        def total(*x):
+            out = attend(*x, causal=causal, **HIDDEN[hidden]).astype(jnp.float32) * sees
+            return jnp.sum(jnp.sin(out)), out
+
+        return lambda *x: jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*x)
+
+    fused = run(attention.attend)(*half)
+    exact = run(attention.attend_blocked)(*(x.astype(jnp.float32) for x in half))
+    for ours, theirs in zip(jax.tree.leaves(fused), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.05)
 
 
 def test_keys_beyond_a_block_of_queries_are_never_computed():
