@@ -1,7 +1,7 @@
 """Speed of the steps on this machine: the 12 M-parameter GPT-2 form, float32, or another.
 
     python benchmarks/steps.py [--form=12m|124m] [--dtype=float32|bfloat16] [--sft-rows=16] [--sft-length=256]
-                               [--rows=32] [--repeats=5] [--json=FILE]
+                               [--rows=32] [--repeats=5] [--json=FILE] [sft generate ppo]
 
 SFT step: 16 rows of 256 tokens. Generation: 32 rows, 64 + 64 tokens, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1
 epoch of 4 minibatches, separate reward, value and reference networks. Every program is compiled before it is timed;
@@ -132,9 +132,29 @@ def ppo_run(model, params, rows: int = ROWS):
     return run
 
 
+def figures(arguments, model, params):
+    """Yields names and values as they are measured."""
+    shape, rows, repeats = (arguments.sft_rows, arguments.sft_length), arguments.rows, arguments.repeats
+    if "sft" in arguments.tasks:
+        peak = matmul_peak(repeats, arguments.dtype)
+        yield "matmul/flop_per_s", peak
+        seconds = median_seconds(sft_run(model, params, shape), repeats)
+        yield "sft/tokens_per_s", math.prod(shape) / seconds
+        rate = sft_flops(model, shape) / seconds
+        yield "sft/flop_per_s", rate
+        yield "sft/flop_utilisation", rate / peak
+        if jax.default_backend() != "cpu":
+            yield "sft/mfu", rate / peak_flops(jax.devices()[0])
+    if "generate" in arguments.tasks:
+        yield "generate/tokens_per_s", rows * RESPONSE / median_seconds(generate_run(model, params, rows), repeats)
+    if "ppo" in arguments.tasks:
+        yield "ppo/episodes_per_s", rows / median_seconds(ppo_run(model, params, rows), repeats)
+
+
 def main():
     huge_pages()  # as the lfjax command does
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tasks", nargs="*", default=["sft", "generate", "ppo"], help="sft, generate, ppo")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--form", choices=FORMS, default="12m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
@@ -143,25 +163,15 @@ def main():
     parser.add_argument("--rows", type=int, default=ROWS, help="of generation and PPO")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    model = Transformer(FORMS[arguments.form](dtype=arguments.dtype))
-    params = parameters(model)
-    shape, rows, repeats = (arguments.sft_rows, arguments.sft_length), arguments.rows, arguments.repeats
-    figures = {"matmul/flop_per_s": matmul_peak(repeats, arguments.dtype)}
-    seconds = median_seconds(sft_run(model, params, shape), repeats)
-    figures["sft/tokens_per_s"] = math.prod(shape) / seconds
-    figures["sft/flop_per_s"] = sft_flops(model, shape) / seconds
-    figures["sft/flop_utilisation"] = figures["sft/flop_per_s"] / figures["matmul/flop_per_s"]
-    if jax.default_backend() != "cpu":
-        figures["sft/mfu"] = figures["sft/flop_per_s"] / peak_flops(jax.devices()[0])
-    seconds = median_seconds(generate_run(model, params, rows), repeats)
-    figures["generate/tokens_per_s"] = rows * RESPONSE / seconds
-    figures["ppo/episodes_per_s"] = rows / median_seconds(ppo_run(model, params, rows), repeats)
     device = jax.devices()[0]
-    print(f"{machine()}, {device.platform} {device.device_kind}")
-    for name, value in figures.items():
-        print(f"{name:24s} {value:12.4g}")
+    print(f"{machine()}, {device.platform} {device.device_kind}", flush=True)
+    model = Transformer(FORMS[arguments.form](dtype=arguments.dtype))
+    found = {}
+    for name, value in figures(arguments, model, parameters(model)):
+        found[name] = value
+        print(f"{name:24s} {value:12.4g}", flush=True)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
