@@ -3,8 +3,9 @@
     pip install 'lfjax[peers]'
     python benchmarks/peers.py [--rounds=5] [--json=FILE] [--peer-python=PYTHON] [sft generate ppo]
 
-Every contender is a process of its own, which is built and warmed up and then waits. The rounds go A, B, C, A, B, C,
-one step each, so that all meet the same machine; medians. Whose library is not installed is left out, and a line says
+Every contender is a process of its own, which is built and warmed up and then waits. The rounds go A, B, C, A, B, C, so
+that all meet the same machine. A turn is three steps in a row, as in training, of which the first is not timed: a
+virtual machine's host takes memory that lay free during the wait, and gives it back slowly. Medians. Whose library is not installed is left out, and a line says
 so. SFT step: B=16 T=256, AdamW, clipping. Generation: B=32, 64 + 64 tokens, sampled, no early stop. PPO: 32 prompts,
 64 + 64 tokens, 1 epoch of 4 minibatches, separate reward, value and reference models. Memory: the peak of the process,
 libraries included, as the kernel counts it. lfjax has huge pages, as its command asks for; "with huge pages" is torch
@@ -12,6 +13,7 @@ eager with the same setting.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -33,24 +35,27 @@ TASKS = {
     "ppo": {"lfjax": "ours_ppo", "TRL PPOTrainer": "trl_ppo"},
 }
 AMOUNTS = {"sft": (16 * 256, "tokens/s"), "generate": (32 * 64, "tokens/s"), "ppo": (32, "episodes/s")}
+STEPS_A_TURN = 3
 VOCABULARY, WIDTH, LAYERS, HEADS = 4096, 384, 6, 6
 
 
 class Turns:
-    """The contender's side: `next()` ends one step and waits for the next, in lines over the pipe to the parent."""
+    """The contender's side: `next()` ends a step, and a turn's last waits for the next turn, in lines over a pipe."""
 
     def __init__(self):
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print goes to stderr
-        self._started = None
+        self._times = [0.0] * STEPS_A_TURN  # when the turn's steps began and ended
 
     def next(self) -> None:
-        seconds = None if self._started is None else time.perf_counter() - self._started
-        self._say(seconds=seconds)
+        self._times.append(time.perf_counter())
+        if 1 < len(self._times) <= STEPS_A_TURN:
+            return
+        self._say(seconds=[b - a for a, b in itertools.pairwise(self._times[1:])])
         if sys.stdin.readline().strip() != "go":
             self._say(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             os._exit(0)
-        self._started = time.perf_counter()
+        self._times = [time.perf_counter()]
 
     def _say(self, **what) -> None:
         print(json.dumps(what), file=self._out, flush=True)
@@ -223,9 +228,9 @@ class Contender:
         self.why = "" if self.ready else (self._said.read().strip().splitlines() or ["it ended"])[-1]
         self.seconds: list[float] = []
 
-    def step(self) -> None:
+    def turn(self) -> None:
         self._tell("go")
-        self.seconds.append(json.loads(self._process.stdout.readline())["seconds"])
+        self.seconds += json.loads(self._process.stdout.readline())["seconds"]
 
     def end(self) -> int:
         """Peak memory in bytes."""
@@ -251,7 +256,7 @@ def compare(task: str, rounds: int, peer_python: str) -> dict[str, float]:
     for _ in range(rounds):
         for contender in found.values():
             time.sleep(0.5)  # the threads of the one before spin a while
-            contender.step()
+            contender.turn()
     out = {}
     amount, _ = AMOUNTS[task]
     for name, contender in found.items():
