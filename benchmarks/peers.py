@@ -5,11 +5,11 @@
 
 Every contender is a process of its own, which is built and warmed up and then waits. The rounds go A, B, C, A, B, C, so
 that all meet the same machine. A turn is three steps in a row, as in training, of which the first is not timed: a
-virtual machine's host takes memory that lay free during the wait, and gives it back slowly. Medians. Whose library is not installed is left out, and a line says
-so. SFT step: B=16 T=256, AdamW, clipping. Generation: B=32, 64 + 64 tokens, sampled, no early stop. PPO: 32 prompts,
-64 + 64 tokens, 1 epoch of 4 minibatches, separate reward, value and reference models. Memory: the peak of the process,
-libraries included, as the kernel counts it. lfjax has huge pages, as its command asks for; "with huge pages" is torch
-eager with the same setting.
+virtual machine's host takes memory that lay free during the wait, and gives it back slowly. Medians. Whose library is
+not installed is left out, and a line says so. SFT step: B=16 T=256, AdamW, clipping. Generation: B=32, 64 + 64 tokens,
+sampled, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1 epoch of 4 minibatches, separate reward, value and reference
+models. Memory: the peak of the process, libraries included, as the kernel counts it. lfjax has huge pages, as its
+command asks for; "with huge pages" is torch eager with the same setting.
 """
 
 import argparse
@@ -35,7 +35,8 @@ TASKS = {
     "ppo": {"lfjax": "ours_ppo", "TRL PPOTrainer": "trl_ppo"},
 }
 AMOUNTS = {"sft": (16 * 256, "tokens/s"), "generate": (32 * 64, "tokens/s"), "ppo": (32, "episodes/s")}
-STEPS_A_TURN = 3
+MATMULS = {"XLA": "ours_matmul", "torch": "torch_matmul"}
+MATMUL, STEPS_A_TURN = 1536, 3
 VOCABULARY, WIDTH, LAYERS, HEADS = 4096, 384, 6, 6
 
 
@@ -85,9 +86,16 @@ def ours(turns: Turns, name: str) -> None:
 def ours_matmul(turns: Turns) -> None:
     import jax
 
-    x = jax.random.normal(jax.random.key(0), (1536, 1536))
+    x = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL))
     product = jax.jit(lambda x: x @ x)
     turns.forever(lambda: jax.block_until_ready(product(x)))
+
+
+def torch_matmul(turns: Turns) -> None:
+    import torch
+
+    x = torch.randn(MATMUL, MATMUL)
+    turns.forever(lambda: x @ x)
 
 
 def gpt2(kind: str = "GPT2LMHeadModel", **settings):
@@ -205,6 +213,7 @@ CONTENDERS = {
     "ours_generate": lambda turns: ours(turns, "generate"),
     "ours_ppo": lambda turns: ours(turns, "ppo"),
     "ours_matmul": ours_matmul,
+    "torch_matmul": torch_matmul,
     "torch_sft": torch_sft,
     "torch_sft_huge": torch_sft,
     "trl_sft": trl_sft,
@@ -245,9 +254,7 @@ class Contender:
 
 
 def compare(task: str, rounds: int, peer_python: str) -> dict[str, float]:
-    keys = dict(TASKS[task])
-    if task == "sft":
-        keys["matmul"] = "ours_matmul"
+    keys = TASKS[task] | (MATMULS if task == "sft" else {})
     found = {name: Contender(key, sys.executable if "ours" in key else peer_python) for name, key in keys.items()}
     for name, contender in found.items():
         if not contender.ready:
@@ -261,9 +268,10 @@ def compare(task: str, rounds: int, peer_python: str) -> dict[str, float]:
     amount, _ = AMOUNTS[task]
     for name, contender in found.items():
         seconds = statistics.median(contender.seconds)
-        out[f"{task}/{name}/seconds"] = seconds
         peak = contender.end()
-        if name != "matmul":
+        if name in MATMULS:
+            out[f"matmul/{name}/flop_per_s"] = 2 * MATMUL**3 / seconds
+        else:
             out |= {f"{task}/{name}/per_s": amount / seconds, f"{task}/{name}/peak_bytes": peak}
     return out
 
@@ -298,15 +306,15 @@ def main():
     figures: dict[str, float] = {}
     for task in arguments.tasks:
         figures |= compare(task, arguments.rounds, arguments.peer_python)
-    if "sft/lfjax/seconds" in figures:
-        flops = sft_flops(Transformer(presets.gpt2_12m()))
-        peak = 2 * 1536**3 / figures["sft/matmul/seconds"]
-        figures["sft/lfjax/flop_utilisation"] = flops / figures["sft/lfjax/seconds"] / peak
     print(machine())
     print("\n".join(table(figures)))
-    if "sft/lfjax/flop_utilisation" in figures:
-        share = figures["sft/lfjax/flop_utilisation"]
-        print(f"SFT step: {share:.0%} of XLA's float32 matmul rate, {peak / 1e9:.0f} GFLOP/s, in the same rounds")
+    for name in MATMULS:
+        if (rate := figures.get(f"matmul/{name}/flop_per_s")) is not None:
+            print(f"float32 matmul of {name} in the same rounds: {rate / 1e9:.0f} GFLOP/s")
+    if "sft/lfjax/per_s" in figures:
+        step = figures["sft/lfjax/per_s"] / AMOUNTS["sft"][0] * sft_flops(Transformer(presets.gpt2_12m()))
+        figures["sft/lfjax/flop_utilisation"] = step / figures["matmul/XLA/flop_per_s"]
+        print(f"lfjax's SFT step: {figures['sft/lfjax/flop_utilisation']:.0%} of XLA's matmul")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -1,7 +1,8 @@
 """Speed of the steps on this machine: the 12 M-parameter GPT-2 form, float32, or another.
 
     python benchmarks/steps.py [--form=12m|124m] [--dtype=float32|bfloat16] [--sft-rows=16] [--sft-length=256]
-                               [--rows=32] [--repeats=5] [--json=FILE] [sft generate ppo]
+                               [--rows=32] [--attention=auto|xla] [--repeats=5] [--json=FILE]
+                               [sft generate ppo]
 
 SFT step: 16 rows of 256 tokens. Generation: 32 rows, 64 + 64 tokens, no early stop. PPO: 32 prompts, 64 + 64 tokens, 1
 epoch of 4 minibatches, separate reward, value and reference networks. Every program is compiled before it is timed;
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from machine import machine
 
 from lfjax.cli import huge_pages
-from lfjax.models import presets
+from lfjax.models import attention, presets
 from lfjax.models.flops import forward_flops, peak_flops
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
@@ -161,11 +162,13 @@ def main():
     parser.add_argument("--sft-rows", type=int, default=SFT_SHAPE[0])
     parser.add_argument("--sft-length", type=int, default=SFT_SHAPE[1])
     parser.add_argument("--rows", type=int, default=ROWS, help="of generation and PPO")
+    parser.add_argument("--attention", choices=("auto", "xla"), default="auto", help="auto: cuDNN's on a GPU")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     print(f"{machine()}, {device.platform} {device.device_kind}", flush=True)
-    model = Transformer(FORMS[arguments.form](dtype=arguments.dtype))
+    attend = {"auto": attention.attend, "xla": attention.attend_blocked}[arguments.attention]
+    model = Transformer(FORMS[arguments.form](dtype=arguments.dtype), attend=attend)
     found = {}
     for name, value in figures(arguments, model, parameters(model)):
         found[name] = value

@@ -63,15 +63,14 @@ def attend(
     Returns:
       [B N T H] in q's dtype; softmax in float32. Queries that see no key get finite, meaningless values.
     """
-    backend = jax.default_backend()
     if isinstance(window, int) and causal and window >= k.shape[2]:
         window = None
     masks = {"key_mask": key_mask, "segment_ids": segment_ids, "window": window}
     masked = any(mask is not None for mask in masks.values())
-    if choose_implementation(backend, q.dtype, q.shape, k.shape, masked=masked, capped=softcap > 0.0) == "cudnn":
+    fit = choose_implementation(jax.default_backend(), q.dtype, q.shape, k.shape, masked=masked, capped=softcap > 0.0)
+    if fit == "cudnn":
         return _attend_cudnn(q, k, v, causal=causal, **masks)
-    masks["causal"] = causal
-    return attend_blocked(q, k, v, **masks, softcap=softcap, block=QUERY_BLOCK.get(backend, OTHER_QUERY_BLOCK))
+    return attend_blocked(q, k, v, causal=causal, softcap=softcap, **masks)
 
 
 def attend_blocked(
@@ -84,13 +83,14 @@ def attend_blocked(
     causal: bool = True,
     window: int | Array | None = None,
     softcap: float = 0.0,
-    block: int = 128,
+    block: int | None = None,
 ) -> Array:
-    """`attend` in plain XLA, `block` queries at a time; keys that none of them may see are not computed.
+    """`attend` in plain XLA, `block` queries at a time (None: as fits); keys that none may see are not computed.
 
     Those are causal keys beyond a block's last query, and keys before a window that is known at compile time.
     """
     length = q.shape[2]
+    block = block or QUERY_BLOCK.get(jax.default_backend(), OTHER_QUERY_BLOCK)
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
