@@ -316,6 +316,7 @@ EVALUATED = {  # what the evaluate stage says of a run without PPO, where nothin
     "judge/positive_human": 0.526,
     "ppo/kl": 21.3,
     "sft/perplexity": 12.7,
+    "sft/perplexity_before": 31.5,
 }  # fmt: skip
 SFT = ("tokenizer", "pretrain", "sft", "evaluate")
 PPO_WORDS = r"PPO|[Rr]eward|[Ss]core|steer|hack|price"
@@ -349,7 +350,7 @@ def test_a_fine_tuning_run_speaks_of_no_reward(tmp_path):
         "The model has moved by a KL of 21.3 nats",
         "the model before fine-tuning and after",
         "training of a very small language model (about 0.7 million parameters), fine-tuning on given answers.",
-        "perplexity 12.7 on held-out answers",
+        "perplexity 12.7 on held-out answers, 31.5 before",
     ):
         assert said in text, said
 

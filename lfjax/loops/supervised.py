@@ -171,11 +171,13 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     function = functools.partial(run.steps["sft"], tx=tx, **section.step.to_dict())
     step = compiled_step(run, stage, function, model, base, state, shardings, [packed.batch_at(0)])
     evaluate = held_out(run, stage, model, base, validation)
+    before = {"sft/perplexity_before": perplexity(evaluate(trained)[0])} if stage == "sft" else {}
+    del params, trained  # the state has its own
     text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
 
     def figures(state) -> dict[str, float]:
         nll, tokens = evaluate(state.params)
-        out = {f"{stage}/validation_loss": nll, f"{stage}/perplexity": math.exp(min(nll, 700.0))}
+        out = {f"{stage}/validation_loss": nll, f"{stage}/perplexity": perplexity(nll)}
         if stage == "pretrain":
             out["pretrain/bits_per_byte"] = nll * tokens / math.log(2) / text_bytes
             out["pretrain/unigram_perplexity"] = math.exp(
@@ -194,7 +196,12 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
         learning_rate=rate,
     )  # fmt: skip
     run.save_model(stage, model, state.params, base)
-    return out
+    return {**out, **before}
+
+
+def perplexity(nll: float) -> float:
+    """exp of mean nats a token; finite."""
+    return math.exp(min(nll, 700.0))
 
 
 def texts_of(records) -> list[str]:

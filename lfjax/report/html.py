@@ -153,7 +153,9 @@ def _foundation(run: RunDir) -> str:
         parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
     tuned = s.get("sft/perplexity")
     if tuned:
-        parts.append(f"<b>Fine-tuned:</b> perplexity {number(tuned)} on held-out answers.")
+        before = s.get("sft/perplexity_before")
+        was = f", {number(before)} before" if before else ""
+        parts.append(f"<b>Fine-tuned:</b> perplexity {number(tuned)} on held-out answers{was}.")
     accuracy = s.get("reward/pair_accuracy")
     if accuracy:
         gap = findings.setting(run.config, "reward.min_gap")

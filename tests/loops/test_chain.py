@@ -97,6 +97,7 @@ def test_the_summary_has_the_figures_of_every_stage(straight):
     assert {*wanted.split()} <= summary.keys()
     assert all(not isinstance(value, dict) for value in summary.values())
     assert summary["pretrain/perplexity"] == pytest.approx(math.exp(summary["pretrain/validation_loss"]))
+    assert summary["sft/perplexity_before"] > summary["sft/perplexity"]
     assert summary["tokenizer/vocab_size"] == 310 and summary["data/rows"] == 120
     done = [json.loads((straight / "checkpoints" / stage / "FINISHED").read_text()) for stage in smallest.STAGES]
     assert summary["time/total_s"] == pytest.approx(sum(each["seconds"] for each in done))
