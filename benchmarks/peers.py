@@ -124,7 +124,7 @@ def torch_sft(turns: Turns) -> None:
     import torch
 
     model = gpt2().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     tokens = torch.randint(2, VOCABULARY, (16, 256))
 
     def step():
@@ -191,7 +191,8 @@ def trl_ppo(turns: Turns) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     rows = np.random.default_rng(0).integers(2, VOCABULARY, (256, 64)).tolist()
-    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "num_mini_batches": 4}
+    # 4 minibatches of 8, and an optimiser step after each: accumulation would make one of them
+    batch = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "num_mini_batches": 4}
     form = {"num_ppo_epochs": 1, "response_length": 64, "local_rollout_forward_batch_size": 32, "temperature": 1.0}
     options = plain(**batch, **form, total_episodes=32 * 10**6, num_sample_generations=0, learning_rate=1e-5)
     scores = [gpt2("GPT2ForSequenceClassification", num_labels=1) for _ in range(2)]
