@@ -394,6 +394,17 @@ def test_words_that_gained_by_fine_tuning_carry_no_score(tmp_path):
     assert not re.search(PPO_WORDS, text)
 
 
+@pytest.mark.parametrize("accuracy, level_of_it", [(0.527, "watch"), (0.7, "ok")])
+def test_a_reward_model_from_few_preferences_is_held_against_a_coin(tmp_path, accuracy, level_of_it):
+    preferred = {k: v for k, v in SUMMARY.items() if not k.startswith("reward/")}
+    preferred |= {"reward/pair_accuracy": accuracy, "reward/ranked_pairs": 91.0}
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], preferred)
+    check = level(folder, "The reward model")
+    assert check.level == level_of_it
+    assert ("Of 91 pairs a coin puts up to 60.5 % right" in check.text) == (level_of_it == "watch")
+    assert "rating point" not in told(folder)[1]  # preferences have no distance
+
+
 @pytest.mark.parametrize("reward, name", [("mine:short", "reward function"), ("reward", "reward model")])
 def test_the_score_is_named_after_what_gave_it(tmp_path, reward, name):
     folder = hand_made(tmp_path / "run", CONFIG["stages"], SUMMARY, ppo={"reward": reward})
@@ -420,6 +431,8 @@ def test_a_hack_is_explained_only_where_the_reward_rose(tmp_path, changes):
         ({"judge/positive_after": 0.49}, "From 46 % to 49 % positive"),
         ({"ppo/score_after": 0.09}, "The reward hardly rose"),
         ({"ppo/score_after": 0.06}, "The reward did not rise"),
+        ({"ppo/score_error_before": 0.6, "ppo/score_error_after": 0.8}, "The reward hardly rose"),  # 1.81 < 2 * 1.0
+        ({"ppo/score_error_before": 0.3, "ppo/score_error_after": 0.4}, "From 46 % to 94 % positive"),
     ],
 )
 def test_the_headline_follows_the_figures(tmp_path, changes, headline):

@@ -127,4 +127,6 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     for name, column in means.items():
         if rows[0][column] is not None:
             figures[name] = float(np.mean([row[column] for row in rows]))
+    if rows[0]["score"] is not None and len(rows) > 1:
+        figures["ppo/score_error_*"] = float(np.std([row["score"] for row in rows], ddof=1) / len(rows) ** 0.5)
     return {name: value for name, value in figures.items() if np.isfinite(value)}

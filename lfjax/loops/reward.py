@@ -217,7 +217,7 @@ def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, flo
     ]
     if differences:
         accuracy = float(np.mean(np.heaviside(differences, 0.5)))  # equal scores are half right
-        out[f"{prefix}ranked_pair_accuracy"] = accuracy
+        out |= {f"{prefix}ranked_pair_accuracy": accuracy, f"{prefix}ranked_pairs": float(len(differences))}
         if not out.get(f"{prefix}pairs"):
             out[f"{prefix}pair_accuracy"] = accuracy
             out[f"{prefix}calibration_error"] = calibration.calibration_error(np.array(differences))

@@ -33,7 +33,7 @@ def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> 
 
     Without PPO there is no score to hack: nothing is an alarm, and the distance from the start has no limit.
     """
-    rose, ppo = score_rose(found), run.state("ppo") != ""
+    rose, ppo = score_rose(run, found), run.state("ppo") != ""
     bad = HACK if rose else ("alarm", "got worse") if ppo else ("watch", "fell")
     compared = (
         ("An independent judge", "judge/positive", _judge),
@@ -139,6 +139,10 @@ def _reward_model(run: RunDir) -> Check | None:
     known = {name: value for name, value in rivals.items() if value is not None}
     beside = "".join(f"; {name}: {percent(value)}" for name, value in known.items())
     said = f"It puts {percent(own)} of held-out pairs in people's order{beside}."
+    pairs = figure(run, "reward/pairs") or figure(run, "reward/ranked_pairs")
+    if pairs and own < (lucky := 0.5 + pairs**-0.5):  # two standard errors of a coin
+        why = f"Of {pairs:,.0f} pairs a coin puts up to {percent(lucky)} right: what follows it may follow noise."
+        return Check(title, "watch", "no better than chance", f"{said} {why}")
     ahead = [name for name, value in known.items() if value > own]
     if ahead:
         first = " and ".join(ahead)

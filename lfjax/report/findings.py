@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -102,10 +103,15 @@ def figure(run: RunDir, key: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def score_rose(found: dict[str, Comparison]) -> bool:
-    """Whether the reward rose by more than noise: a twentieth of a standard score or of a rating point."""
+def score_rose(run: RunDir, found: dict[str, Comparison]) -> bool:
+    """Whether the reward rose by more than noise: two standard errors of the difference, where they are known.
+
+    In a run whose evaluation is to come, a twentieth of a standard score.
+    """
     score = found.get("ppo/score")
-    return score is not None and score.after - score.before > 0.05
+    errors = [figure(run, f"ppo/score_error_{which}") for which in ("before", "after")]
+    noise = 0.05 if None in errors else 2.0 * math.hypot(*errors)  # type: ignore[arg-type]
+    return score is not None and score.after - score.before > noise
 
 
 def sample_pairs(samples: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -141,7 +147,7 @@ def verdict(run: RunDir, found: dict[str, Comparison], alarms: int) -> tuple[str
     score, judge, kl = (found.get(key) for key in ("ppo/score", "judge/positive", "ppo/kl"))
     if score is None and judge is None:
         return _not_compared(run)
-    parts, rose = [], score_rose(found)
+    parts, rose = [], score_rose(run, found)
     if judge is not None:
         share = f"{percent(judge.after)} of the answers to held-out prompts positive, before {percent(judge.before)}"
         parts.append(f"An independent judge, a word lexicon, calls {share}.")

@@ -158,7 +158,7 @@ def _foundation(run: RunDir) -> str:
         parts.append(f"<b>Fine-tuned:</b> perplexity {number(tuned)} on held-out answers{was}.")
     accuracy = s.get("reward/pair_accuracy")
     if accuracy:
-        gap = findings.setting(run.config, "reward.min_gap")
+        gap = s.get("reward/pairs") and findings.setting(run.config, "reward.min_gap")
         apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap else ""
         parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
     return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)
