@@ -1,6 +1,9 @@
 """PPO of a published model against a reward model learned from people's preferences, both from the same folder.
 
 As configs/hh_reward.py, with PPO and its evaluation behind it: a few updates that show the way, not a better assistant.
+From 920 pairs of the harmless-base test file: the reward model puts 53 % of 91 held-out pairs in people's order (a coin
+does as well, and the report says so); its score went from 0.17 to 0.32 at a KL of 5.6 nats, in 4 minutes (2 cores of an
+AMD EPYC with other work on them, jax 0.10.2).
 
     lfjax feedback convert hh test.jsonl.gz hh.jsonl --max-chars=600
     lfjax train --config=configs/hh_ppo.py --workdir=runs/hh_ppo --config.data.path=hh.jsonl
