@@ -2,8 +2,8 @@
 
 Loss on the answers alone. Sized for stories260K, a Llama of 260,032 parameters (llama2.c, MIT), on 2 CPU cores: it
 learns the form of an answer, no arithmetic. `model.init_from` is the model's folder; for a larger one change
-`seq_len` and the learning rate. From the first 1,000 problems: held-out perplexity 1,259 before, 5.6 after 300 steps, in
-3 minutes (2 cores of an AMD EPYC with other work on them, jax 0.10.2).
+`seq_len` and the learning rate. From the first 1,000 problems: held-out perplexity 1,259 before, 5.6 after 300 steps,
+in 3 minutes (2 cores of an AMD EPYC with other work on them, jax 0.10.2).
 
     lfjax feedback convert gsm8k train.jsonl gsm8k.jsonl
     lfjax train --config=configs/gsm8k_sft.py --workdir=runs/gsm8k --config.data.path=gsm8k.jsonl

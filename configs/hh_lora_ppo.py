@@ -1,7 +1,7 @@
 """configs/hh_ppo.py with low-rank adapters: reward model, policy and value network train adapters on one frozen base.
 
-From the same 920 pairs: 58 % of 91 held-out pairs in people's order; the score went from -0.30 to 0.15 at a KL of 3.0 nats,
-in 5 minutes (2 cores of an AMD EPYC with other work on them, jax 0.10.2).
+From the same 920 pairs: 58 % of 91 held-out pairs in people's order; the score went from -0.30 to 0.15 at a KL of
+3.0 nats, in 5 minutes (2 cores of an AMD EPYC with other work on them, jax 0.10.2).
 
 lfjax feedback convert hh test.jsonl.gz hh.jsonl --max-chars=600
 lfjax train --config=configs/hh_lora_ppo.py --workdir=runs/hh_lora --config.data.path=hh.jsonl
