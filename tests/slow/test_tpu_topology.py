@@ -1,6 +1,6 @@
 """The SFT step of a 1 B Llama form, compiled for a real TPU topology by TPU's own compiler; no TPU is needed.
 
-`pip install libtpu` gives the compiler; without it these tests skip.
+`pip install 'jax[tpu]'` gives the compiler, in the version that fits; without it these tests skip.
 """
 
 import functools
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
-        reason="no libtpu (pip install libtpu): nothing was compiled for a TPU",
+        reason="no libtpu (pip install 'jax[tpu]'): nothing was compiled for a TPU",
     ),
 ]
 TOPOLOGY, HBM = "v5p:2x2x2", 95e9  # 8 chips; bytes each
