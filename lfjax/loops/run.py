@@ -557,6 +557,15 @@ class Run:
 
         return bool(np.any(multihost_utils.process_allgather(np.asarray(self.stop_requested))))
 
+    def leave_if_asked(self, stage: str) -> None:
+        """Ends an evaluation that nothing is lost by: it is made again. All processes call it.
+
+        Raises:
+          Interrupted: any process was asked to stop.
+        """
+        if self.stopping():
+            raise Interrupted(f"stage {stage} stopped in its evaluation, which will be made again")
+
 
 def resolve(key: str, dotted: str, search: tuple[Path, ...] = ()) -> Callable:
     """The function behind "module:function"; the current folder and `search` are on the path.
