@@ -9,12 +9,13 @@
 # folder that all workers see. Output goes to logs/NAME/TIME-ATTEMPT/: live.log, and K.log of worker K. A run outlives
 # Ctrl-C here and lost connections; the same line again watches it. Exit code: the command's. Optional: TPU_FLAGS, more
 # flags for creation ("--spot --network=lfjax"); TPU_SETUP, shell commands for every worker, before the run (a mount);
-# TPU_RUNTIME, the image; TPU_RESTARTS, how often it goes on after a loss (10). Needs git, and gcloud with a project.
+# TPU_RUNTIME, the image; TPU_RESTARTS, how often it goes on after a loss (10); TPU_WAITS, how often it looks, every 30
+# seconds, whether a slice that is being made or repaired is ready (120). Needs git, and gcloud with a project.
 set -euo pipefail
 
 dry_run=
 [ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
-[ $# -ge 4 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+[ $# -ge 4 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
 name=$1 zone=$2 size=$3
 shift 3
 for word; do
@@ -37,7 +38,12 @@ describe=("${tpu[@]}" describe "$name" --zone="$zone" '--format=value(state)')
 
 run() { if [ -n "$dry_run" ]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 on_workers() { run "${tpu[@]}" ssh "$name" --zone="$zone" --worker=all --batch-size=all "$@"; }
-state() { [ -n "$dry_run" ] || "${describe[@]}" 2>/dev/null || true; } # nothing where there is no slice
+state() { # nothing where there is no slice; any other error of gcloud's ends the launcher
+  local said=
+  if [ -n "$dry_run" ]; then return
+  elif said=$("${describe[@]}" 2>&1); then grep -xE '[A-Z_]+' <<<"$said" || echo UNKNOWN
+  elif [[ $said != *NOT_FOUND* ]]; then echo "$said" >&2 && return 1; fi
+}
 quoted=$(printf '%q ' "$@")
 
 # shellcheck disable=SC2016  # evaluated on the workers; lfjax.lock is held by a run that goes on
@@ -45,7 +51,7 @@ install='set -e; flock -n lfjax.lock true || exit 0; '${TPU_SETUP:-true}'
 mkdir -p lfjax; tar -xzf lfjax.tar.gz -C lfjax; python3 -m pip install -q --user uv
 PATH=$HOME/.local/bin:$PATH; cd lfjax; [ -d .venv ] || uv venv -q --python 3.12; uv pip install -q -e ".[tpu]"'
 
-attempt=0
+attempt=0 waits=0
 stamp=$(date +%Y%m%d-%H%M%S)
 while :; do
   attempt=$((attempt + 1)) status=0
@@ -53,14 +59,17 @@ while :; do
   folder=logs/$name/$id
   [ -z "$dry_run" ] || run "${describe[@]}"
   case $found in
-    READY) ;;
+    READY) waits=0 ;;
     '' | PREEMPTED | TERMINATED)
       [ -z "$found" ] || run "${tpu[@]}" delete "$name" --zone="$zone" --quiet
       run "${tpu[@]}" create "$name" --zone="$zone" "${shape[@]}" --version="${TPU_RUNTIME:-$runtime}" \
         ${flags[@]+"${flags[@]}"} ;;
-    *)
+    STOPPED | STOPPING | CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING | DELETING | UNHIDING)
       echo "$name is $found: waiting for READY; to give up: ${tpu[*]} delete $name --zone=$zone" >&2
-      sleep "${TPU_WAIT:-30}" && attempt=$((attempt - 1)) && continue ;;
+      [ $((waits += 1)) -le "${TPU_WAITS:-120}" ] || { echo "error: $name is still $found: waited too long" >&2 && exit 1; }
+      if [ "$found" = STOPPED ]; then "${tpu[@]}" start "$name" --zone="$zone"; else sleep "${TPU_WAIT:-30}"; fi
+      attempt=$((attempt - 1)) && continue ;;
+    *) echo "error: $name is $found, which is not known to become READY; look at it, or take another NAME" >&2 && exit 1 ;;
   esac
   run mkdir -p "$folder"
   run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$PWD/$folder/lfjax.tar.gz" HEAD

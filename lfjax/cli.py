@@ -53,6 +53,9 @@ def _command(argv: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may not have
     try:
+        for argument in argv or ():
+            if "\0" in argument:
+                raise InputError(f"lfjax: argument {argument!r} holds a NUL character, which no path can; take it out")
         arguments, rest = parser.parse_known_args(argv)
         if rest and arguments.command != "train":
             raise InputError(f"lfjax {arguments.command}: unknown argument {rest[0]}; see lfjax {arguments.command} -h")
@@ -144,6 +147,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or a run directory (its last model)")
+    parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
     parser.add_argument("--prompt", action="append", help="text to continue; repeatable; default: start from nothing")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
     parser.add_argument("--max-new-tokens", type=int, help="default: 64, or what fits the model's context")
@@ -367,15 +371,16 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     for prompt in arguments.prompt or ():
         if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f"--prompt: {prompt!a} is not UTF-8 text; write it in UTF-8, in a UTF-8 locale")
+    folder = _model_folder(Path(arguments.model), arguments.stage)
     _set_up_jax("highest", True)
 
     from lfjax.interop import hf
     from lfjax.sampling.text import sample_texts
 
-    loaded = hf.load(_model_folder(Path(arguments.model)))
+    loaded = hf.load(folder)
     if loaded.tokenizer is None:
-        raise InputError(f"{arguments.model}: no tokenizer in the folder; sampling needs one: put its files there")
-    hf.check_language_model(loaded, arguments.model)
+        raise InputError(f"{folder}: no tokenizer in the folder; sampling needs one: put its files there")
+    hf.check_language_model(loaded, folder)
     prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
     options = {name: getattr(arguments, name) for name in SAMPLING}
     try:

@@ -452,13 +452,15 @@ def validate(config: Config) -> None:
 
 
 def _check_values(config: Config) -> None:
-    """No leaf that has a default may be empty, no text "", no number infinite, NaN or too large for 32 bits."""
+    """No leaf that has a default may be empty, no text "" or hold a NUL, no number infinite, NaN or beyond 32 bits."""
     required = flatten(to_plain(base_config()))
     for key, value in flatten(to_plain(config)).items():
         if value in (None, "") and required.get(key) is not None:
             raise InputError(f"{key}: {value!r}; give a value such as {required[key]!r}")
         if value == "":
             raise InputError(f"{key}: ''; give a value, or none")
+        if isinstance(value, str) and "\0" in value:
+            raise InputError(f"{key}: {value!r}; holds a NUL character, which no path or name can; take it out")
         for number in _numbers(value):
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{key}: {value}; allowed: finite numbers")

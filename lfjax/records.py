@@ -17,6 +17,7 @@ not know are kept in `extra` and written back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import gzip
@@ -454,14 +455,20 @@ def record_json(record: Record) -> dict[str, Any]:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes a JSONL file, whole or not at all (a temporary file beside it, then a rename). Returns the count."""
+    """Writes a JSONL file, whole or not at all (a temporary file beside it, then a rename). Returns the count.
+
+    A name that ends in .gz is written gzipped; equal records give equal bytes.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as out:
+        with contextlib.ExitStack() as files:
+            plain, gzipped = files.enter_context(temporary.open("wb")), path.suffix == ".gz"
+            out = files.enter_context(gzip.GzipFile("", "wb", fileobj=plain, mtime=0)) if gzipped else plain
             for record in records:
-                out.write(json.dumps(record_json(record), ensure_ascii=False, allow_nan=False) + "\n")
+                line = json.dumps(record_json(record), ensure_ascii=False, allow_nan=False) + "\n"
+                out.write(line.encode())
                 count += 1
         os.replace(temporary, path)
     finally:

@@ -523,6 +523,29 @@ def test_a_run_does_not_go_on_with_other_data(command, tmp_path, records, traine
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    "file, key",
+    [
+        ("model/model.safetensors", "config.sft.init_from"),
+        ("model/config.json", "config.sft.init_from"),
+        ("vocabulary/tokenizer.model", "config.tokenizer.path"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model_or_tokenizer(file, key, command, tmp_path, records, trained):
+    folder_of(trained, tmp_path)
+    shutil.copytree(trained / "models" / "tokenizer", tmp_path / "vocabulary")
+    given = ("--config.stages=sft", "--config.sft.steps=1", f"--config.sft.init_from={tmp_path}/model")
+    given += (f"--config.tokenizer.path={tmp_path}/vocabulary",)
+    assert train(tmp_path / "w", records, *given) == 0
+    (tmp_path / "w" / "checkpoints" / "sft" / "FINISHED").unlink()
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content + b"\n" if "json" in file else content[:-1] + bytes([content[-1] ^ 1]))
+    line = command(*arguments(tmp_path / "w", records, *given))
+    assert line.startswith(f"{tmp_path}/w/inputs.json: {key} is not what the run was started with; put that back, or")
+    (tmp_path / file).write_bytes(content)
+    assert train(tmp_path / "w", records, *given) == 0
+
+
 def test_an_edited_fork_is_kept_beside_the_first(tmp_path, records, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     fork = tmp_path / "fork_to_be_changed.py"
@@ -600,7 +623,54 @@ def test_a_file_where_a_model_goes_is_refused_before_the_stage(command, tmp_path
     (tmp_path / "w" / "models").mkdir(parents=True)
     (tmp_path / "w" / "models" / "pretrain").write_text("mine")
     line = command(*arguments(tmp_path / "w", records))
-    assert f"{tmp_path}/w/models/pretrain: a file where a model's folder goes; move it away" in line
+    assert f"{tmp_path}/w/models/pretrain: a file where a folder of the run goes; move it away" in line
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "models", "steps", "checkpoints/pretrain", "models/tokenizer"])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_where_a_folder_of_the_run_goes_is_named(name, link, command, tmp_path, records):
+    """Or a link to nothing."""
+    place = tmp_path / "w" / name
+    place.parent.mkdir(parents=True)
+    place.symlink_to("nowhere") if link else place.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    line = command(*arguments(tmp_path / "w", records))
+    assert line == f"{place}: a file where a folder of the run goes; move it away"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_workdir_that_is_a_link_to_nothing_or_below_one_is_refused(command, tmp_path, records):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for workdir in (tmp_path / "link", tmp_path / "link" / "w"):
+        line = command(*arguments(workdir, records))
+        assert f"--workdir={workdir}: {tmp_path}/link is a link to {tmp_path}/gone, which is not there; make" in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+NUL = {
+    "the workdir": ("--workdir=a\0b", "--workdir=a\\x00b"),
+    "the config": ("--config=a\0b", "--config=a\\x00b"),
+    "the data": ("--config.data.path=a\0b", "--config.data.path=a\\x00b"),
+}
+
+
+@pytest.mark.parametrize("kind", NUL)
+def test_a_nul_character_in_an_argument_is_named(kind, command, tmp_path, records):
+    given, shown = NUL[kind]
+    line = command(*arguments(tmp_path / "w", records), given)
+    assert f"argument '{shown}' holds a NUL character" in line and "take it out" in line
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.test_path", "tokenizer.path", "model.init_from", "sft.init_from"])
+def test_a_nul_character_in_a_path_of_the_config_is_named(key, command, tmp_path, records):
+    file = tmp_path / "nul.py"
+    change = f"def get_config():\n    config = old()\n    config.{key} = 'a\\0b'\n    return config\n"
+    file.write_text(f"from smallest import *\nold = get_config\n{change}")
+    given = () if key == "data.path" else (f"--config.data.path={records}",)
+    line = command("train", f"--config={file}", f"--workdir={tmp_path}/w", *given)
+    assert line == f"config.{key}: 'a\\x00b'; holds a NUL character, which no path or name can; take it out"
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_finished_stage_whose_model_is_gone_says_how_to_make_it_again(command, tmp_path, records, trained):
@@ -797,6 +867,8 @@ COMMANDS = {
     "sample of a run without a model": (("sample", "{empty}"), "finish the pretrain stage first"),
     "sample of a folder that is no model": (("sample", "{tmp}"), "config.json: not found"),
     "sample of a reward model": (("sample", "{scorer}"), "not a language model; name another"),
+    "sample of a stage that is not there": (("sample", "{trained}", "--stage=ppo"), "no model of 'ppo'; its models"),
+    "sample of a model's stage": (("sample", "{model}", "--stage=ppo"), "it is no run directory with models"),
     "sample 0 times": (("sample", "{trained}", "--n=0"), "--n: 0; allowed: at least 1"),
     "a number that is none": (("sample", "{trained}", "--n=many"), "--n"),
     "a negative temperature": (("sample", "{trained}", "--temperature=-1"), "--temperature: -1.0; allowed: at least 0"),
@@ -836,6 +908,9 @@ COMMANDS = {
     "import into its source": (("import", "{model}", "{model}/"), "is the folder to read as well; name another"),
     "export of a stage that is not there": (("export", "{trained}", "{new}", "--stage=sft"), "no model of 'sft'; its"),
     "export of a model's stage": (("export", "{model}", "{new}", "--stage=sft"), "it is no run directory with models"),
+    "export below a file": (("export", "{trained}", "{text}/new"), "txt is a file, in which no folder can be made"),
+    "export far below a file": (("export", "{trained}", "{text}/a/new"), "text.txt/a/new: {text} is a file, in which"),
+    "import below a file": (("import", "{model}", "{text}/new"), "text.txt/new: {text} is a file, in which no folder"),
     "export into an unknown type": (("export", "{model}", "{new}", "--dtype=int8"), "invalid choice: 'int8'"),
     "export in files of no size": (
         ("export", "{model}", "{new}", "--max-shard-size=5XB"), "--max-shard-size: '5XB'; write a size such as 5GB",
@@ -865,7 +940,7 @@ def test_a_command_that_cannot_be_done_is_refused(kind, command, tmp_path, train
         shutil.copytree(places["model"], tmp_path / name)
     (tmp_path / "pickle" / "model.safetensors").rename(tmp_path / "pickle" / "pytorch_model.bin")
     os.truncate(tmp_path / "half" / "model.safetensors", 5000)
-    assert found in command(*(part.format(**places) for part in argv))
+    assert found.format(**places) in command(*(part.format(**places) for part in argv))
     assert not (tmp_path / "new").exists() and contents(places["model"]) == before
 
 
@@ -936,6 +1011,16 @@ def test_the_run_directory_stands_for_its_last_model(trained, capfd):
     assert cli.main(["sample", str(trained), "--prompt=the film", "--n=2", "--max-new-tokens=3", "--seed=1"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) >= 2 and lines[0].startswith("the film")
+
+
+def test_a_stage_names_the_model_of_a_run_that_writes(trained, tmp_path, capfd):
+    """The last model is of another stage, and no model at all: --stage decides which is read."""
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    (workdir / "models" / "ppo").mkdir()
+    given = ["sample", str(workdir), "--max-new-tokens=3"]
+    assert cli.main(given) == 2
+    assert "models/ppo/config.json: not found" in capfd.readouterr().err
+    assert cli.main([*given, "--stage=pretrain"]) == 0
 
 
 def test_what_the_encoding_of_the_output_lacks_is_escaped(trained, monkeypatch):

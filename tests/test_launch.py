@@ -258,7 +258,10 @@ echo "$4" >>"$CLOUD/called"
 slice=$CLOUD/slice
 for word; do case $word in --command=*) command=${word#*=} ;; --output-directory=*) folder=${word#*=} ;; esac; done
 case $4 in
-  describe) cat "$slice/state" ;;
+  describe)
+    echo 'WARNING: all the same' >&2
+    cat "$slice/state" 2>/dev/null || { echo "ERROR: (gcloud) NOT_FOUND: Resource 'pod' was not found" >&2; exit 1; } ;;
+  start) echo READY >"$slice/state" ;;
   create) mkdir -p "$slice/0" "$slice/1" && echo READY >"$slice/state" ;;
   delete) rm -r "$slice" ;;
   *)
@@ -349,6 +352,63 @@ def test_a_tpu_that_is_lost_again_and_again_ends_the_launcher(tmp_path, cloud):
     done = run([*TPU, "train"], cwd=tmp_path, env=cloud | {"TPU_RESTARTS": "1"})
     assert done.returncode != 0
     assert called(tmp_path).count("create") == 2
+
+
+def with_slice(tmp_path: pathlib.Path, state: str) -> None:
+    for k in range(2):
+        (tmp_path / "slice" / str(k)).mkdir(parents=True)
+    (tmp_path / "slice" / "state").write_text(f"{state}\n")
+    fake(tmp_path / "bin", "train", "exit 0")
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
+def test_a_tpu_that_was_lost_before_is_deleted_and_created_again(tmp_path, cloud, state):
+    with_slice(tmp_path, state)
+    assert run([*TPU, "train"], cwd=tmp_path, env=cloud).returncode == 0
+    assert called(tmp_path)[:3] == ["delete", "create", "scp"]
+
+
+def test_a_stopped_tpu_is_started(tmp_path, cloud):
+    with_slice(tmp_path, "STOPPED")
+    assert run([*TPU, "train"], cwd=tmp_path, env=cloud).returncode == 0
+    assert called(tmp_path)[:2] == ["start", "scp"]
+
+
+@pytest.mark.parametrize("state", ["CREATING", "STARTING", "RESTARTING", "REPAIRING", "REIMAGING", "STOPPING"])
+def test_a_tpu_on_its_way_is_waited_for_but_not_for_ever(tmp_path, cloud, state):
+    with_slice(tmp_path, state)
+    done = run([*TPU, "train"], cwd=tmp_path, env=cloud | {"TPU_WAITS": "2"})
+    assert (done.returncode, called(tmp_path)) == (1, [])
+    assert done.stderr.splitlines()[-1] == f"error: pod is still {state}: waited too long"
+    assert len(done.stderr.splitlines()) == 4
+    fake(tmp_path / "bin", "sleep", 'echo READY >"$CLOUD/slice/state"')
+    assert run([*TPU, "train"], cwd=tmp_path, env=cloud | {"TPU_WAITS": "2"}).returncode == 0
+    assert called(tmp_path) == ["scp", "ssh", "ssh", "ssh"]
+
+
+@pytest.mark.parametrize("state", ["HIDDEN", "STATE_UNSPECIFIED", "TOMORROWS"])
+def test_a_tpu_in_an_unknown_state_ends_the_launcher(tmp_path, cloud, state):
+    with_slice(tmp_path, state)
+    done = run([*TPU, "train"], cwd=tmp_path, env=cloud)
+    assert (done.returncode, called(tmp_path)) == (1, [])
+    assert re.fullmatch(rf"error: pod is {state}, which .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "verb, error",
+    [
+        ("describe", "ERROR: (gcloud.compute.tpus.tpu-vm.describe) There was a problem refreshing your tokens"),
+        ("describe", "ERROR: (gcloud.compute.tpus.tpu-vm.describe) PERMISSION_DENIED: Cloud TPU API is disabled"),
+        ("create", "ERROR: (gcloud.compute.tpus.tpu-vm.create) Quota limit 'TPUV5PPerProject' has been exceeded"),
+    ],
+)
+def test_an_error_of_gclouds_ends_the_launcher_with_its_text(tmp_path, cloud, verb, error):
+    fails = f'if [ "$4" = {verb} ]; then echo "{error}" >&2; exit 3; fi\n'
+    fake(tmp_path / "bin", "gcloud", fails + GCLOUD)
+    done = run([*TPU, "train"], cwd=tmp_path, env=cloud)
+    assert done.returncode in (1, 3)
+    assert done.stderr == f"{error}\n" and done.stdout == ""
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud):
@@ -630,7 +690,7 @@ def test_gke_gpu_pods_learn_who_they_are():
 def test_gke_creates_exactly_what_the_dry_run_prints(tmp_path, size):
     fake(tmp_path, "kubectl", f'echo "$@" >{tmp_path}/arguments; cat >{tmp_path}/jobset; exit $CODE')
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LFJAX_CLAIM": "disk", "CODE": "0"}
-    odd = """--config.x=a "b" \\c & $(d) 'e' ${NAME}"""
+    odd = """--config.x=a "b" \\c & $(d) 'e' ${NAME}\n\t- f: 'g'\r\n\\n"""
     arguments = (size, "trainer", "images/lfjax:1", "configs/x.py", "/mnt/lfjax/x", odd)
     dry = gke("--dry-run", *arguments, env=environment)
     assert not (tmp_path / "arguments").exists()
@@ -664,15 +724,17 @@ def test_gke_creates_exactly_what_the_dry_run_prints(tmp_path, size):
         (1, "Trainer", "small letters"),
         (4, "gs://bucket/x", "must be under /mnt/lfjax"),
         (4, "runs/x", "must be under /mnt/lfjax"),
+        (5, "--config.x=\a", "holds a control character"),
     ],
 )
 def test_gke_refuses_what_cannot_run(position, value, said):
-    arguments = ["v5p:2x2x2", "trainer", "image", "configs/x.py", "/mnt/lfjax/x"]
+    arguments = ["v5p:2x2x2", "trainer", "image", "configs/x.py", "/mnt/lfjax/x", "--config.seed=1"]
     arguments[position] = value
     done = gke("--dry-run", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert re.fullmatch(rf"error: [A-Z]+ {re.escape(value)}: .*{said}.*\n", done.stderr)
+    shown = value.replace("--config.x=\a", "$'--config.x=\\a'")  # as a shell would write it
+    assert re.fullmatch(rf"error: [A-Z]+ {re.escape(shown)}: .*{said}.*\n", done.stderr)
 
 
 def shell_blocks() -> str:

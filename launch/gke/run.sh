@@ -47,6 +47,8 @@ esac
 command=
 for word in lfjax train "--config=$config" "--workdir=$workdir" "$@"; do
   word=${word//\\/\\\\} && word=${word//\"/\\\"} && word=${word//\$(/\$\$(} # JSON's quotes; $(...) would be Kubernetes'
+  word=${word//$'\n'/\\n} && word=${word//$'\t'/\\t} && word=${word//$'\r'/\\r}
+  [[ $word != *[[:cntrl:]]* ]] || usage "ARGUMENT $(printf %q "$word"): holds a control character"
   command+="${command:+, }\"$word\""
 done
 jobset=$(<"$(dirname "$0")/$template")

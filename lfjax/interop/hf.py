@@ -284,6 +284,9 @@ def convert(
 def _check_replaceable(target: pathlib.Path) -> None:
     """Refuses to replace anything but an empty folder or a model folder that `save` could have written."""
     if not target.exists():
+        stands = next(parent for parent in target.parents if parent.exists())
+        if not stands.is_dir():
+            raise InputError(f"{target}: {stands} is a file, in which no folder can be made; name another folder")
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file; give the folder that the model is to become")

@@ -48,7 +48,7 @@ def classify_stage(run: Run) -> dict[str, float]:
     guess = scorer(run, model, base, stage="classify", each=len(names))
 
     def figures(state, split: str = "validation", prefix: str = "classify/validation_") -> dict[str, float]:
-        scores = guess(state.params, sets[split])
+        scores = guess(state.params, sets[split], last=split == "test")
         return class_figures(classes_of(found[split]), [int(np.argmax(row)) for row in scores], names, prefix)
 
     state, out = train(

@@ -75,22 +75,21 @@ def _logprobs(run: Run, model) -> Step:
 
 
 def _write(run: Run, policy: Policy, reference, measure: Step, reward) -> dict[str, Any]:
-    """Samples of one model on the held-out prompts, and what can be said of them."""
+    """Samples of one model on the held-out prompts, and what can be said of them; looks after a stop every batch."""
     records = held_out_records(run)
     key = run.key("evaluate")
-    parts = []
+    rows: list[dict[str, Any]] = [{}] * len(records)
     for indices, whole in prompt_batches(run, records, run.config.evaluate.batch_size).evaluation():
         prompts = global_batch(whole, run.mesh)
         # the same key for every batch: row ids are global, so no two rows share their noise
         generation = policy.rollout(policy.params, prompts, key, np.int32(0))
         own, ref = measure(policy.params, reference, generation)
         scores = reward(generation, [records[i] for i in indices]) if reward else own[:, 0]
-        parts.append((indices, (generation, own, ref, scores)))
-    rows: list[dict[str, Any]] = [{}] * len(records)
-    for indices, part in parts:
-        for index, row in zip(indices, _rows(run, *fetch(run, part)), strict=True):
+        part = _rows(run, *fetch(run, (generation, own, ref, scores)))
+        for index, row in zip(indices, part, strict=True):
             if index >= 0:
                 rows[index] = row if reward else {**row, "score": None}
+        run.leave_if_asked("evaluate")
     return {"figures": _figures(rows), "rows": rows}
 
 

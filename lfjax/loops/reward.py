@@ -75,7 +75,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     score = scorer(run, model, base)
 
     def figures(state, split: str = "validation", prefix: str = "reward/validation_") -> dict[str, float]:
-        scores = score(model_params(state.params), sets[split])
+        scores = score(model_params(state.params), sets[split], last=split == "test")
         return pair_figures(scores, sets[split].examples, section.min_gap, prefix)
 
     state, out = train(
@@ -162,7 +162,10 @@ def with_head(run: Run, loaded, stage: str, num_labels: int, *, dropout: float, 
 
 
 def scorer(run: Run, model, base=None, *, stage: str = "reward", each: int = 1):
-    """(params, RewardBatches) -> per example a float array of its candidates' scores, `each` a candidate in a row."""
+    """(params, RewardBatches) -> per example a float array of its candidates' scores, `each` a candidate in a row.
+
+    With `last` (an evaluation after the last checkpoint of the stage) a stop is looked after every batch.
+    """
     how = run.lora_of(stage)
 
     def scores_of(params, tokens, mask, base):
@@ -170,13 +173,16 @@ def scorer(run: Run, model, base=None, *, stage: str = "reward", each: int = 1):
 
     step = jit_step(scores_of, name=f"{stage} score", out_shardings=replicated(run.mesh))
 
-    def score(params, batches: RewardBatches) -> list[np.ndarray]:
+    def score(params, batches: RewardBatches, *, last: bool = False) -> list[np.ndarray]:
         pieces = []
         for indices, batch in batches.evaluation():
             flat = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask)]
             tokens, mask = global_batch(flat, run.mesh)
             step.compile(*abstract((params, tokens, mask, base)))
             pieces.append((indices, step(params, tokens, mask, base)))
+            if last:
+                jax.block_until_ready(pieces[-1][1])
+                run.leave_if_asked(stage)
         scores = [np.zeros(0)] * len(batches.examples)
         for indices, values in jax.device_get(pieces):
             for index, row in zip(indices, values.reshape(len(indices), -1), strict=True):

@@ -1,10 +1,9 @@
-"""A run: its directory, what its stages share, and the chain of stages, which can be killed anywhere and goes on."""
+"""A run: what its stages share, and the chain of stages, which can be killed anywhere and goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -12,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -33,15 +31,14 @@ from lfjax.config import Config, InputError
 from lfjax.data.examples import teaches
 from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf, peft
-from lfjax.metrics import METRICS, RunLog, read_json, write_json
+from lfjax.loops.workdir import Workdir, forks_of
+from lfjax.metrics import RunLog, read_json, write_json
 from lfjax.models import lora, presets
 from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.tokenizers import stop_ids
-
-INPUTS = "inputs.json"  # sha256 of the data files and forks that the run was started with
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -104,11 +101,8 @@ class Run:
         configs.validate(config)
         self.profile = profile  # steps of every training stage to trace
         self.config = config
-        if not os.fspath(workdir):
-            raise InputError("--workdir=: empty; name the folder of the run")
-        if "://" in os.fspath(workdir):
-            raise InputError(f"--workdir={os.fspath(workdir)}: an address; name a folder, of a mounted bucket perhaps")
-        self.workdir = Path(workdir)
+        self._directory = Workdir(workdir)
+        self.workdir = self._directory.path
         self.search = search
         self.stages = tuple(config.stages)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -118,12 +112,7 @@ class Run:
         self._check_keywords()
         self._check_sources()
         self._check_targets()
-        self._held: int | None = None
-        try:
-            self._open_workdir()
-        except BaseException:
-            self._unlock()
-            raise
+        self._directory.open(config, self._forks(), self._check_data)
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
         self.meter = Meter()
@@ -205,101 +194,17 @@ class Run:
             ' "policy"'
         )
 
-    def _open_workdir(self) -> None:
-        """Writes config.json, or refuses a directory that belongs to another config.
-
-        Before a new directory is made, the data is read: what is wrong with it leaves nothing behind.
-        """
-        resolved = configs.to_plain(self.config)
-        path = self.workdir / "config.json"
-        if self.workdir.exists() and not self.workdir.is_dir():
-            raise InputError(f"--workdir={self.workdir}: a file, not a folder; choose another --workdir")
-        self._lock()
-        begun = any((self.workdir / name).exists() for name in ("checkpoints", METRICS))
-        for stage in self.stages:
-            if self.models(stage).exists() and not self.models(stage).is_dir():
-                raise InputError(f"{self.models(stage)}: a file where a model's folder goes; move it away")
-        if path.exists():
-            before = read_json(path)
-            differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
-            if not differs and begun:
-                return self._check_inputs()
-            if differs and begun:
-                shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
-                raise InputError(
-                    f"{path}: the run was started with another config ({shown}); use another --workdir, which may start"
-                    f" from a model of this one: --config.<stage>.init_from={self.workdir}/models/<stage>"
-                )
-        if "reward" in self.stages and self.rating_scale:  # which has to be one, with classes for an ordinal loss
-            ordinal_bounds(self.config.reward.step, self.rating_scale)
-        self._check_data()
-        if jax.process_index() == 0:
-            try:
-                self.workdir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"--workdir={self.workdir}: {error.strerror}; choose a folder you may write"
-                ) from error
-            self._lock()
-            for name, source in self._forks().items():
-                (self.workdir / "steps").mkdir(exist_ok=True)
-                shutil.copyfile(source, self.workdir / "steps" / f"{name}.py")
-            write_json(self.workdir / INPUTS, self._inputs())
-            write_json(path, resolved)
-
     def _forks(self) -> dict[str, Path]:
         """The source files of steps, and of a reward function, that are not lfjax's own; `steps/` keeps copies."""
         functions = dict(self.steps)
         if "ppo" in self.stages and configs.is_function(self.config.ppo.reward):
             functions["reward_function"] = self.resolve("ppo.reward", self.config.ppo.reward)
-        found = {}
-        for name, function in functions.items():
-            function = inspect.unwrap(getattr(function, "func", function))
-            source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
-            if source and not function.__module__.startswith("lfjax."):
-                found[name] = Path(source)
-        return found
-
-    def _inputs(self) -> dict[str, str]:
-        """sha256 of what a run reads besides its config: config key or fork -> digest, of the files that are there."""
-        data = self.config.data
-        files = {f"config.data.{key}": data[key] for key in ("path", "validation_path", "test_path") if data[key]}
-        files |= {f"steps/{name}.py": source for name, source in self._forks().items()}
-        digests = {}
-        for name, file in files.items():
-            if Path(file).is_file():
-                with open(file, "rb") as content:
-                    digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
-        return digests
-
-    def _check_inputs(self) -> None:
-        """Refuses to go on with other data than the run was started with; keeps other code and says so.
-
-        Code may have been mended, data may not be: which record comes when follows from it.
-        """
-        path = self.workdir / INPUTS
-        before = read_json(path) if path.exists() else {}
-        if not isinstance(before, dict):
-            raise InputError(f"{path}: no JSON object; delete it, if data and forks are what the run was started with")
-        found = self._inputs()
-        other = [name for name, digest in found.items() if before.get(name, digest) != digest]
-        for name in other:
-            if not name.startswith("steps/"):
-                raise InputError(
-                    f"{path}: {name} is not what the run was started with; put that back, or use another --workdir"
-                )
-        if other and jax.process_index() == 0:
-            forks = self._forks()
-            for name in other:
-                stem = name.removeprefix("steps/").removesuffix(".py")
-                earlier = len(list((self.workdir / "steps").glob(f"{stem}*.py")))
-                kept = self.workdir / "steps" / f"{stem}.{earlier + 1}.py"
-                shutil.copyfile(forks[stem], kept)
-                print(f"note: {forks[stem]} has changed since the run was started; kept as {kept}", file=sys.stderr)
-            write_json(path, before | found)
+        return forks_of(functions)
 
     def _check_data(self) -> None:
         """Every stage finds something to learn from in the splits that it reads."""
+        if "reward" in self.stages and self.rating_scale:  # which has to be one, with classes for an ordinal loss
+            ordinal_bounds(self.config.reward.step, self.rating_scale)
         reads = {"pretrain": "text", "sft": "`edit` feedback, and no record without feedback,"}
         reads["reward"] = "rating, ranking, preference, edit or label"
         reads["classify"] = "`label` feedback"
@@ -312,31 +217,10 @@ class Run:
                     )
         _ = self.records
 
-    def _lock(self) -> None:
-        """Keeps the directory to this run until `close`; the lock goes with the process, however it ends."""
-        if self._held is not None or jax.process_index() != 0 or not self.workdir.is_dir():
-            return
-        held = os.open(self.workdir, os.O_RDONLY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(held)
-            raise InputError(
-                f"--workdir={self.workdir}: another lfjax train works there; wait for its end, or use another --workdir"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        self._held = held
-
     def close(self) -> None:
         """Closes the logs and leaves the directory to others."""
         self.log.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        self._directory.close()
 
     def resolve(self, key: str, dotted: str) -> Callable:
         """The function behind "module:function" of `config.<key>`; the config's folder is searched too."""
@@ -556,6 +440,15 @@ class Run:
         from jax.experimental import multihost_utils
 
         return bool(np.any(multihost_utils.process_allgather(np.asarray(self.stop_requested))))
+
+    def leave_if_asked(self, stage: str) -> None:
+        """Ends an evaluation that nothing is lost by: it is made again. All processes call it.
+
+        Raises:
+          Interrupted: any process was asked to stop.
+        """
+        if self.stopping():
+            raise Interrupted(f"stage {stage} stopped in its evaluation, which will be made again")
 
 
 def resolve(key: str, dotted: str, search: tuple[Path, ...] = ()) -> Callable:

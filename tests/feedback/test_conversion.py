@@ -1,6 +1,7 @@
 """Published feedback becomes records: what is said by whom, what follows a prompt, what is left out and why."""
 
 import collections
+import gzip
 import json
 
 import pytest
@@ -115,6 +116,18 @@ def test_the_command_writes_records_that_can_be_read_and_says_what_it_left_out(t
         assert cli.main(["feedback", "convert", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_name_in_gz_is_written_gzipped_with_the_same_bytes_each_time(tmp_path, capsys):
+    source, plain, packed = tmp_path / "pairs.jsonl", tmp_path / "records.jsonl", tmp_path / "records.jsonl.gz"
+    source.write_text("".join(json.dumps(row) + "\n" for row in (pair(), pair(chosen=" Caf\u00e9."))))
+    for output in (plain, packed):
+        assert cli.main(["feedback", "convert", "hh", str(source), str(output)]) == 0
+    content = packed.read_bytes()
+    assert gzip.decompress(content) == plain.read_bytes()
+    assert content[3:8] == bytes(5)  # no name, no time
+    assert list(read_records(packed)) == list(read_records(plain))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "records.jsonl", "records.jsonl.gz"]
 
 
 def test_published_files_are_read(shared):

@@ -1,6 +1,10 @@
 """An encoder in the stages: as a reward model, and as a classifier beside a decoder."""
 
 import json
+import os
+import pathlib
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ import smallest
 from lfjax.config import InputError
 from lfjax.data.examples import class_names
 from lfjax.interop import hf
+from lfjax.loops import reward
 from lfjax.loops.classify import class_figures
 from lfjax.models.encoder import EncoderConfig
 from lfjax.records import Label, Record
@@ -56,16 +61,42 @@ def summary(workdir):
 OPTIONS = ("steps=30", "batch_size=8", "seq_len=24", "buckets=(24,)", "log_every=10", "optim.learning_rate=1e-2")
 
 
-def test_an_encoder_learns_the_classes_of_labels_and_exports_their_names(folder, labelled, train, tmp_path):
+@pytest.fixture(scope="module")
+def classified(folder, labelled, train, tmp_path_factory):
+    """The run directory of a classifier, and the overrides that it was trained with."""
     options = [f"--config.classify.{option}" for option in (f"init_from={folder}", *OPTIONS)]
     options += [f"--config.data.path={labelled}", f"--config.tokenizer.path={folder}", "--config.stages=classify"]
-    assert train(tmp_path / "w", *options) == 0
-    found = summary(tmp_path / "w")
+    workdir = tmp_path_factory.mktemp("runs") / "classified"
+    assert train(workdir, *options) == 0
+    return workdir, options
+
+
+def test_an_encoder_learns_the_classes_of_labels_and_exports_their_names(classified):
+    found = summary(classified[0])
     assert found["classify/accuracy"] > found["classify/majority_accuracy"] + 0.1
     assert found["classify/f1"] == pytest.approx((found["classify/f1_good"] + found["classify/f1_bad"]) / 2)
-    config = json.loads((tmp_path / "w" / "models" / "classify" / "config.json").read_text())
+    config = json.loads((classified[0] / "models" / "classify" / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good"} and config["label2id"] == {"bad": 0, "good": 1}
     assert config["architectures"] == ["BertForSequenceClassification"]
+
+
+def test_a_stop_in_a_classifiers_last_evaluation_ends_it_within_a_batch(classified, train, tmp_path, monkeypatch):
+    (straight, options), seen = classified, []
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
+    (workdir / "checkpoints" / "classify" / "FINISHED").unlink()
+    with monkeypatch.context() as patch:
+        whole = reward.global_batch
+
+        def stopping(*given):
+            seen.append(os.kill(os.getpid(), signal.SIGTERM))
+            return whole(*given)
+
+        patch.setattr(reward, "global_batch", stopping)
+        assert train(workdir, *options) == 130
+    assert len(seen) == 1  # of 3 batches
+    assert train(workdir, *options) == 0
+    one, other = ({k: v for k, v in summary(w).items() if not k.startswith("time/")} for w in (straight, workdir))
+    assert one == other
 
 
 def test_an_encoder_is_a_reward_model_from_a_config(folder, train, tmp_path):

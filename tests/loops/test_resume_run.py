@@ -146,6 +146,53 @@ def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(straigh
     assert one == other
 
 
+def asks_to_stop(at: int, seen: list, function):
+    """The function, which notes every call in `seen` and sends SIGTERM in the call of this number."""
+
+    def asking(*arguments, **options):
+        seen.append(len(seen))
+        if len(seen) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    return asking
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_stop_in_the_evaluation_ends_it_within_a_batch(batch, straight, train, tmp_path, monkeypatch, capsys):
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
+    (workdir / "checkpoints" / "evaluate" / "FINISHED").unlink()
+    seen: list = []  # of the 4 batches, 2 a model
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo.Policy, "rollout", asks_to_stop(batch, seen, ppo.Policy.rollout))
+        assert train(workdir) == 130
+    assert len(seen) == batch
+    assert (
+        "stage evaluate stopped in its evaluation, which will be made again; start the same" in capsys.readouterr().err
+    )
+    assert not (workdir / "checkpoints" / "evaluate" / "FINISHED").exists()
+    assert train(workdir) == 0
+    assert all(same(straight, workdir, name) for name in RESULTS)
+    one, other = (json.loads((w / "summary.json").read_text()) for w in (straight, workdir))
+    for clock in ("time/total_s", "time/goodput"):
+        assert one.pop(clock) != other.pop(clock)
+    assert one == other
+
+
+def test_a_stop_in_a_reward_models_last_evaluation_ends_it_within_a_batch(straight, train, tmp_path, monkeypatch):
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
+    (workdir / "checkpoints" / "reward" / "FINISHED").unlink()
+    for stage in ("ppo", "evaluate"):
+        shutil.rmtree(workdir / "checkpoints" / stage)
+    seen: list = []
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "global_batch", asks_to_stop(2, seen, reward.global_batch))
+        assert train(workdir) == 130
+    assert len(seen) == 2
+    assert train(workdir) == 0
+    assert all(same(straight, workdir, name) for name in RESULTS)
+
+
 def test_a_torn_last_line_is_dropped(straight, train, tmp_path):
     workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
     for name in ("metrics.jsonl", "samples.jsonl", "timing.jsonl"):

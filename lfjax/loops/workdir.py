@@ -1,0 +1,204 @@
+"""A run's directory: one run holds it at a time, and goes on only with the config and inputs it was started with."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import inspect
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lfjax import config as configs
+from lfjax import tokenizers
+from lfjax.config import Config, InputError
+from lfjax.interop import hf
+from lfjax.metrics import METRICS, read_json, write_json
+
+INPUTS = "inputs.json"  # sha256 of the data, models, tokenizer and forks that the run was started with
+WHOLE_BYTES = 64 * 2**20  # a larger file of a model counts by its size, its first MiB and its last
+
+
+class Workdir:
+    """The directory of one run.
+
+    Raises:
+      InputError: no folder can be there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise InputError("--workdir=: empty; name the folder of the run")
+        if "://" in os.fspath(path):
+            raise InputError(f"--workdir={os.fspath(path)}: an address; name a folder, of a mounted bucket perhaps")
+        self.path = Path(path)
+        self._held: int | None = None
+
+    def open(self, config: Config, forks: Mapping[str, Path], check: Callable[[], None]) -> None:
+        """Holds the directory, which is new, or the same run's: then data and models have to be the same as well.
+
+        Args:
+          forks: name -> source file of what is not lfjax's own code; `steps/` keeps copies.
+          check: raises InputError where a new run cannot be done; called before anything is written.
+        Raises:
+          InputError: it belongs to another config, to another data file or model, or to a run that goes on.
+        """
+        try:
+            self._open(config, forks, check)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leaves the directory to others."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _open(self, config: Config, forks: Mapping[str, Path], check: Callable[[], None]) -> None:
+        resolved, path = configs.to_plain(config), self.path / "config.json"
+        self._check_folders(config.stages)
+        self._hold()
+        begun = any((self.path / name).exists() for name in ("checkpoints", METRICS))
+        if path.exists():
+            before = read_json(path)
+            differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
+            if not differs and begun:
+                return self._check_inputs(config, forks)
+            if differs and begun:
+                shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
+                raise InputError(
+                    f"{path}: the run was started with another config ({shown}); use another --workdir, which may start"
+                    f" from a model of this one: --config.<stage>.init_from={self.path}/models/<stage>"
+                )
+        check()
+        if jax.process_index() == 0:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--workdir={self.path}: {error.strerror}; choose a folder you may write") from error
+            self._hold()
+            for name, source in forks.items():
+                (self.path / "steps").mkdir(exist_ok=True)
+                shutil.copyfile(source, self.path / "steps" / f"{name}.py")
+            write_json(self.path / INPUTS, digests(config, forks))
+            write_json(path, resolved)
+
+    def _check_folders(self, stages: Iterable[str]) -> None:
+        for folder in (self.path, *self.path.parents):
+            if folder.is_symlink() and not folder.exists():
+                raise InputError(
+                    f"--workdir={self.path}: {folder} is a link to {folder.readlink()}, which is not there; make that"
+                    " folder, or choose another --workdir"
+                )
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--workdir={self.path}: a file, not a folder; choose another --workdir")
+        parts = ("checkpoints", "models")
+        for name in (*parts, "steps", *(f"{part}/{stage}" for part in parts for stage in stages)):
+            folder = self.path / name
+            if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+                raise InputError(f"{folder}: a file where a folder of the run goes; move it away")
+
+    def _hold(self) -> None:
+        """Keeps the directory to this run until `close`; the lock goes with the process, however it ends."""
+        if self._held is not None or jax.process_index() != 0 or not self.path.is_dir():
+            return
+        held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise InputError(
+                f"--workdir={self.path}: another lfjax train works there; wait for its end, or use another --workdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        self._held = held
+
+    def _check_inputs(self, config: Config, forks: Mapping[str, Path]) -> None:
+        """Refuses to go on with other data or models than the run was started with; keeps other code and says so.
+
+        Code may have been mended, data may not be: which record comes when follows from it.
+        """
+        path = self.path / INPUTS
+        before = read_json(path) if path.exists() else {}
+        if not isinstance(before, dict):
+            raise InputError(f"{path}: no JSON object; delete it, if data and forks are what the run was started with")
+        found = digests(config, forks)
+        other = [name for name, digest in found.items() if before.get(name, digest) != digest]
+        for name in other:
+            if not name.startswith("steps/"):
+                raise InputError(
+                    f"{path}: {name} is not what the run was started with; put that back, or use another --workdir"
+                )
+        if other and jax.process_index() == 0:
+            for name in other:
+                stem = name.removeprefix("steps/").removesuffix(".py")
+                earlier = len(list((self.path / "steps").glob(f"{stem}*.py")))
+                kept = self.path / "steps" / f"{stem}.{earlier + 1}.py"
+                shutil.copyfile(forks[stem], kept)
+                print(f"note: {forks[stem]} has changed since the run was started; kept as {kept}", file=sys.stderr)
+            write_json(path, before | found)
+
+
+def forks_of(functions: Mapping[str, Any]) -> dict[str, Path]:
+    """The source files of the functions that are not lfjax's own."""
+    found = {}
+    for name, function in functions.items():
+        function = inspect.unwrap(getattr(function, "func", function))
+        source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
+        if source and not function.__module__.startswith("lfjax."):
+            found[name] = Path(source)
+    return found
+
+
+def digests(config: Config, forks: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of what a run reads besides its config: config key or fork -> digest, of the files that are there."""
+    data = config.data
+    files = {f"config.data.{key}": data[key] for key in ("path", "validation_path", "test_path") if data[key]}
+    files |= {f"steps/{name}.py": source for name, source in forks.items()}
+    found = {}
+    for name, file in files.items():
+        if Path(file).is_file():
+            with open(file, "rb") as content:
+                found[name] = hashlib.file_digest(content, "sha256").hexdigest()
+    models = {f"config.{k}": v for stage in config.stages for k, v in configs.model_sources(config, stage).items()}
+    if config.model.init_from:
+        models["config.model.init_from"] = config.model.init_from
+    found |= {key: _digest(model_files(Path(name))) for key, name in models.items() if name not in configs.STAGES}
+    if config.tokenizer.path:
+        found["config.tokenizer.path"] = _digest(tokenizer_files(Path(config.tokenizer.path)))
+    return found
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """What a tokenizer is read from: a folder's files, or the one that is named and what stands beside it."""
+    folder, named = (path, ()) if path.is_dir() else (path.parent, (path.name,))
+    names = sorted({*named, *tokenizers.NAMES, hf.CONFIG})
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What a model is read from: its tensors, config.json and tokenizer."""
+    return [*sorted(folder.glob("*.safetensors*")), *tokenizer_files(folder)]
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """sha256 of names, sizes and contents, of a file beyond WHOLE_BYTES its first MiB and its last."""
+    found, part = hashlib.sha256(), 2**20
+    for file in files:
+        size = file.stat().st_size
+        found.update(os.fsencode(f"{file.name}\0{size}\0"))
+        with file.open("rb") as content:
+            if size <= WHOLE_BYTES:
+                found.update(content.read())
+            else:
+                found.update(content.read(part))
+                content.seek(-part, os.SEEK_END)
+                found.update(content.read())
+    return found.hexdigest()
