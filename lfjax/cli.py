@@ -423,6 +423,9 @@ def _eval(arguments: argparse.Namespace, _) -> int:
         figures = scoring.score_text(loaded, texts[0], name=arguments.text, train_text=texts[1], **options)
         rows = [{"model": str(folder), "text": arguments.text, **figures, "ngram_text": arguments.train_text}]
         shown = scoring.text_table(rows[0])
+        if figures["tokens"] < scoring.FEW:
+            caution = f"{figures['tokens']} tokens: too few to judge a model by; give {scoring.FEW} or more"
+            print(f"note: {arguments.text}: {caution}", file=sys.stderr)
     else:
         rows = scoring.score_completions(loaded, records, batch_size=arguments.batch_size)
         shown = scoring.completions_table(rows)

@@ -671,6 +671,16 @@ def test_variants_of_a_metric_share_its_chart():
     }
 
 
+def test_a_classifiers_figures_are_known_by_title_and_unit():
+    shown = {key: catalogue.entry(f"classify/{key}") for key in ("loss", "accuracy", "f1", "recall_very good")}
+    assert [entry.title for entry in shown.values()] == ["Loss", "Accuracy", "F1", "Recall: very good"]
+    assert [entry.better for entry in shown.values()] == ["lower", "higher", "higher", "higher"]
+    assert [entry.unit for entry in shown.values()][::3] == ["nats a text", "of this class"]
+    assert shown["accuracy"].form(0.25) == charts.percent(0.25)
+    names = [f"classify/{name}" for name in ("validation_f1", "accuracy", "validation_accuracy", "loss")]
+    assert list(catalogue.families(names)) == ["classify/loss", "classify/accuracy", "classify/f1"]
+
+
 # In a browser
 
 

@@ -12,9 +12,9 @@ import optax
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.state import LMState, PPOState, RewardNorm, RewardState, ValueState
-from lfjax.types import Generation, PromptBatch, RewardBatch, SftBatch
+from lfjax.types import ClassBatch, Generation, PromptBatch, RewardBatch, SftBatch
 
-VOCAB, ROWS, PROMPT, RESPONSE, LENGTH = 32, 8, 4, 6, 8
+VOCAB, ROWS, PROMPT, RESPONSE, LENGTH, CLASSES = 32, 8, 4, 6, 8, 3
 EOS, PAD = 2, 0
 CONFIG = presets.llama(
     vocab_size=VOCAB, width=16, layers=1, heads=4, kv_heads=2, mlp_width=32, context=32, tied=True, init_std=0.25
@@ -30,6 +30,10 @@ def language_model(**changes) -> Transformer:
 
 def scorer(**changes) -> Transformer:
     return language_model(num_labels=1, head_bias=True, **changes)
+
+
+def classifier(**changes) -> Transformer:
+    return language_model(num_labels=CLASSES, **changes)
 
 
 @functools.cache
@@ -110,6 +114,17 @@ def reward_batch(rows: int = ROWS, candidates: int = 1, length: int = LENGTH, se
         ranked=ranked,
         margin=rng.uniform(0, 2, rows).astype(np.float32),
     )
+
+
+def class_batch(rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> ClassBatch:
+    """Right-padded texts with their classes; the last rows only fill the batch, and the pad id is a real token too."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, VOCAB, (rows, length)).astype(np.int32)
+    tokens[:, 1] = PAD
+    mask = np.arange(length)[None] < (2 + np.arange(rows) % (length - 2))[:, None]
+    counts = np.arange(rows) < rows - 3
+    labels = np.where(counts, rng.integers(0, CLASSES, rows), 99).astype(np.int32)
+    return ClassBatch(np.where(mask, tokens, PAD), mask, labels, counts)
 
 
 def prompt_batch(rows: int = ROWS, seed: int = 0) -> PromptBatch:

@@ -146,12 +146,14 @@ def loaded_from(
       InputError: no family has this form (the message says which switch), or the tokenizer has more pieces than the
         model has rows.
     """
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer is not None and tokenizers.least_rows(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"tokenizer: found {tokenizer.vocab_size} pieces; the model's vocab_size is {model.config.vocab_size}"
         )
     kept = {key: value for key, value in (config or {}).items() if key not in ("id2label", "label2id", "num_labels")}
     ids = {name: getattr(tokenizer, name.replace("token_", "")) for name in _SPECIAL_IDS} if tokenizer else {}
+    if tokenizer is not None and tokenizer.pad_id >= model.config.vocab_size:
+        ids["pad_token_id"] = None  # transformers refuses one that has no row
     absent = {name: None for name in _SPECIAL_IDS if name not in kept}
     dtypes = {"dtype": "float32", "torch_dtype": "float32"}  # the second name is read by transformers 4
     written = write_config(model.config, kept.get("model_type"))
@@ -318,7 +320,7 @@ def _remove_leftovers(target: pathlib.Path, kind: str) -> None:
 
 def _load_tokenizer(folder: pathlib.Path, vocab_size: int):
     tokenizer = tokenizers.find(folder)
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+    if tokenizer is not None and tokenizers.least_rows(tokenizer) > vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; 'vocab_size' in {CONFIG} is {vocab_size}"
         )

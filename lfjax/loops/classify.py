@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 
 import numpy as np
@@ -96,10 +97,17 @@ def class_figures(truth: list[int], guesses: list[int], names: tuple[str, ...], 
     for name, values in zip(("precision", "recall", "f1"), np.asarray(parts), strict=True):
         out[f"{prefix}{name}"] = float(values.mean())
         if len(names) <= MOST_SHOWN:
-            out |= {f"{prefix}{name}_{slug(c)}": float(v) for c, v in zip(names, values, strict=True)}
+            out |= {f"{prefix}{name}_{c}": float(v) for c, v in zip(slugs(names), values, strict=True)}
     return out
 
 
-def slug(name: str) -> str:
-    """A class as part of a figure's name."""
-    return re.sub(r"[^\w.+-]+", "_", name)
+def slugs(names: tuple[str, ...]) -> list[str]:
+    """Each class as part of a figure's name; where two would be the same, a number follows in the later one.
+
+    A class that needs no change keeps its name.
+    """
+    found: dict[str, str] = {}
+    for name, plain in sorted(((n, re.sub(r"[^\w.+-]+", "_", n)) for n in names), key=lambda pair: pair[0] != pair[1]):
+        free = (f"{plain}_{i}" if i > 1 else plain for i in itertools.count(1))
+        found[name] = next(slug for slug in free if slug not in found.values())
+    return [found[name] for name in names]

@@ -38,7 +38,7 @@ from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
-from lfjax.tokenizers import stop_ids
+from lfjax.tokenizers import least_rows, stop_ids
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -310,7 +310,7 @@ class Run:
         stage = "pretrain" if key.startswith("model.") else key.partition(".")[0]
         configs.check_room(self.config, stage, loaded.model.config.context, f"the context of {folder}")
         size, own, other = loaded.model.config.vocab_size, self.tokenizer, loaded.tokenizer
-        if size < own.vocab_size:
+        if size < least_rows(own):
             raise InputError(
                 f"config.{key}: {folder} has {size} tokens, the run's tokenizer ({self.tokenizer_folder})"
                 f" {own.vocab_size}; use a model trained with that tokenizer"

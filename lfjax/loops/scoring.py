@@ -21,6 +21,7 @@ from lfjax.rewards.ngram import NGram
 
 SHORTEST = 32  # rows are padded to a power of two of at least so many targets, so that few widths are compiled
 LONGEST = 2048  # tokens of a window, where the caller names none
+FEW = 100  # tokens of a text below which its figures come with a word of caution
 CHUNK = 64  # positions of a row whose logits exist at a time
 
 

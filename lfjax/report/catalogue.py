@@ -25,6 +25,7 @@ class Entry:
 BY_NAME = {
     "reward/loss": Entry("Loss", "sum of the losses on ratings and pairs", "lower", log=True),
     "reward/mse": Entry("Squared error", "rating points, squared", "lower"),
+    "classify/loss": Entry("Loss", "nats a text", "lower", log=True),
     "ppo/score": Entry("Score", "normalised, after the rules on length and end", "higher"),
     "ppo/raw_score": Entry("Raw score", "as the reward says it", "higher"),
     "ppo/kl": Entry("KL from the start", "nats a sequence", marks=(Mark(15.0, "limit 15"),)),
@@ -38,6 +39,10 @@ BY_LEAF = {
     "bits_per_byte": Entry("Bits per byte", "held-out texts", "lower"),
     "pair_accuracy": Entry("Pair accuracy", "pairs in people's order", "higher", percent),
     "calibration_error": Entry("Calibration error", "|odds said - pairs so ordered|; 0 is best", "lower", percent),
+    "accuracy": Entry("Accuracy", "texts whose class was told", "higher", percent),
+    "f1": Entry("F1", "mean over the classes", "higher", percent),
+    "precision": Entry("Precision", "mean over the classes", "higher", percent),
+    "recall": Entry("Recall", "mean over the classes", "higher", percent),
     "rating_slope": Entry("Rating points a point of score", "1: scores are in rating points"),
     "ranked_pair_accuracy": Entry("Ranked pair accuracy", "pairs in people's order", "higher", percent),
     "entropy": Entry("Entropy", "nats a token"),
@@ -76,7 +81,10 @@ def family(name: str) -> tuple[str, str]:
 
 def entry(key: str) -> Entry:
     """What is known of a chart's metric; an unknown one is shown under its own name."""
-    leaf = key.rpartition("/")[2]
+    stage, _, leaf = key.rpartition("/")
+    figure, _, of_class = leaf.partition("_")
+    if stage == "classify" and of_class and figure in ("f1", "precision", "recall"):
+        return dataclasses.replace(BY_LEAF[figure], title=f"{BY_LEAF[figure].title}: {of_class}", unit="of this class")
     return BY_NAME.get(key) or BY_LEAF.get(leaf) or Entry(leaf.replace("_", " ").capitalize() or key)
 
 

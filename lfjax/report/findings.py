@@ -209,6 +209,7 @@ def what_it_is(run: RunDir) -> str:
         "pretrain": f"training of {model}",
         "sft": "fine-tuning on given answers",
         "reward": "a reward model's training",
+        "classify": "a classifier's training",
     }
     named = ", ".join(text for stage, text in kinds.items() if run.state(stage))
     return f"What this is: {named or 'a run of ' + ', '.join(stage.name for stage in run.stages)}.{broken}"

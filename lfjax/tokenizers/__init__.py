@@ -11,7 +11,7 @@ from lfjax.config import InputError
 from lfjax.tokenizers import chat, huggingface, sentencepiece
 from lfjax.tokenizers.files import BPE, LIBRARY, MODEL, NAMES, WORDPIECE
 
-__all__ = ["NAMES", "Tokenizer", "find", "load", "response_text", "stop_ids"]
+__all__ = ["NAMES", "Tokenizer", "find", "least_rows", "load", "response_text", "stop_ids"]
 
 KINDS = (LIBRARY, MODEL, *BPE[0], *BPE[1], WORDPIECE)
 
@@ -134,6 +134,16 @@ def find(folder: str | os.PathLike[str]) -> Tokenizer | None:
         if (folder / kind).is_file():
             return load(folder / kind)
     return None
+
+
+def least_rows(tokenizer: Tokenizer) -> int:
+    """Rows that a model needs for what the tokenizer writes: `vocab_size`, without the pad id where it is the last.
+
+    A pad token that was added to a vocabulary has no row in the model. It only fills rows, and is masked: models take
+    their last row for an id beyond it, losses their last column.
+    """
+    spare = tokenizer.pad_id == tokenizer.vocab_size - 1 and tokenizer.pad_id != tokenizer.bos_id
+    return tokenizer.vocab_size - spare
 
 
 def stop_ids(tokenizer: Tokenizer, texts: Sequence[str], key: str) -> tuple[int, ...]:

@@ -656,6 +656,34 @@ MUTANTS = {
         ("the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs",),
         "reward_is_read_at_the_last_real_token",
     ),
+    "padding is read by the classifier": Mutant(
+        "classify",
+        "attention_mask=micro.mask",
+        "attention_mask=micro.mask | True",
+        ("a_class_is_read_at_the_last_real_token", "class_loss_and_accuracy_are_means_over_the_rows_that_count"),
+        "",
+    ),
+    "micro-means averaged in classification": Mutant(
+        "classify",
+        "weighted_grads(loss_fn",
+        "averaged_micro_means(loss_fn",
+        ("class_loss_and_accuracy_are_means_over_the_rows_that_count",),
+        "",
+    ),
+    "rows that fill a batch are classified": Mutant(
+        "classify",
+        "Mean.over(losses[:, 0], micro.counts)",
+        "Mean.of(losses[:, 0])",
+        ("class_loss_and_accuracy_are_means_over_the_rows_that_count",),
+        "",
+    ),
+    "rows that fill a batch in the accuracy": Mutant(
+        "classify",
+        "Mean.over(1.0 * right, micro.counts)",
+        "Mean.of(1.0 * right)",
+        ("class_loss_and_accuracy_are_means_over_the_rows_that_count",),
+        "a_class_is_read_at_the_last_real_token",
+    ),
     "padding in the held-out loss": Mutant(
         "evaluate",
         "Mean.over(-stats.logprobs, batch.loss_mask)",
@@ -757,6 +785,13 @@ MUTANTS = {
         "compute_settings(run, loaded.model.config))\n        self.params",
         ("dropout_is_off_in_every_part_of_ppo",),
         "every_update_has_noise_of_its_own",
+    ),
+    "dropout on where texts are scored": Mutant(
+        "scorer",
+        '.apply({"params": params}, tokens, attention_mask=mask)',
+        '.apply({"params": params}, tokens, attention_mask=mask, **DROPOUT)',
+        ("dropout_is_off_where_texts_are_scored_or_classified",),
+        "",
     ),
     "value head at random": Mutant(
         "value_network",

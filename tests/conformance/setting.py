@@ -25,6 +25,7 @@ TEMPERATURE = 0.7
 KL_COEF = 0.3
 MODELS = PPOModels(policy=tiny.language_model(), value=tiny.scorer())
 LM, SCORER = MODELS.policy, MODELS.value
+CLASSIFIER = tiny.classifier()
 DROPPING = PPOModels(policy=tiny.language_model(dropout=0.5), value=tiny.scorer(dropout=0.5))  # same parameters
 HALF = PPOModels(policy=tiny.language_model(dtype="float16"), value=tiny.scorer(dtype="float16"))  # same parameters
 _COUNTED = {"vocab_size": tiny.VOCAB, "width": 16, "layers": 1, "heads": 4, "context": 32, "init_std": 0.25}

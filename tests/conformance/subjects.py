@@ -4,6 +4,7 @@
 STEPS = {
     "sft": "lfjax.steps.sft:sft_step",
     "reward": "lfjax.steps.reward:reward_step",
+    "classify": "lfjax.steps.classify:classify_step",
     "ppo_rollout": "lfjax.steps.ppo_rollout:ppo_rollout",
     "ppo_score": "lfjax.steps.ppo_score:ppo_score",
     "ppo_experience": "lfjax.steps.ppo_experience:ppo_experience",
@@ -17,6 +18,7 @@ LIBRARY = {
     "make_optimizer": "lfjax.optim:make_optimizer",
     "schedule": "lfjax.optim:schedule",
     "reward_model": "lfjax.loops.reward:reward_model",
+    "scorer": "lfjax.loops.reward:scorer",
     "pair_figures": "lfjax.loops.reward:pair_figures",
     "policy": "lfjax.loops.ppo:Policy",
     "value_network": "lfjax.loops.ppo:value_network",

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import setting
 import tiny
-from setting import CLOSE, HALF, LM, RECORDER, SCORER
+from setting import CLASSIFIER, CLOSE, HALF, LM, RECORDER, SCORER
 from tiny import close_trees
 
 from lfjax.config import optim_section
@@ -17,7 +17,20 @@ from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
 from lfjax.state import RewardNorm
-from lfjax.types import RewardBatch, SftBatch
+from lfjax.types import ClassBatch, RewardBatch, SftBatch
+
+
+# 10
+def test_dropout_is_off_where_texts_are_scored_or_classified(steps):
+    """A held-out accuracy with dropout in it is too low, and another each time it is measured."""
+    batch, run = tiny.class_batch(), setting.stub_run(steps, lora_of=lambda stage: None)
+    texts = types.SimpleNamespace(tokens=batch.tokens[:, None], mask=batch.mask[:, None])
+    examples = [types.SimpleNamespace(candidates=((1,),))] * tiny.ROWS
+    batches = types.SimpleNamespace(examples=examples, evaluation=lambda: [(range(tiny.ROWS), texts)])
+    params = setting.params(model=CLASSIFIER)
+    dropping = tiny.classifier(dropout=0.5)
+    scores = steps["scorer"](run, dropping, stage="classify", each=tiny.CLASSES)(params, batches)
+    np.testing.assert_allclose(scores, tiny.jit(_class_scores)(params, batch), **CLOSE)
 
 
 # 11
@@ -70,6 +83,35 @@ def test_reward_is_read_at_the_last_real_token(steps):
     options = {"model": SCORER, "tx": RECORDER, "regression": 1.0, "bradley_terry": 0.0}
     found, _ = setting.run(steps["reward"], state, batch, jax.random.key(0), **options)
     close_trees(found.opt_state.grads, _regression(state.params, batch), rtol=1e-4)
+
+
+# 13
+def test_a_class_is_read_at_the_last_real_token(steps):
+    """The same of a classifier: what stands in the padding, the pad id or not, changes neither loss nor gradient."""
+    batch, state = tiny.class_batch(), tiny.reward_state(CLASSIFIER, RECORDER)
+    loss, grads = _class_loss(state.params, batch)
+    for padding in (tiny.PAD, tiny.VOCAB - 1):
+        padded = batch._replace(tokens=np.where(batch.mask, batch.tokens, padding))
+        found, metrics = setting.run(steps["classify"], state, padded, jax.random.key(0), **_CLASSIFY)
+        close_trees(found.opt_state.grads, grads, rtol=1e-4)
+        np.testing.assert_allclose(metrics["classify/loss"].value, loss, rtol=1e-5)
+
+
+_CLASSIFY = {"model": CLASSIFIER, "tx": RECORDER}
+
+
+def _class_scores(params, batch: ClassBatch):
+    """[B classes] at the last real token."""
+    values = CLASSIFIER.apply({"params": params}, batch.tokens, attention_mask=batch.mask, method="values")
+    return setting.at_places(values, batch.mask.sum(1)[:, None] - 1)[:, 0]
+
+
+@tiny.jit
+@jax.value_and_grad
+def _class_loss(params, batch: ClassBatch):
+    logprobs = jax.nn.log_softmax(_class_scores(params, batch))
+    picked = jnp.sum(jax.nn.one_hot(batch.labels, tiny.CLASSES) * logprobs, axis=1)
+    return -jnp.sum(jnp.where(batch.counts, picked, 0.0)) / jnp.sum(batch.counts)
 
 
 def _answer_scores(params, batch: RewardBatch):
@@ -169,6 +211,23 @@ def _cross_entropy(params, batch: SftBatch):
     logits = LM.apply({"params": params}, batch.inputs, attention_mask=batch.segment_ids > 0)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(batch.loss_mask, picked, 0.0)) / jnp.sum(batch.loss_mask)
+
+
+# 23
+def test_class_loss_and_accuracy_are_means_over_the_rows_that_count(steps):
+    """Rows that only fill the last batch of an epoch have no class: counted, they pull towards one that nobody gave."""
+    batch, state = tiny.class_batch(), tiny.reward_state(CLASSIFIER, RECORDER)
+    assert batch.counts[0::2].sum() != batch.counts[1::2].sum()
+    loss, grads = _class_loss(state.params, batch)
+    guesses = np.argmax(tiny.jit(_class_scores)(state.params, batch), axis=1)
+    right = np.sum((guesses == batch.labels)[batch.counts])
+    for pieces in (2, 1):
+        options = _CLASSIFY | {"num_microbatches": pieces}
+        found, metrics = setting.run(steps["classify"], state, batch, jax.random.key(0), **options)
+        close_trees(found.opt_state.grads, grads, rtol=1e-4)
+        np.testing.assert_allclose(metrics["classify/loss"].value, loss, rtol=1e-5)
+        accuracy = metrics["classify/accuracy"]
+        np.testing.assert_allclose([accuracy.sum, accuracy.weight], [right, batch.counts.sum()])
 
 
 # 23

@@ -15,7 +15,7 @@ from lfjax.config import InputError
 from lfjax.data.examples import class_names
 from lfjax.interop import hf
 from lfjax.loops import reward
-from lfjax.loops.classify import class_figures
+from lfjax.loops.classify import class_figures, slugs
 from lfjax.models.encoder import EncoderConfig
 from lfjax.records import Label, Record
 
@@ -135,6 +135,15 @@ def test_figures_are_their_formulas():
     each = [2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3), 1 / 2, 0.0]
     assert [found[f"x/f1_{n}"] for n in "abc"] == pytest.approx(each)
     assert found["x/f1"] == pytest.approx(sum(each) / 3)
+
+
+def test_every_class_has_figures_of_its_own_however_alike_the_names():
+    names = ("A b", "a b", "a b_2", "a/b", "a_b", "a_b_2")
+    assert slugs(names) == ["A_b", "a_b_3", "a_b_2_2", "a_b_4", "a_b", "a_b_2"]
+    truth = list(range(6))
+    found = class_figures(truth, [0, 1, 2, 3, 4, 0], names, "x/")
+    assert [found[f"x/recall_{slug}"] for slug in slugs(names)] == [1.0] * 5 + [0.0]
+    assert len(found) == 1 + 3 * 7
 
 
 def test_classes_are_numbers_by_size_then_words():

@@ -121,6 +121,18 @@ def test_completions_have_the_sums_of_float64_with_and_without_their_end(loaded)
         assert row["logprob_mean"] is None if not text else row["logprob_mean"] == pytest.approx(expected[:-1].mean())
 
 
+def test_a_text_of_a_few_tokens_comes_with_a_caution(loaded, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(hf, "load", lambda folder: loaded)
+    (tmp_path / "run").mkdir()
+    for size, said in ((99, "99 tokens: too few to judge a model by; give 100 or more\n"), (100, "")):
+        text = tmp_path / "text.txt"
+        text.write_text("a" * size, encoding="utf-8")
+        assert cli.main(["eval", str(tmp_path / "run"), f"--text={text}", "--json"]) == 0
+        out, err = capfd.readouterr()
+        assert json.loads(out)["tokens"] == size
+        assert err == (f"note: {text}: {said}" if said else "")
+
+
 def test_the_command_gives_a_trained_models_documented_likelihood(shared, tmp_path, capfd):
     golden = json.loads((shared / "data" / "stories260K" / "golden.json").read_text())["nll"][0]
     folder, text = shared / "data" / "stories260K_hf", tmp_path / "story.txt"
