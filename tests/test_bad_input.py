@@ -1,6 +1,6 @@
 """What a user can get wrong: each gives one line that names the place and the fix, exit code 2, and no half-made files.
 
-Everything goes through `lfjax.cli.main`, as the command does.
+Everything goes through `lfjax.cli.main`, as the command does. LFJAX_SHOW_ERRORS=1 prints every such line below its kind.
 """
 
 import fcntl
@@ -44,7 +44,7 @@ def trained(tmp_path_factory, records) -> pathlib.Path:
 
 
 @pytest.fixture
-def command(capfd):
+def command(capfd, request, tmp_path):
     """Runs a command that has to be refused; gives its one line without "error: "."""
 
     def refused(*argv: object, progress: bool = False) -> str:
@@ -55,6 +55,9 @@ def command(capfd):
         assert code == 2, err
         assert lines[-1].startswith("error: ") and out == ""
         assert progress or len(lines) == 1, err
+        if os.environ.get("LFJAX_SHOW_ERRORS"):
+            with capfd.disabled():
+                print(f"\n{request.node.name}\n  {lines[-1].replace(str(tmp_path), '...')}")
         return lines[-1].removeprefix("error: ")
 
     return refused
