@@ -1,6 +1,6 @@
 """What a user can get wrong: each gives one line that names the place and the fix, exit code 2, and no half-made files.
 
-Everything goes through `lfjax.cli.main`, as the command does. LFJAX_SHOW_ERRORS=1 prints every such line below its kind.
+Everything goes through `lfjax.cli.main`, as the command does. LFJAX_SHOW_ERRORS=1 prints every such line.
 """
 
 import fcntl
