@@ -5,6 +5,7 @@ Everything goes through `lfjax.cli.main`, as the command does. LFJAX_SHOW_ERRORS
 
 import fcntl
 import io
+import json
 import os
 import pathlib
 import resource
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import smallest
 
 from lfjax import cli
@@ -426,6 +428,67 @@ def test_a_damaged_model_is_named(command, tmp_path, records, trained):
     file.unlink()
     line = command(*arguments(tmp_path / "w", records, *given, f"--config.sft.init_from={model}"))
     assert "model.safetensors" in line
+    assert untouched(tmp_path / "w")
+
+
+def cut(folder: pathlib.Path) -> None:
+    os.truncate(folder / "model.safetensors", 5000)
+
+
+def pickled(folder: pathlib.Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_tensors(change):
+    """A damage: the file's tensors after `change(tensors)`."""
+
+    def damage(folder: pathlib.Path) -> None:
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        change(tensors)
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def with_key(**changes):
+    """A damage: config.json with other values."""
+
+    def damage(folder: pathlib.Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+DAMAGES = {
+    "truncated": (cut, "/model.safetensors: not a whole safetensors file"),
+    "wrong shape": (
+        with_tensors(lambda t: t.update({UP: t[UP][:-1]})),
+        f"/model.safetensors: tensor '{UP}': found shape [31, 16]",
+    ),
+    "missing tensor": (with_tensors(lambda t: t.pop(UP)), f"/model.safetensors: tensor '{UP}' is missing"),
+    "extra tensor": (
+        with_tensors(lambda t: t.update(more=t[UP].copy())),
+        "/model.safetensors: tensor 'more' has no place",
+    ),
+    "NaN": (with_tensors(lambda t: t[UP].fill(np.nan)), f"/model.safetensors: tensor '{UP}': holds NaN"),
+    "wrong vocabulary": (with_key(vocab_size=309), "309"),
+    "unknown model_type": (with_key(model_type="mamba"), "/config.json: field 'model_type': found 'mamba'"),
+    "pickle": (pickled, ": no model.safetensors and no model.safetensors.index.json (a pickled pytorch_model.bin is"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_each_damage_of_a_model_is_one_line_of_import_and_of_a_run(kind, command, tmp_path, records, trained):
+    damage, found = DAMAGES[kind]
+    model = folder_of(trained, tmp_path)
+    damage(model)
+    line = command("import", model, tmp_path / "new")
+    assert str(model) in line and found in line
+    assert not (tmp_path / "new").exists()
+    given = ("--config.stages=sft", f"--config.tokenizer.path={trained}/models/tokenizer")
+    assert command(*arguments(tmp_path / "w", records, *given, f"--config.model.init_from={model}")) == line
     assert untouched(tmp_path / "w")
 
 

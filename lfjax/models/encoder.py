@@ -16,12 +16,12 @@ from jax import Array
 
 from lfjax.config import InputError
 from lfjax.models import attention, blocks, heads
-from lfjax.models.network import Network, gathered
+from lfjax.models.network import Network, NetworkConfig, gathered
 from lfjax.models.transformer import CHOICES, default_positions, run_layers
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(NetworkConfig):
     """The form of an encoder: learned positions, LayerNorm after each branch, biases everywhere.
 
     Raises:
@@ -53,15 +53,11 @@ class EncoderConfig:
         for name in ("activation", "dtype", "remat"):
             if getattr(self, name) not in CHOICES[name]:
                 raise InputError(f"model.{name}: found {getattr(self, name)!r}; allowed: {', '.join(CHOICES[name])}")
-        for name in ("vocab_size", "width", "layers", "heads", "mlp_width", "token_types", "context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: found {getattr(self, name)}; it must be at least 1")
+        self.check_sizes("vocab_size", "width", "layers", "heads", "mlp_width", "token_types", "context")
         if self.width % self.heads:
             raise InputError(f"model.heads: found {self.heads}; it must divide model.width = {self.width}")
         if self.first_position < 0:
             raise InputError(f"model.first_position: found {self.first_position}; it must be at least 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"model.dropout: found {self.dropout}; it must be in [0, 1)")
 
     def parameters(self) -> dict:
         """`parameter_table` of this form."""
@@ -75,11 +71,6 @@ class EncoderConfig:
     def context(self) -> int:
         """Most tokens of one text."""
         return self.position_rows - self.first_position
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def window_layers(self) -> tuple[bool, ...]:

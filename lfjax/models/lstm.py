@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lfjax.config import InputError
 from lfjax.models import blocks
-from lfjax.models.network import Network, gathered, head_parameters
+from lfjax.models.network import Network, NetworkConfig, gathered, head_parameters
 
 UNBOUNDED = 2**31 - 1  # positions: a memory has no end
 
 
 @dataclasses.dataclass(frozen=True)
-class LSTMConfig:
+class LSTMConfig(NetworkConfig):
     """The sizes of an LSTM language model; the other fields are as in `TransformerConfig`.
 
     Raises:
@@ -44,16 +43,7 @@ class LSTMConfig:
     logit_softcap: float = 0.0
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: found {getattr(self, name)}; it must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"model.dropout: found {self.dropout}; it must be in [0, 1)")
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        self.check_sizes("vocab_size", "width", "layers")
 
     @property
     def init_std(self) -> float:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lfjax.config import InputError
 from lfjax.losses.lm import Unembed
 from lfjax.masking import last_true_index
 from lfjax.models import heads
@@ -43,6 +44,27 @@ def head_parameters(config) -> dict:
 
 def _unconstrained(x: Array, name: str) -> Array:
     return x
+
+
+class NetworkConfig:
+    """What the forms, frozen dataclasses with these fields among theirs, have in common."""
+
+    vocab_size: int
+    vocab_multiple: int
+    dropout: float
+
+    def check_sizes(self, *names: str) -> None:
+        """Raises InputError where a field of these names is below 1, or the dropout outside [0, 1)."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}: found {getattr(self, name)}; it must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"model.dropout: found {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 class Network(nn.Module):

@@ -20,7 +20,7 @@ from jax import Array
 
 from lfjax.config import InputError
 from lfjax.models import attention, blocks
-from lfjax.models.network import Network, gathered, head_parameters
+from lfjax.models.network import Network, NetworkConfig, gathered, head_parameters
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 CHOICES = {
@@ -34,7 +34,7 @@ ROPE_SCALINGS = {"linear": 2, "llama3": 5}  # how many entries `rope_scaling` ha
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(NetworkConfig):
     """The switches of a decoder. `lfjax.models.presets` has the usual combinations.
 
     Raises:
@@ -88,15 +88,11 @@ class TransformerConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"model.{name}: found {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: found {getattr(self, name)}; it must be at least 1")
+        self.check_sizes("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
         if self.heads % self.kv_heads:
             raise InputError(f"model.kv_heads: found {self.kv_heads}; it must divide model.heads = {self.heads}")
         if self.position == "rope" and self.head_dim % 2:
             raise InputError(f"model.head_dim: found {self.head_dim}; rotary positions need an even number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"model.dropout: found {self.dropout}; it must be in [0, 1)")
         if not 0.0 < self.rope_share <= 1.0 or (self.position == "rope" and int(self.head_dim * self.rope_share) < 1):
             raise InputError(f"model.rope_share: found {self.rope_share}; it must be in (0, 1] and rotate something")
         scaling = self.rope_scaling
@@ -120,11 +116,6 @@ class TransformerConfig:
     def window_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it has the window."""
         return self.windowed or (self.window > 0,) * self.layers
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 class Cache(NamedTuple):

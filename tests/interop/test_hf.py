@@ -105,6 +105,16 @@ def test_scores_of_every_position_equal_transformers(shared):
     np.testing.assert_allclose(np.asarray(scores)[real], io["score_all_positions_right"][real], atol=TOLERANCE, rtol=0)
 
 
+def test_scores_of_an_encoder_equal_transformers(shared):
+    folder = shared / "reference" / "models" / "bert_cls"
+    loaded, io = hf.load(folder), np.load(folder / "io.npz")
+    types = {"token_type_ids": io["token_type_ids"]}
+    plain = loaded.model.apply({"params": loaded.params}, io["input_ids"], **types)
+    np.testing.assert_allclose(plain, io["logits_nopad"], atol=TOLERANCE, rtol=0)
+    padded = loaded.model.apply({"params": loaded.params}, io["right_ids"], io["right_mask"].astype(bool), **types)
+    np.testing.assert_allclose(padded, io["logits_right"], atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_greedy_tokens_equal_transformers(shared, name):
     folder = shared / "reference" / "models" / name

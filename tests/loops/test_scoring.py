@@ -133,6 +133,16 @@ def test_a_text_of_a_few_tokens_comes_with_a_caution(loaded, tmp_path, capfd, mo
         assert err == (f"note: {text}: {said}" if said else "")
 
 
+def test_every_documented_likelihood_of_a_trained_model(shared):
+    cases = json.loads((shared / "data" / "stories260K" / "golden.json").read_text())["nll"]
+    loaded = hf.load(shared / "data" / "stories260K_hf")
+    rows = [loaded.tokenizer.encode_prompt(case["text"]) for case in cases]
+    found = scoring.row_logprobs(loaded, rows)
+    assert len(cases) == 10 and [len(row) for row in found] == [case["n_tokens"] for case in cases]
+    expected = [case["nll_per_token"] for case in cases]
+    np.testing.assert_allclose([-row.mean() for row in found], expected, atol=2e-4, rtol=0)
+
+
 def test_the_command_gives_a_trained_models_documented_likelihood(shared, tmp_path, capfd):
     golden = json.loads((shared / "data" / "stories260K" / "golden.json").read_text())["nll"][0]
     folder, text = shared / "data" / "stories260K_hf", tmp_path / "story.txt"

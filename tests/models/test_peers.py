@@ -11,13 +11,17 @@ import safetensors.numpy
 
 from lfjax.interop import hf
 from lfjax.losses import lm
+from lfjax.optim import make_optimizer
 from lfjax.sampling.generate import generate
+from lfjax.state import LMState
+from lfjax.steps.sft import sft_step
+from lfjax.types import SftBatch
 
 ATOL = 2e-4
 IGNORED = -100  # transformers' label of positions that carry no loss
 
 
-@pytest.fixture(params=["gpt2", "llama_gqa_untied"])
+@pytest.fixture(params=["gpt2", "llama_gqa_untied", "qwen2_tied"])
 def peer(request, shared):
     folder = shared / "reference" / "models" / request.param
     return hf.load(folder), np.load(folder / "io.npz"), json.loads((folder / "sft.json").read_text())
@@ -61,6 +65,24 @@ def test_loss_and_the_gradient_norm_of_every_tensor_are_transformers(peer, tmp_p
     for name, norm in expected["grad_norm_per_param"].items():
         assert norms[name] == pytest.approx(norm, rel=1e-3), name
     assert np.linalg.norm(list(norms.values())) == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa_untied"])
+def test_eight_steps_of_adamw_are_torchs(shared, name):
+    folder = shared / "reference" / "models" / name
+    loaded, io = hf.load(folder), np.load(folder / "io.npz")
+    expected = json.loads((folder / "adamw_trajectory.json").read_text())["loss_and_preclip_gradnorm"]
+    tx = make_optimizer(1e-3, weight_decay=0.01, clip_norm=1.0, groups=())  # decay of every parameter, as there
+    ids, mask, labels = (io[key].astype(np.int32) for key in ("right_ids", "right_mask", "sft_labels"))
+    batch = SftBatch(tokens=ids, loss_mask=labels[:, 1:] != IGNORED, segment_ids=mask[:, :-1])
+    step = jax.jit(functools.partial(sft_step, model=loaded.model, tx=tx))
+    state, found = LMState.create(loaded.params, tx), []
+    for _ in expected:
+        state, metrics = step(state, batch, jax.random.key(0))
+        found.append([float(metrics[key].value) for key in ("sft/loss", "optim/grad_norm")])
+    assert len(found) == 8
+    np.testing.assert_allclose([loss for loss, _ in found], [loss for loss, _ in expected], rtol=1e-4)
+    np.testing.assert_allclose([norm for _, norm in found], [norm for _, norm in expected], rtol=1e-3)
 
 
 def test_a_trained_llama_writes_its_documented_texts_in_one_left_padded_batch(shared):
