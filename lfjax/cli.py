@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from lfjax.config import InputError
 
 CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
+LONGEST_LINE = 2000  # characters of an error: a value of the user's may be of any length
 LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
 
 
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     if argv is None:
         huge_pages()
+    if sys.stdout is None:  # closed, as `>&-` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     code = 1
     try:
         code = _command(argv)
@@ -52,6 +56,7 @@ def _command(argv: list[str] | None) -> int:
     spare_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may not have
+    sys.stderr, stderr = Unfailing(sys.stderr), sys.stderr
     try:
         for argument in argv or ():
             if "\0" in argument:
@@ -88,6 +93,29 @@ def _command(argv: list[str] | None) -> int:
         cause = " ".join(str(error).split())[:200] or "MemoryError"
         fix = "take a smaller batch_size, shorter sequences, a smaller model, or more devices"
         return _refuse(f"lfjax {arguments.command}: out of memory: {cause}; {fix}")
+    finally:
+        sys.stderr = stderr
+
+
+class Unfailing:
+    """A stream for notes and progress that goes on when nobody takes them: a closed pipe, a full disk, none at all."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """What cannot be written is lost."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -123,7 +151,10 @@ def _is_one_of_several() -> bool:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    line = " ".join(message.splitlines())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -192,11 +223,15 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the stages catch it, as Ctrl-C
+    stops = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a lost terminal; nohup has it ignored
+        stops.append(signal.SIGHUP)
+    before = {stop: signal.signal(stop, signal.default_int_handler) for stop in stops}  # as Ctrl-C, whoever catches it
     try:
         return _run_config(arguments, overrides)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -251,6 +286,12 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _join_processes()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a named platform is there
+        named = os.environ.get("JAX_PLATFORMS", "")
+        cause = " ".join(str(error).split())[:200] or "jax has no such platform here"
+        raise InputError(f"JAX_PLATFORMS={named}: no device: {cause}; unset it, or see lfjax doctor") from None
 
 
 def _join_processes() -> None:

@@ -650,6 +650,7 @@ def _check_training(config: Config, stage: str) -> None:
         raise InputError(f"config.{stage}.seq_len: {section.seq_len}; allowed: at least 2")
     if stage in ("pretrain", "sft"):
         _at_least(config, 1, f"{stage}.step.chunk_size")
+        _at_least(config, 0, f"{stage}.step.z_loss")
     if stage in ("reward", "classify"):
         _check_lengths(config, stage)
     if stage == "reward":

@@ -42,9 +42,10 @@ def devices(root: Path = Path("/")) -> Iterator[tuple[str, str]]:
         import jax
 
         found, backend = jax.devices(), jax.default_backend()
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, AssertionError) as error:  # jax asserts that a named platform is there
         fix = f"; JAX_PLATFORMS is {platforms!r}: unset it" if platforms else "; reinstall jax and jaxlib together"
-        yield "devices: none", f"jax finds no device: {' '.join(str(error).split())[:200]}{fix}"
+        cause = " ".join(str(error).split())[:200] or "it has no such platform"
+        yield "devices: none", f"jax finds no device: {cause}{fix}"
         return
     for device in found:
         limit = (device.memory_stats() or {}).get("bytes_limit")

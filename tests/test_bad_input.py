@@ -96,6 +96,8 @@ OVERRIDES = {
     "a wrong type": ("--config.ppo.steps=few", "config.ppo.steps", "give a value such as 16"),
     "a section set to a value": ("--config.ppo.update_step=3", "config.ppo.update_step", "set one of its keys: "),
     "bytes for a pattern": ("--config.model.lora.targets=(b'layers/',)", "config.model.lora.targets", "give regexes"),
+    "a z-loss below 0": ("--config.pretrain.step.z_loss=-1.0", "config.pretrain.step.z_loss", "at least 0"),
+    "a value of any length": (f"--config.seed={'9' * 5000}", "config.seed", "9 ... 9"),
     "no override": ("--config.seed", "--config.seed", "write --config.seed=VALUE"),
     "another argument": ("--steps=3", "--steps=3", "overrides are --config.section.key=value"),
     "an unknown stage": ("--config.stages=tokenizer,pretrian", "config.stages", "did you mean 'pretrain'?"),
@@ -236,6 +238,7 @@ def test_a_config_that_is_missing_or_a_folder_is_refused(command, tmp_path, reco
 
 FORKS = {
     "fails when imported": ("1 / 0\n", "sft_step", "importing 'a_fork' fails: ZeroDivisionError", "mend that file"),
+    "ends the program when imported": ("raise SystemExit(0)\n", "sft_step", "fails: SystemExit: 0", "mend that file"),
     "imports what is missing": ("import no_such_package\n", "sft_step", "no_such_package", "not installed"),
     "lacks the function": ("def other(): ...\n", "sft_step", "has no function 'sft_step'", "correct the name"),
     "misses a keyword that the config has": (
@@ -526,6 +529,10 @@ def fails(prompts, responses, records):
     return {}["a key"]
 
 
+def ends(prompts, responses, records):
+    raise SystemExit(0)
+
+
 def too_few(prompts, responses, records):
     return [1.0]
 
@@ -540,6 +547,7 @@ def texts(prompts, responses, records):
 
 REWARDS = {
     "fails": ("fails: KeyError: a key (line ", "mend it"),
+    "ends": ("fails: SystemExit: 0", "mend it"),
     "too_few": ("gave scores of shape [1] for 8 responses", "return one number a response"),
     "not_a_number": ("gave nan for the response", "return finite numbers"),
     "texts": ("could not convert string to float", "mend it"),
@@ -774,6 +782,39 @@ def test_the_workdir_of_another_config_is_refused_with_the_difference(command, t
         f"{trained}/config.json" in line and "config.pretrain.steps: 10 -> 11" in line and "another --workdir" in line
     )
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_with_another_mesh_and_says_so(tmp_path, records, trained, capfd):
+    shutil.copytree(trained, tmp_path / "w")
+    (tmp_path / "w" / "checkpoints" / "pretrain" / "FINISHED").unlink()
+    assert train(tmp_path / "w", records, PRETRAINING, "--config.mesh.fsdp=2") == 0
+    assert "note: going on with another mesh (config.mesh.fsdp: 1 -> 2)" in capfd.readouterr().err
+
+
+CLOSED = "import os, sys; os.close({}); os.execv(sys.executable, [sys.executable, '-m', 'lfjax.cli', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize("lost", ["nobody reads stderr", "a full disk for stderr", "closed stderr", "closed stdout"])
+def test_training_needs_nobody_to_read_what_it_prints(lost, tmp_path, records):
+    argv = arguments(tmp_path / "w", records, PRETRAINING, "--config.pretrain.log_every=1")
+    program = ["-m", "lfjax.cli"] if "closed" not in lost else ["-c", CLOSED.format(2 if "stderr" in lost else 1)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        stderr = {"nobody reads stderr": writer, "a full disk for stderr": full}.get(lost, subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, *program, *argv], stdout=subprocess.DEVNULL, stderr=stderr, timeout=300)
+    os.close(writer)
+    assert done.returncode == 0 and (tmp_path / "w" / "models" / "pretrain").is_dir()
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_named(platforms, tmp_path, records):
+    argv = [sys.executable, "-m", "lfjax.cli", *arguments(tmp_path / "w", records, PRETRAINING)]
+    environment = os.environ | {"JAX_PLATFORMS": platforms}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: JAX_PLATFORMS={platforms}: no device: ")
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("text, found", [("{", ":1: not JSON"), ("[]", "no JSON object")])

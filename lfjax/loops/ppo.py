@@ -100,7 +100,7 @@ class FunctionReward:
         prompts, responses = texts(self.run, fetch(self.run, generation))
         try:
             scores = np.asarray(self.function(prompts, responses, records), np.float32)
-        except Exception as error:  # whatever a user's function does wrong is theirs to mend
+        except (Exception, SystemExit) as error:  # whatever a user's function does wrong is theirs to mend
             cause = cause_of(error, inspect.getsourcefile(inspect.unwrap(self.function)) or "")
             raise InputError(f"config.ppo.reward: {self.dotted} fails: {cause}; mend it") from error
         if scores.shape != (len(responses),):

@@ -471,7 +471,7 @@ def resolve(key: str, dotted: str, search: tuple[Path, ...] = ()) -> Callable:
         raise InputError(
             f"{key}: no module {module_name!r}; tried {', '.join(folders)} and the installed packages; correct the name"
         ) from error
-    except Exception as error:  # the user's module fails while it is imported
+    except (Exception, SystemExit) as error:  # the user's module fails, or ends the program, while it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{key}: importing {module_name!r} fails: {cause}; mend that file") from error
     finally:
@@ -489,15 +489,18 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
 
     The same command on the same directory goes on where it was. Figures of all finished stages are in summary.json.
     """
-    previous = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stops = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        stops.append(signal.SIGHUP)
+    previous = {stop: signal.getsignal(stop) for stop in stops}
 
     def ask_to_stop(signum, frame):
         if run.stop_requested:  # a second one means now
             raise KeyboardInterrupt
         run.stop_requested = True
 
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
+    for stop in stops:
+        signal.signal(stop, ask_to_stop)
     totals = []
     try:
         for stage in run.stages:
@@ -511,8 +514,8 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
         trained = sum(done["parts"].get("train", 0.0) for done in totals)
         run.log.summary({"time/total_s": seconds, "time/goodput": trained / seconds, "compile/count": programs.total()})
     finally:
-        signal.signal(signal.SIGTERM, previous[0])
-        signal.signal(signal.SIGINT, previous[1])
+        for stop, handler in previous.items():
+            signal.signal(stop, handler)
         run.close()
     return read_json(run.workdir / "summary.json")
 

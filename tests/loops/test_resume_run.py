@@ -112,7 +112,7 @@ def test_after_stops_everything_is_as_in_the_straight_run(name, straight, stoppe
     assert same(straight, stopped[0], name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_before_the_first_stage_exits_with_130_and_leaves_nothing(number, train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_records", lambda data: os.kill(os.getpid(), number))
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
