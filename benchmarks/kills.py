@@ -3,9 +3,10 @@
     python benchmarks/kills.py [--config=configs/tiny.py] [--kills=20] [--seed=0] [--folder=FOLDER] [--config.key=value]
 
 The config runs once undisturbed. Then, for each kill, a copy of that run as it was when a stage began goes on, is
-killed in that stage, and goes on to its end. Kills fall at any moment; in stages that train, in turn, also while a
-checkpoint is being written, and then half of the time the newest whole one is cut short as well. A kill that comes too
-late is drawn again. Logs, samples, parameters and summary are compared with those of the undisturbed run.
+killed in that stage, and goes on to its end. Kills fall at any moment, which is mostly that of compiling; in stages
+that train, in turn, also once steps have been taken, and while a checkpoint is being written: half of the time the
+newest whole one is then cut short as well. A kill that comes too late is drawn again. Logs, samples, parameters and
+summary are compared with those of the undisturbed run.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from lfjax import config as configs  # noqa: E402
 TINY = ROOT / "configs" / "tiny.py"
 UNTRAINED = ("tokenizer", "evaluate")  # stages without checkpoints
 LOGS = ("metrics.jsonl", "samples.jsonl")
-HOW = ("cut", "any", "save", "any")  # the kills of a stage that trains, in turn
+HOW = ("cut", "step", "save", "any")  # the kills of a stage that trains, in turn
 CUT = "cannot be read"  # what a run says of a checkpoint that was cut short
 TRIES = 20  # of one kill
 
@@ -124,29 +125,30 @@ def checkpoints(workdir: Path, stage: str) -> tuple[list[Path], list[Path]]:
     return whole, [path for path in found if "tmp" in path.name]
 
 
-def kill(runs: Runs, name: str, stage: str, *, delay: float | None, whole: int = 0) -> bool:
+def kill(runs: Runs, name: str, stage: str, how: str, *, delay: float, whole: int) -> bool:
     """Starts the run and kills it in this stage.
 
     Args:
-      delay: seconds after the process has first written something; None: while a checkpoint is being written.
-      whole: how many whole checkpoints there have to be by then.
+      how: "any": `delay` seconds after the process has first written something; "step": so long after the stage's first
+        row; "save" or "cut": while a checkpoint is being written and there are `whole` others.
     Returns:
       False if the kill came too late: the stage or the run had ended, or the checkpoint was whole.
     """
     workdir, deadline = runs.folder / name, time.monotonic() + 1200
     before, process = written(workdir), runs.start(name)
     while process.poll() is None and time.monotonic() < deadline and runs.current(workdir) == stage:
-        if delay is not None and written(workdir) != before:
+        if written(workdir) != before if how == "any" else how == "step" and last_step(workdir, stage):
             time.sleep(delay)
             break
-        if delay is None and checkpoints(workdir, stage)[1] and len(checkpoints(workdir, stage)[0]) >= whole:
+        found, begun = checkpoints(workdir, stage)
+        if how in ("save", "cut") and begun and len(found) >= whole:
             break
         time.sleep(0.001)
     process.kill()
     if process.wait(timeout=60) > 0:
         raise RuntimeError(f"{name} ended by itself: {runs.said(name)[-2000:]}")
     in_time = process.returncode < 0 and runs.current(workdir) == stage
-    return in_time and (delay is not None or bool(checkpoints(workdir, stage)[1]))
+    return in_time and (how in ("any", "step") or bool(checkpoints(workdir, stage)[1]))
 
 
 def cut_newest(workdir: Path, stage: str) -> None:
@@ -188,11 +190,12 @@ def experiment(runs: Runs, kills: int, seed: int = 0) -> Iterator[dict]:
     straight, rng = runs.folder / "straight", random.Random(seed)
     for number, (stage, how) in enumerate(plan(runs.stages, kills), start=1):
         name = f"killed{number}"
-        longest = json.loads((straight / "checkpoints" / stage / "FINISHED").read_text())["seconds"]
+        took = json.loads((straight / "checkpoints" / stage / "FINISHED").read_text())
+        longest = took["seconds"] if how == "any" else took["seconds"] - took["parts"]["compile"]
         for attempt in range(TRIES):
             workdir = runs.begin(name, stage)
-            delay = rng.uniform(0.0, longest * 0.8**attempt) if how == "any" else None
-            if kill(runs, name, stage, delay=delay, whole=2 if how == "cut" else rng.randrange(3)):
+            delay, whole = rng.uniform(0.0, longest * 0.7**attempt), 2 if how == "cut" else rng.randrange(3)
+            if kill(runs, name, stage, how, delay=delay, whole=whole):
                 break
         else:
             raise RuntimeError(f"{TRIES} kills of stage {stage} came too late")
