@@ -1,54 +1,59 @@
-"""kill -9, twenty times and in every stage of one run: it ends with the bits of a run that nobody disturbed.
+"""kill -9 at any moment of any stage, the same command again: every run ends with the bits of one nobody disturbed.
 
-    python benchmarks/kills.py [--folder=FOLDER] [--seed=0]
+    python benchmarks/kills.py [--config=configs/tiny.py] [--kills=20] [--seed=0] [--folder=FOLDER] [--config.key=value]
 
-The run is tests/smallest.py with more steps and a checkpoint every other one. In every stage kills fall at any moment,
-in those that train also while a checkpoint is being written; after one of these the newest whole one is cut short.
+The config runs once undisturbed. Then, for each kill, a copy of that run as it was when a stage began goes on, is
+killed in that stage, and goes on to its end. Kills fall at any moment, which is mostly that of compiling; in stages
+that train, in turn, also once steps have been taken, and while a checkpoint is being written: half of the time the
+newest whole one is then cut short as well. A kill that comes too late is drawn again. Logs, samples, parameters and
+summary are compared with those of the undisturbed run.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import smallest  # noqa: E402
 
-TRAINED = ("pretrain", "sft", "reward", "ppo")
-RESULTS = ("metrics.jsonl", "samples.jsonl", *(f"models/{stage}/model.safetensors" for stage in TRAINED))
-PLAN = {stage: ("save", "save", "any", "any") if stage in TRAINED else ("any", "any") for stage in smallest.STAGES}
-LONGEST = {True: 4.0, False: 0.2}  # seconds to a kill, in a training stage or another
+from lfjax import config as configs  # noqa: E402
+
+TINY = ROOT / "configs" / "tiny.py"
+UNTRAINED = ("tokenizer", "evaluate")  # stages without checkpoints
+LOGS = ("metrics.jsonl", "samples.jsonl")
+HOW = ("cut", "step", "save", "any")  # the kills of a stage that trains, in turn
 CUT = "cannot be read"  # what a run says of a checkpoint that was cut short
-OVERRIDES = (
-    *(f"--config.{stage}.save_every=2" for stage in TRAINED),
-    *(f"--config.{stage}.steps=30" for stage in ("pretrain", "sft", "reward")),
-    "--config.ppo.steps=16",
-    "--config.run.tensorboard=True",
-)
+TRIES = 20  # of one kill
 
 
 class Runs:
-    """Run directories in one folder, whose processes share the records and every compiled program."""
+    """Run directories in one folder, whose processes share the data and every compiled program."""
 
-    def __init__(self, folder: Path, *overrides: str):
-        self.folder, self.overrides = folder, overrides
+    def __init__(self, folder: Path, *overrides: str, config: Path = smallest.PATH):
         folder.mkdir(parents=True, exist_ok=True)
-        self.records = smallest.write_records(folder / "rated.jsonl")
+        self.folder, self.config = folder, config
+        self.overrides = ["--config.run.compile_cache=False", *overrides]  # the folder's own cache instead
+        if config == smallest.PATH:
+            self.overrides.append(f"--config.data.path={smallest.write_records(folder / 'rated.jsonl')}")
+        self.stages = tuple(configs.load(str(config), self.overrides).stages)
 
     def start(self, name: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
         """Starts `lfjax train` on folder/name; what it prints is added to folder/name.log."""
-        given = [f"--config={smallest.PATH}", f"--workdir={self.folder / name}", f"--config.data.path={self.records}"]
-        command = [*launcher, sys.executable, "-m", "lfjax.cli", "train", *given, *self.overrides]
+        given = [f"--config={self.config}", f"--workdir={self.folder / name}", *self.overrides]
+        command = [*launcher, sys.executable, "-m", "lfjax.cli", "train", *given]
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -69,11 +74,35 @@ class Runs:
         """Everything that the processes of this run have printed."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
+    def current(self, workdir: Path) -> str | None:
+        """The first stage that is not finished; None where all are."""
+        left = (s for s in self.stages if not (workdir / "checkpoints" / s / "FINISHED").exists())
+        return next(left, None)
 
-def current(workdir: Path) -> str | None:
-    """The first stage that is not finished; None where all are."""
-    left = (s for s in smallest.STAGES if not (workdir / "checkpoints" / s / "FINISHED").exists())
-    return next(left, None)
+    def begin(self, name: str, stage: str) -> Path:
+        """folder/name: the finished run "straight" as it was when this stage began."""
+        workdir, later = self.folder / name, self.stages[self.stages.index(stage) :]
+        shutil.rmtree(workdir, ignore_errors=True)
+        (self.folder / f"{name}.log").unlink(missing_ok=True)
+        if stage == self.stages[0]:
+            return workdir
+        gone = [f"{part}/{each}" for part in ("checkpoints", "models", "tensorboard") for each in later]
+        shutil.copytree(self.folder / "straight", workdir)
+        for path in (workdir / each for each in (*gone, "summary.json", "report.html")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+        for log in workdir.glob("*.jsonl"):
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(line for line in lines if json.loads(line)["stage"] not in later))
+        return workdir
+
+
+def plan(stages: tuple[str, ...], kills: int) -> list[tuple[str, str]]:
+    """(stage, how) of every kill, in the order of the stages: every stage in turn, those that train twice as often."""
+    every = ((turn, stage) for turn in itertools.count() for stage in stages)
+    drawn = ((s, "any" if s in UNTRAINED else HOW[t % 4]) for t, s in every if s not in UNTRAINED or t % 2 == 0)
+    return sorted(itertools.islice(drawn, kills), key=lambda each: stages.index(each[0]))
 
 
 def written(workdir: Path) -> set:
@@ -96,28 +125,30 @@ def checkpoints(workdir: Path, stage: str) -> tuple[list[Path], list[Path]]:
     return whole, [path for path in found if "tmp" in path.name]
 
 
-def kill(process: subprocess.Popen, workdir: Path, stage: str, delay: float | None) -> bool:
-    """Kills in this stage: `delay` seconds after its first write, or (None) while its third checkpoint is written.
+def kill(runs: Runs, name: str, stage: str, how: str, *, delay: float, whole: int) -> bool:
+    """Starts the run and kills it in this stage.
 
-    A stage without checkpoints has nothing to be written before its end: there the delay counts from its beginning.
-    Returns False if the process had ended, or the stage had before its moment came.
+    Args:
+      how: "any": `delay` seconds after the process has first written something; "step": so long after the stage's first
+        row; "save" or "cut": while a checkpoint is being written and there are `whole` others.
+    Returns:
+      False if the kill came too late: the stage or the run had ended, or the checkpoint was whole.
     """
-    before, deadline, order = None, time.monotonic() + 1200, smallest.STAGES.index
-    while process.poll() is None and time.monotonic() < deadline:
-        now = current(workdir)
-        if now is None or order(now) > order(stage):
+    workdir, deadline = runs.folder / name, time.monotonic() + 1200
+    before, process = written(workdir), runs.start(name)
+    while process.poll() is None and time.monotonic() < deadline and runs.current(workdir) == stage:
+        if written(workdir) != before if how == "any" else how == "step" and last_step(workdir, stage):
+            time.sleep(delay)
             break
-        if now == stage:
-            before = before or written(workdir)
-            whole, begun = checkpoints(workdir, stage)
-            if delay is None and begun and len(whole) >= 2:
-                break
-            if delay is not None and (stage not in TRAINED or written(workdir) != before):
-                time.sleep(delay)
-                break
+        found, begun = checkpoints(workdir, stage)
+        if how in ("save", "cut") and begun and len(found) >= whole:
+            break
         time.sleep(0.001)
     process.kill()
-    return process.wait(timeout=60) < 0
+    if process.wait(timeout=60) > 0:
+        raise RuntimeError(f"{name} ended by itself: {runs.said(name)[-2000:]}")
+    in_time = process.returncode < 0 and runs.current(workdir) == stage
+    return in_time and (how in ("any", "step") or bool(checkpoints(workdir, stage)[1]))
 
 
 def cut_newest(workdir: Path, stage: str) -> None:
@@ -127,52 +158,75 @@ def cut_newest(workdir: Path, stage: str) -> None:
     os.truncate(largest, largest.stat().st_size // 2)
 
 
-def experiment(folder: Path, seed: int = 0) -> dict:
-    """Kills by stage, those of them while a checkpoint was written, checkpoints cut short, and what was different."""
-    runs, rng = Runs(folder, *OVERRIDES), random.Random(seed)
+def last_step(workdir: Path, stage: str) -> int:
+    """The last step of the stage that has left a row or a checkpoint, whole or begun; 0 if none has."""
+    log = workdir / LOGS[0]
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    steps = [int(path.name.partition(".")[0]) for kind in checkpoints(workdir, stage) for path in kind]
+    return max([0, *steps, *(row["step"] for row in rows if row["stage"] == stage)])
+
+
+def results(workdir: Path) -> dict[str, bytes]:
+    """Logs and parameters: name -> content."""
+    files = [workdir / name for name in LOGS] + sorted(workdir.glob("models/*/model.safetensors"))
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in files if path.exists()}
+
+
+def differing(straight: Path, workdir: Path) -> list[str]:
+    """Files and figures that are not those of the other run, and what was left half-written."""
+    found = []
+    figures = ({k: v for k, v in json.loads((w / "summary.json").read_text()).items() if not k.startswith("time/")}
+               for w in (straight, workdir))  # fmt: skip
+    for one, other in ((results(straight), results(workdir)), tuple(figures)):
+        found += [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+    left = [path for path in workdir.rglob("*") if path.name.endswith("tmp") or path.name.startswith(".")]
+    return found + [f"{path.relative_to(workdir)} (left behind)" for path in left]
+
+
+def experiment(runs: Runs, kills: int, seed: int = 0) -> Iterator[dict]:
+    """For each kill {"stage", "step", "saving", "cut", "said": lines on a checkpoint cut short, "differing"}."""
     runs.finish("straight")
-    workdir = folder / "killed"
-    kills, saving, cut = Counter(), Counter(), Counter()
-    for stage, plan in PLAN.items():
-        for how in plan:
-            delay = None if how == "save" else rng.uniform(0.0, LONGEST[stage in TRAINED])
-            if current(workdir) is None or not kill(runs.start("killed"), workdir, stage, delay):
-                continue
-            where = current(workdir) or "evaluate"
-            kills[where] += 1
-            whole, begun = checkpoints(workdir, where)
-            saving[where] += bool(begun)
-            if how == "save" and begun and len(whole) >= 2 and not cut[where]:
-                cut_newest(workdir, where)
-                cut[where] += 1
-    runs.finish("killed")
-    straight = folder / "straight"
-    differing = [name for name in RESULTS if (straight / name).read_bytes() != (workdir / name).read_bytes()]
-    one, other = (json.loads((path / "summary.json").read_text()) for path in (straight, workdir))
-    differing += [n for n in one.keys() | other.keys() if not n.startswith("time/") and one.get(n) != other.get(n)]
-    left = [str(p) for p in workdir.rglob("*") if p.name.endswith(("tmp", ".tmp")) or p.name.startswith(".")]
-    lines = [line for line in runs.said("killed").splitlines() if CUT in line]
-    return {"kills": kills, "saving": saving, "cut": cut, "said": lines, "differing": differing, "left": left}
+    straight, rng = runs.folder / "straight", random.Random(seed)
+    for number, (stage, how) in enumerate(plan(runs.stages, kills), start=1):
+        name = f"killed{number}"
+        took = json.loads((straight / "checkpoints" / stage / "FINISHED").read_text())
+        longest = took["seconds"] if how == "any" else took["seconds"] - took["parts"]["compile"]
+        for attempt in range(TRIES):
+            workdir = runs.begin(name, stage)
+            delay, whole = rng.uniform(0.0, longest * 0.7**attempt), 2 if how == "cut" else rng.randrange(3)
+            if kill(runs, name, stage, how, delay=delay, whole=whole):
+                break
+        else:
+            raise RuntimeError(f"{TRIES} kills of stage {stage} came too late")
+        row = {"stage": stage, "step": last_step(workdir, stage), "saving": bool(checkpoints(workdir, stage)[1])}
+        if how == "cut":
+            cut_newest(workdir, stage)
+        runs.finish(name)
+        said = [line for line in runs.said(name).splitlines() if CUT in line]
+        yield {**row, "cut": how == "cut", "said": said, "differing": differing(straight, workdir)}
+        shutil.rmtree(workdir)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, default=TINY)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=None, help="where the runs are kept; default: nowhere")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()
+    began, equal = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as nowhere:
-        began = time.perf_counter()
-        found = experiment(arguments.folder or Path(nowhere), arguments.seed)
-        seconds = time.perf_counter() - began
-    print(f"{machine()}; seed {arguments.seed}; {seconds:.0f} s\n")
-    print("| stage | kills | while a checkpoint was written | newest checkpoint cut short |\n|---|---|---|---|")
-    for stage in smallest.STAGES:
-        print(f"| {stage} | {found['kills'][stage]} | {found['saving'][stage]} | {found['cut'][stage]} |")
-    totals = [found[key].total() for key in ("kills", "saving", "cut")]
-    print("| **all** | " + " | ".join(f"**{total}**" for total in totals) + " |\n")
-    differing = found["differing"]
-    print(f"Differs from the straight run: {', '.join(differing) if differing else 'nothing'}.")
-    return 1 if differing or found["left"] else 0
+        runs = Runs(arguments.folder or Path(nowhere), *overrides, config=arguments.config.resolve())
+        print(f"{machine()}; {arguments.config}; seed {arguments.seed}\n")
+        print("| kill | stage | step | while saving | newest checkpoint damaged | equal |\n|---|---|---|---|---|---|")
+        for number, row in enumerate(experiment(runs, arguments.kills, arguments.seed), start=1):
+            answers = ["yes" if row[key] else "no" for key in ("saving", "cut")]
+            equal += not row["differing"]
+            answers.append(", ".join(row["differing"]) or "yes")
+            print(f"| {number} | {row['stage']} | {row['step']} | {' | '.join(answers)} |", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} s\n{arguments.kills} kills, {equal} equal runs")
+    return 0 if equal == arguments.kills else 1
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from kills import RESULTS, ROOT, Runs
+from kills import ROOT, Runs, results
 from machine import machine
 
 LOSSES = ("pretrain/loss", "sft/loss", "reward/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/kl")
@@ -126,7 +126,7 @@ def difference(one: Path, other: Path) -> dict[str, float]:
 
 def same(one: Path, other: Path) -> bool:
     """Whether logs and parameters are the same, bit for bit."""
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in RESULTS)
+    return results(one) == results(other)
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -66,6 +67,23 @@ def test_where_devices_and_processes_are_the_same_so_is_every_bit(runs, straight
     count = stopped[name][0]["rows"]  # up to the first stop
     one, other = (meshes.rows(workdir)[:count] for workdir in (straight[like], runs.folder / name))
     assert count > 4 and one == other
+
+
+def test_a_stop_of_one_process_in_the_evaluation_ends_both_and_nothing_is_lost(runs, straight):
+    leg, workdir = meshes.STRAIGHT["2 processes of 2"], runs.folder / "evaluated again"
+    shutil.copytree(straight["2 processes of 2"], workdir)
+    (workdir / "checkpoints" / "evaluate" / "FINISHED").unlink()
+    command, environment = meshes.launcher(leg)
+    log, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
+    before, process = log.stat().st_ino, runs.start(workdir.name, command, **environment)
+    while log.stat().st_ino == before:  # the stage begins by cutting it
+        assert process.poll() is None and time.monotonic() < deadline, runs.said(workdir.name)
+        time.sleep(0.002)
+    os.kill(meshes.members(process, leg)[1], signal.SIGTERM)
+    assert process.wait(timeout=300) == 130
+    assert runs.said(workdir.name).count("stage evaluate stopped in its evaluation") == 2
+    runs.finish(workdir.name, command, **environment)
+    assert kills.differing(straight["2 processes of 2"], workdir) == []
 
 
 @pytest.mark.parametrize("victim", [0, 1])
