@@ -50,9 +50,9 @@ class Runs:
             self.overrides.append(f"--config.data.path={smallest.write_records(folder / 'rated.jsonl')}")
         self.stages = tuple(configs.load(str(config), self.overrides).stages)
 
-    def start(self, name: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+    def start(self, name: str, launcher: tuple = (), options: tuple = (), **environment: str) -> subprocess.Popen:
         """Starts `lfjax train` on folder/name; what it prints is added to folder/name.log."""
-        given = [f"--config={self.config}", f"--workdir={self.folder / name}", *self.overrides]
+        given = [f"--config={self.config}", f"--workdir={self.folder / name}", *self.overrides, *options]
         command = [*launcher, sys.executable, "-m", "lfjax.cli", "train", *given]
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),

@@ -3,7 +3,7 @@
     python benchmarks/meshes.py [--folder=FOLDER]
 
 The run is tests/smallest.py; several processes talk through gloo (launch/local_cluster.py). SIGTERM goes to one process
-alone. Printed: the largest relative difference of any loss from the run on one device.
+alone. Printed: the largest difference of any row of a loss from the run on one device.
 """
 
 import argparse
@@ -28,18 +28,29 @@ QUICK = "--xla_backend_optimization_level=0"  # halves the time that this is mos
 
 
 class Leg(NamedTuple):
-    """A part of a run: processes, devices of each, the stage in which SIGTERM comes and the process that gets it."""
+    """A part of a run: processes, devices of each, the stage in which SIGTERM comes and the process that gets it.
+
+    `mesh`: devices along data, fsdp and tensor.
+    """
 
     processes: int
     devices: int
     stage: str = ""
     victim: int = 0
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(f"--config.mesh.{a}={n}" for a, n in zip(("data", "fsdp", "tensor"), self.mesh, strict=True))
 
 
 STRAIGHT = {
     "1 device": Leg(1, 1),
-    "8 devices": Leg(1, 8),
-    "2 processes of 2": Leg(2, 2),
+    "8 devices, data 8": Leg(1, 8),
+    "fsdp 8": Leg(1, 8, mesh=(1, 8, 1)),
+    "data 2, fsdp 2, tensor 2": Leg(1, 8, mesh=(2, 2, 2)),
+    "fsdp 2, tensor 4": Leg(1, 8, mesh=(1, 2, 4)),
+    "2 processes of 2 devices": Leg(2, 2),
 }
 STOPPED = {
     "8, then 4, then 1": (Leg(1, 8, "sft"), Leg(1, 4, "reward"), Leg(1, 1)),
@@ -85,10 +96,10 @@ def travel(runs: Runs, name: str, legs: tuple[Leg, ...]) -> list[dict]:
     for leg in legs:
         command, environment = launcher(leg)
         if not leg.stage:
-            runs.finish(name, command, **environment)
+            runs.finish(name, command, leg.options, **environment)
             continue
         said = len(runs.said(name)) if stops else 0
-        process = runs.start(name, command, **environment)
+        process = runs.start(name, command, leg.options, **environment)
         wait_for(process, runs.folder / name / "checkpoints" / leg.stage)
         os.kill(members(process, leg)[leg.victim], signal.SIGTERM)
         code = process.wait(timeout=600)
@@ -104,8 +115,8 @@ def rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def difference(one: Path, other: Path) -> dict[str, float]:
-    """The largest relative difference of each loss over all rows, differences below 1e-5 left out.
+def difference(one: Path, other: Path, *, relative: bool = True) -> dict[str, float]:
+    """The largest difference of each loss over all rows; relative, those of at most 1e-5 left out, or absolute.
 
     Raises:
       ValueError: not the same rows, or none of the losses.
@@ -117,8 +128,9 @@ def difference(one: Path, other: Path) -> dict[str, float]:
         for name in LOSSES:
             if name in a:
                 gap = abs(a[name] - b[name])
-                relative = 0.0 if gap <= 1e-5 else gap / max(abs(a[name]), abs(b[name]))
-                found[name] = max(found.get(name, 0.0), relative if math.isfinite(relative) else math.inf)
+                if relative:
+                    gap = 0.0 if gap <= 1e-5 else gap / max(abs(a[name]), abs(b[name]))
+                found[name] = max(found.get(name, 0.0), gap if math.isfinite(gap) else math.inf)
     if set(found) != set(LOSSES):
         raise ValueError(f"{other}: no {', '.join(set(LOSSES) - set(found))}")
     return found
@@ -141,10 +153,10 @@ def main():
         for name, legs in STOPPED.items():
             travel(runs, name, legs)
         names = [name.partition("/")[0] for name in LOSSES[:3]] + ["policy", "value", "KL"]
-        print(f"{machine()}; {time.perf_counter() - began:.0f} s; absolute differences up to 1e-5 count as 0\n")
+        print(f"{machine()}; {time.perf_counter() - began:.0f} s\n")
         print("| run | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
         for name in (*STRAIGHT, *STOPPED):
-            found = difference(runs.folder / "1 device", runs.folder / name)
+            found = difference(runs.folder / "1 device", runs.folder / name, relative=False)
             print(f"| {name} | " + " | ".join(f"{found[loss]:.1e}" if found[loss] else "0" for loss in LOSSES) + " |")
 
 

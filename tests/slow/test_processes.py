@@ -59,7 +59,7 @@ def test_a_stop_of_one_process_makes_all_save_the_same_step_and_end_with_130(sto
 
 
 @pytest.mark.parametrize(
-    "name, like", [("8, then 4, then 1", "8 devices"), ("2 of 2, three times", "2 processes of 2")]
+    "name, like", [("8, then 4, then 1", "8 devices, data 8"), ("2 of 2, three times", "2 processes of 2 devices")]
 )
 def test_where_devices_and_processes_are_the_same_so_is_every_bit(runs, straight, stopped, name, like):
     if name == "2 of 2, three times":
@@ -70,8 +70,8 @@ def test_where_devices_and_processes_are_the_same_so_is_every_bit(runs, straight
 
 
 def test_a_stop_of_one_process_in_the_evaluation_ends_both_and_nothing_is_lost(runs, straight):
-    leg, workdir = meshes.STRAIGHT["2 processes of 2"], runs.folder / "evaluated again"
-    shutil.copytree(straight["2 processes of 2"], workdir)
+    leg, workdir = meshes.STRAIGHT["2 processes of 2 devices"], runs.folder / "evaluated again"
+    shutil.copytree(straight["2 processes of 2 devices"], workdir)
     (workdir / "checkpoints" / "evaluate" / "FINISHED").unlink()
     command, environment = meshes.launcher(leg)
     log, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
@@ -83,13 +83,13 @@ def test_a_stop_of_one_process_in_the_evaluation_ends_both_and_nothing_is_lost(r
     assert process.wait(timeout=300) == 130
     assert runs.said(workdir.name).count("stage evaluate stopped in its evaluation") == 2
     runs.finish(workdir.name, command, **environment)
-    assert kills.differing(straight["2 processes of 2"], workdir) == []
+    assert kills.differing(straight["2 processes of 2 devices"], workdir) == []
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_of_a_killed_process_the_launcher_says_so_and_the_other_is_gone_within_a_minute(runs, straight, victim):
     name = f"killed {victim}"
-    leg = meshes.STRAIGHT["2 processes of 2"]
+    leg = meshes.STRAIGHT["2 processes of 2 devices"]
     command, environment = meshes.launcher(leg)
     process = runs.start(name, command, **environment)
     meshes.wait_for(process, runs.folder / name / "checkpoints" / "sft")
