@@ -250,7 +250,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def cause_of(error: Exception, source: str | Path) -> str:
+def cause_of(error: BaseException, source: str | Path) -> str:
     """What went wrong in a user's file, in one line: kind, message, and the last line of `source` that was running."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     frames = traceback.extract_tb(error.__traceback__)
