@@ -54,14 +54,15 @@ def test_dropout_is_off_in_every_part_of_ppo(steps):
 # 18
 def test_the_kl_coefficient_adapts_to_the_kl_of_a_sequence(steps):
     """coef x (1 + clip(kl / target - 1, +-0.2) n / horizon), n episodes, KL summed over a response: a mean over tokens
-    lets the policy go ten times as far, and without the clip one strange batch decides.
+    lets the policy go ten times as far, and without the clip one strange batch decides. Each row is one episode, in
+    however many minibatches and epochs it is used.
     """
     plain = saved_rollout()
     per_sequence = plain.mask.sum() / tiny.ROWS
     for kl in (50.0, 2.2, 1.9, 0.0):
         old = np.where(plain.mask, plain.old_logprobs, 1e9).astype(np.float32)
         moved = plain._replace(old_logprobs=old, ref_logprobs=old - np.float32(kl / per_sequence))
-        state, metrics = full_update(steps, moved, kl_target=2.0, kl_horizon=50.0)
+        state, metrics = full_update(steps, moved, epochs=2, minibatches=4, kl_target=2.0, kl_horizon=50.0)
         error = np.clip(kl / 2.0 - 1.0, -0.2, 0.2)
         np.testing.assert_allclose(state.kl_coef, 0.1 * (1 + error * tiny.ROWS / 50.0), rtol=1e-5)
         np.testing.assert_allclose(metrics["ppo/kl_coef"], 0.1, rtol=1e-6, err_msg="the one in use is logged")
