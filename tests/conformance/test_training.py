@@ -16,7 +16,7 @@ from lfjax.data.examples import RewardExample
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.optim import make_optimizer
-from lfjax.state import RewardNorm
+from lfjax.state import RewardNorm, RewardState
 from lfjax.types import ClassBatch, RewardBatch, SftBatch
 
 
@@ -190,6 +190,81 @@ _REWARD = {
     "across_records": True,
     "min_gap": 1.0,
 }
+
+
+# 33
+def test_what_people_prefer_scores_higher(steps):
+    """With two arguments swapped, or ranks read upside down, every figure looks healthy and the model learns what
+    people like least. A small step down each loss's gradient widens the margin of better over worse answers, both where
+    ratings say which is better and where ranks do.
+    """
+    for said in ("ratings", "ranks"):
+        batch = _compared(said)
+        widens = tiny.jit(jax.grad(_mean_margin))(setting.value_params(), *_better(batch, said), batch)
+        losses = ("bradley_terry", "hinge")
+        losses += ("listwise_hinge", "plackett_luce", "softmax") if said == "ranks" else ()
+        for loss in losses:
+            grads = _reward_gradient(steps, batch, **{loss: 1.0})
+            gain = -sum(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.vdot(a, b)), grads, widens)))
+            assert gain > 0, f"{loss} by {said} pulls worse answers up"
+
+
+# 33
+def test_a_margin_asks_for_a_wider_gap(steps):
+    """The stated margin is what the better answer has to lead by: with the other sign, the clearest preferences pull
+    least.
+    """
+    for said in ("ratings", "ranks"):
+        batch = _compared(said)
+        better, worse = _better(batch, said)
+        gap = (batch.ratings[better] - batch.ratings[worse]) if said == "ratings" else batch.margin[better[0]]
+        expected = _margin_gradient(setting.value_params(), better, worse, 0.5 * gap, batch)
+        close_trees(_reward_gradient(steps, batch, bradley_terry=1.0, margin_scale=0.5), expected, rtol=1e-4)
+
+
+def _compared(said: str) -> RewardBatch:
+    """Three answers a record, each with a rating or each with a rank."""
+    batch, rng = tiny.reward_batch(candidates=3), np.random.default_rng(0)
+    shape = batch.ratings.shape
+    mask = np.arange(tiny.LENGTH) < rng.integers(2, tiny.LENGTH + 1, (*shape, 1))
+    ranks = rng.permuted(np.broadcast_to(np.int32([0, 1, 2]), shape), axis=1)
+    ratings = rng.permuted(np.broadcast_to(np.float32([-2.0, 0.0, 2.5]), shape), axis=1)
+    by_rank, by_rating = (np.full(shape, said == name) for name in ("ranks", "ratings"))
+    return batch._replace(mask=mask, ranks=ranks, ratings=ratings, ranked=by_rank, rated=by_rating)
+
+
+def _better(batch: RewardBatch, said: str):
+    """Of every pair within a record: where the better answer is, and the worse."""
+    worth = batch.ratings if said == "ratings" else -batch.ranks
+    pairs = [(b, i, j) for b, i, j in np.ndindex(tiny.ROWS, 3, 3) if worth[b, i] > worth[b, j]]
+    b, i, j = np.asarray(pairs).T
+    return (b, i), (b, j)
+
+
+def _leads(params, better, worse, batch: RewardBatch):
+    """[pairs]: the better answer's score less the worse one's, each at its last real token."""
+    tokens, mask = (x.reshape(-1, tiny.LENGTH) for x in (batch.tokens, batch.mask))
+    values = SCORER.apply({"params": params}, tokens, attention_mask=mask, method="values")
+    scores = setting.at_places(values[..., 0], mask.sum(1)[:, None] - 1).reshape(batch.ratings.shape)
+    return scores[better] - scores[worse]
+
+
+def _mean_margin(params, better, worse, batch: RewardBatch):
+    return jnp.mean(_leads(params, better, worse, batch))
+
+
+@tiny.jit
+@jax.grad
+def _margin_gradient(params, better, worse, margin, batch: RewardBatch):
+    return -jnp.mean(jax.nn.log_sigmoid(_leads(params, better, worse, batch) - margin))
+
+
+def _reward_gradient(steps, batch: RewardBatch, **weights):
+    """Of the loss with these weights alone, over the pairs within records."""
+    options = {"regression": 0.0, "bradley_terry": 0.0, "across_records": False, "model": SCORER, "tx": RECORDER}
+    state = RewardState.create(setting.value_params(), RECORDER)
+    state, _ = setting.run(steps["reward"], state, batch, jax.random.key(0), **(options | weights))
+    return state.opt_state.grads
 
 
 # 23
