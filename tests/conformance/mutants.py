@@ -656,6 +656,27 @@ MUTANTS = {
         ),
         "accumulation_is_the_big_batch",
     ),
+    "prompts in the SFT loss": Mutant(
+        "sft",
+        "micro.loss_mask)",
+        "micro.segment_ids > 0)",
+        ("sft_loss_is_the_mean_over_all_counted_tokens",),
+        "accumulation_is_the_big_batch",
+    ),
+    "attention across packed documents": Mutant(
+        "sft",
+        "segment_ids=micro.segment_ids,",
+        "attention_mask=micro.segment_ids > 0,",
+        ("packed_documents_do_not_see_each_other",),
+        "sft_loss_is_the_mean_over_all_counted_tokens",
+    ),
+    "positions run on over packed documents": Mutant(
+        "sft",
+        "segment_ids=micro.segment_ids,",
+        "segment_ids=micro.segment_ids, **columns(micro.inputs),",
+        ("packed_documents_do_not_see_each_other",),
+        "sft_loss_is_the_mean_over_all_counted_tokens",
+    ),
     "SFT's weights in half precision": Mutant(
         "sft",
         "state.apply_gradients(grads, tx, loss=loss.value)",
@@ -767,6 +788,13 @@ MUTANTS = {
         "Mean.of(-stats.logprobs)",
         ("held_out_loss_is_the_mean_over_all_counted_tokens",),
         "half_precision_ends_at_the_hidden_states",
+    ),
+    "attention across packed documents in the evaluation": Mutant(
+        "evaluate",
+        "segment_ids=batch.segment_ids",
+        "attention_mask=batch.segment_ids > 0",
+        ("packed_documents_do_not_see_each_other",),
+        "held_out_loss_is_the_mean_over_all_counted_tokens",
     ),
     "dropout on in the evaluation": Mutant(
         "evaluate",
