@@ -561,6 +561,35 @@ MUTANTS = {
         ("one_mask_for_policy_and_value", "ratios_and_values_are_clipped"),
         "a_log_ratio_of_a_thousand_stays_finite",
     ),
+    "entropy punished": Mutant(
+        "ppo_update",
+        "losses - entropy_coef",
+        "losses + entropy_coef",
+        ("the_entropy_bonus_keeps_the_policy_open",),
+        "ratios_and_values_are_clipped",
+    ),
+    "entropy of the padding": Mutant(
+        "ppo_update",
+        "return Mean.over(losses - entropy_coef * stats.entropy, micro.mask), metrics",
+        "loss = losses * micro.mask - entropy_coef * stats.entropy\n"
+        "        return Mean(jnp.sum(loss), 1.0 * jnp.sum(micro.mask)), metrics",
+        ("the_entropy_bonus_keeps_the_policy_open",),
+        "ratios_and_values_are_clipped",
+    ),
+    "gradients at the weights from before the update": Mutant(
+        "ppo_update",
+        "weighted_grads(policy_loss, policy.params,",
+        "weighted_grads(policy_loss, state.policy.params,",
+        ("every_step_moves_the_weights_that_the_last_one_left",),
+        "ratios_and_values_are_clipped",
+    ),
+    "values by the policy's optimiser": Mutant(
+        "ppo_update",
+        "value.apply_gradients(v_grads, txs[1],",
+        "value.apply_gradients(v_grads, txs[0],",
+        ("every_step_moves_the_weights_that_the_last_one_left",),
+        "ratios_and_values_are_clipped",
+    ),
     "the same order in each epoch": Mutant(
         "ppo_update",
         "jax.random.split(rng, epochs)",
