@@ -154,6 +154,13 @@ def _pull_policy(params, rows, weights):
 
 
 @tiny.jit
+@jax.grad
+def _pull_entropy(params, rows):
+    logp = jax.nn.log_softmax(_logits(params, rows) / TEMPERATURE)
+    return jnp.sum(jnp.where(rows[3], -jnp.sum(jnp.exp(logp) * logp, axis=-1), 0.0)) / jnp.sum(rows[3])
+
+
+@tiny.jit
 def _pull_value(params, rows, weights):
     return jax.grad(lambda p: jnp.sum(weights * _values(p, rows)))(params)
 
@@ -168,20 +175,26 @@ def policy_slopes(rollout: Rollout, logp, *, low=0.2, high=0.3) -> np.ndarray:
     return slopes / mask.sum()
 
 
-def policy_gradient(rollout: Rollout, logp):
-    """Gradient of the clipped loss: each token's own slope, then through the network."""
-    return _pull_policy(params(), rows_of(rollout), jnp.float32(policy_slopes(rollout, logp)))
+def policy_gradient(rollout: Rollout, logp, *, at=None):
+    """Gradient of the clipped loss: each token's own slope, then through the network with the parameters `at`."""
+    return _pull_policy(at or params(), rows_of(rollout), jnp.float32(policy_slopes(rollout, logp)))
 
 
-def value_gradient(rollout: Rollout, *, clip=0.2, coef=0.5):
+def entropy_gradient(rollout: Rollout):
+    """Gradient of the policy's entropy, averaged over the response tokens."""
+    return _pull_entropy(params(), rows_of(rollout))
+
+
+def value_gradient(rollout: Rollout, *, clip=0.2, coef=0.5, at=None):
     """Gradient of coef * 0.5 * max((v - R)^2, (clipped v - R)^2), averaged over the response tokens."""
+    at = at or value_params()
     mask, slopes = np.asarray(rollout.mask), np.zeros(rollout.mask.shape)
-    now = np.asarray(values_of(value_params(), rows_of(rollout)), np.float64)
+    now = np.asarray(values_of(at, rows_of(rollout)), np.float64)
     for b, t in zip(*np.nonzero(mask), strict=True):
         v, old, target = now[b, t], float(rollout.values[b, t]), float(rollout.returns[b, t])
         clipped = min(max(v, old - clip), old + clip)
         slopes[b, t] = coef * (v - target) if (v - target) ** 2 >= (clipped - target) ** 2 else 0.0
-    return _pull_value(value_params(), rows_of(rollout), jnp.float32(slopes / mask.sum()))
+    return _pull_value(at, rows_of(rollout), jnp.float32(slopes / mask.sum()))
 
 
 # The steps, on their shared inputs

@@ -152,6 +152,32 @@ def _refused(call) -> bool:
     return False
 
 
+# 8
+def test_every_token_is_sampled_at_its_rate(steps):
+    """Refusing top-k and top-p is no use where the sampler cuts of its own: what it draws, over a thousand tokens,
+    falls among the k most likely, and into any share of the mass, as often as the policy's whole distribution says.
+    """
+    places, before, drawn, probabilities = [], [], [], []
+    for key in range(32):
+        out = setting.sample(steps, key=key)
+        rows = setting.logits_of(setting.params(), setting.rows_of(out))
+        p = np.exp(reference.log_softmax(rows, setting.TEMPERATURE))[out.mask]
+        order = np.argsort(-p, axis=1)
+        p = np.take_along_axis(p, order, axis=1)
+        places.append(np.broadcast_to(np.arange(tiny.VOCAB), p.shape))
+        before.append(np.cumsum(p, axis=1) - p)
+        drawn.append(order == out.tokens[out.mask][:, None])
+        probabilities.append(p)
+    places, before, drawn, p = map(np.concatenate, (places, before, drawn, probabilities))
+    assert len(p) > 1000
+    cuts = {f"top-k {k}": places >= k for k in range(1, tiny.VOCAB)}
+    cuts |= {f"top-p {mass}": before >= mass for mass in (0.5, 0.8, 0.9, 0.95, 0.99)}
+    for name, beyond in cuts.items():
+        rates = np.sum(p * beyond, axis=1)
+        found, expected, deviation = np.sum(drawn & beyond), rates.sum(), np.sqrt(np.sum(rates * (1 - rates)))
+        assert abs(found - expected) < 3.5 * deviation, f"beyond {name}: {found} tokens, {expected:.0f} expected"
+
+
 # 26
 def test_noise_belongs_to_the_key_and_the_row(steps):
     """A key that is not passed on gives every update the same noise; noise drawn for the batch as a whole, or by place

@@ -54,14 +54,15 @@ def test_dropout_is_off_in_every_part_of_ppo(steps):
 # 18
 def test_the_kl_coefficient_adapts_to_the_kl_of_a_sequence(steps):
     """coef x (1 + clip(kl / target - 1, +-0.2) n / horizon), n episodes, KL summed over a response: a mean over tokens
-    lets the policy go ten times as far, and without the clip one strange batch decides.
+    lets the policy go ten times as far, and without the clip one strange batch decides. Each row is one episode, in
+    however many minibatches and epochs it is used.
     """
     plain = saved_rollout()
     per_sequence = plain.mask.sum() / tiny.ROWS
     for kl in (50.0, 2.2, 1.9, 0.0):
         old = np.where(plain.mask, plain.old_logprobs, 1e9).astype(np.float32)
         moved = plain._replace(old_logprobs=old, ref_logprobs=old - np.float32(kl / per_sequence))
-        state, metrics = full_update(steps, moved, kl_target=2.0, kl_horizon=50.0)
+        state, metrics = full_update(steps, moved, epochs=2, minibatches=4, kl_target=2.0, kl_horizon=50.0)
         error = np.clip(kl / 2.0 - 1.0, -0.2, 0.2)
         np.testing.assert_allclose(state.kl_coef, 0.1 * (1 + error * tiny.ROWS / 50.0), rtol=1e-5)
         np.testing.assert_allclose(metrics["ppo/kl_coef"], 0.1, rtol=1e-6, err_msg="the one in use is logged")
@@ -113,6 +114,45 @@ def test_a_log_ratio_of_a_thousand_stays_finite(steps):
     for sign in (1.0, -1.0):
         for leaf in jax.tree.leaves(update(steps, saved_rollout(log_ratio=sign * 1000.0))):
             assert np.all(np.isfinite(leaf))
+
+
+# 35
+def test_the_entropy_bonus_keeps_the_policy_open(steps):
+    """The bonus is subtracted from the loss, so that a step raises the entropy: with the other sign it closes the
+    policy down on one answer, the faster the larger it is set. It counts the response tokens alone.
+    """
+    rollout = saved_rollout()
+    rollout = rollout._replace(advantages=np.zeros_like(rollout.advantages))
+    policy, _ = update(steps, rollout, entropy_coef=0.1)
+    close_trees(policy, jax.tree.map(lambda g: -0.1 * g, setting.entropy_gradient(rollout)), rtol=1e-4)
+
+
+# 25
+def test_every_step_moves_the_weights_that_the_last_one_left(steps):
+    """Gradients of later epochs that are taken at the weights from before the update are the first epoch's again,
+    without any clip; and each network moves by its own optimiser, with a learning rate of its own.
+    """
+    rollout, rates = saved_rollout(), (0.5, 0.0625)
+    policy, value = setting.params(), setting.value_params()
+    for _ in range(2):
+        grads = (
+            setting.policy_gradient(rollout, setting.logprobs(policy, rollout), at=policy),
+            setting.value_gradient(rollout, at=value),
+        )
+        policy, value = (
+            jax.tree.map(lambda p, g, rate=rate: p - rate * g, *pair)
+            for pair, rate in zip(((policy, grads[0]), (value, grads[1])), rates, strict=True)
+        )
+    state, _ = full_update(steps, rollout, txs=_DESCENTS, epochs=2)
+    for start, end, expected in (
+        (setting.params(), state.policy.params, policy),
+        (setting.value_params(), state.value.params, value),
+    ):
+        moved, should = (jax.tree.map(lambda a, b: a - b, to, start) for to in (end, expected))
+        close_trees(moved, should, rtol=1e-4)
+
+
+_DESCENTS = tuple(optax.with_extra_args_support(optax.sgd(rate)) for rate in (0.5, 0.0625))
 
 
 class Diary(NamedTuple):
