@@ -439,6 +439,26 @@ def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud)
     assert (tmp_path / "starts").read_text() == "x\nx\n"
 
 
+def test_another_command_is_refused_while_a_tpu_run_goes_on(tmp_path, cloud):
+    home = tmp_path / "home"
+    (home / "lfjax").mkdir(parents=True)
+    train = 'echo "$*" >>"$CLOUD/starts"; while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done'
+    fake(tmp_path / "bin", "train", train)
+    environment = cloud | {"HOME": str(home), "WORKER": "0"}
+    worker = ["bash", str(LAUNCH / "tpu_worker.sh")]
+    with subprocess.Popen([*worker, "one", "train", "a b"], env=environment) as first:
+        wait_for(tmp_path / "starts")
+        for words in (["train", "a", "b"], ["train"], ["train", "a b", "--seed=1"]):
+            done = run([*worker, "two", *words], env=environment)
+            assert done.returncode == 2
+            assert re.fullmatch(r"error: a run of another command is going on: train a\\ b ; stop .*\n", done.stderr)
+            assert done.stdout == ""
+        (tmp_path / "go").touch()
+        assert first.wait(timeout=30) == 0
+    assert run([*worker, "three", "train", "c"], env=environment).returncode == 0  # the other has ended
+    assert (tmp_path / "starts").read_text() == "a b\nc\n"
+
+
 TASK = """export LFJAX_PROCESS_ID=$SLURM_PROCID
 gpus=${SLURM_GPUS_ON_NODE:-0}
 [ "$gpus" = 0 ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
