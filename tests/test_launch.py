@@ -739,6 +739,13 @@ def test_gke_creates_exactly_what_the_dry_run_prints(tmp_path, size):
     [
         (0, "v5p", "write the topology"),
         (0, "v5p:64", "write the topology"),
+        (0, "v5p:3x5", "no such slice"),
+        (0, "v5p:4x4", "no such slice"),
+        (0, "v4:2x4x6", "no such slice"),
+        (0, "v4:1x1x2", "no such slice"),
+        (0, "v5e:2x2x2", "no such slice"),
+        (0, "v6e:4x2", "no such slice"),
+        (0, "nvidia-L4:1x1", "small letters"),
         (0, "h100:16", "write nodes x GPUs"),
         (0, "v9:2x2", "not a TPU"),
         (1, "Trainer", "small letters"),
@@ -755,6 +762,25 @@ def test_gke_refuses_what_cannot_run(position, value, said):
     assert done.stdout == ""
     shown = value.replace("--config.x=\a", "$'--config.x=\\a'")  # as a shell would write it
     assert re.fullmatch(rf"error: [A-Z]+ {re.escape(shown)}: .*{said}.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("claim", ["a\nb: c", "Disk", "-x", "a b"], ids=["newline", "capital", "dash", "space"])
+def test_gke_refuses_a_claim_that_is_no_name(claim):
+    arguments = ("--dry-run", "v5p:2x2x2", "trainer", "image", "configs/x.py", "/mnt/lfjax/x")
+    done = gke(*arguments, env=os.environ | {"LFJAX_CLAIM": claim})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: LFJAX_CLAIM .*small letters.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("size", ["v5p:4x4x4", "h100:2x8"])
+def test_gke_names_that_yaml_would_not_read_as_text_stay_text(size):
+    for word in ("true", "null"):
+        arguments = ("--dry-run", size, word, word, "configs/x.py", "/mnt/lfjax/x")
+        done = gke(*arguments, env=os.environ | {"LFJAX_CLAIM": "123"})
+        jobset = yaml.safe_load(done.stdout.split("<<'EOF'\n")[1].split("\nEOF\n")[0])
+        assert problems(jobset, JOBSET) == []
+        assert jobset["metadata"]["name"] == pod_of(jobset)["containers"][0]["image"] == word
+        assert pod_of(jobset)["volumes"][0]["persistentVolumeClaim"]["claimName"] == "123"
 
 
 def shell_blocks() -> str:
