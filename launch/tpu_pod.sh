@@ -8,21 +8,19 @@
 # SIZE is generation:topology (v5p:4x4x4, 64 chips) or Cloud's own name (v5p-128, which counts cores). The workdir is a
 # folder that all workers see. Output goes to logs/NAME/TIME-ATTEMPT/: live.log, and K.log of worker K. A run outlives
 # Ctrl-C here and lost connections; the same line again watches it. Exit code: the command's. Optional: TPU_FLAGS, more
-# flags for creation ("--spot --network=lfjax"); TPU_SETUP, shell commands for every worker, before the run (a mount);
-# TPU_RUNTIME, the image; TPU_RESTARTS, how often it goes on after a loss (10); TPU_WAITS, how often it looks, every 30
-# seconds, whether a slice that is being made or repaired is ready (120). Needs git, and gcloud with a project.
+# flags for creation ("--spot"); TPU_SETUP, shell commands for every worker, before the run (a mount); TPU_RUNTIME, the
+# image; TPU_RESTARTS, how often it goes on after a loss (10); TPU_WAITS, how often it looks for a slice to come (120).
 set -euo pipefail
 
 dry_run=
 [ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
-[ $# -ge 4 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+[ $# -ge 4 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
 name=$1 zone=$2 size=$3
 shift 3
 for word; do
-  case $word in --workdir=gs://* | gs://*)
-    echo "error: $word: lfjax writes to folders; mount the bucket on the workers (TPU_SETUP, see docs/cloud.md)" >&2
-    exit 2 ;;
-  esac
+  [[ $word =~ ^(--workdir=)?gs:// ]] || continue
+  echo "error: $word: lfjax writes to folders; mount the bucket on the workers (TPU_SETUP, see docs/cloud.md)" >&2
+  exit 2
 done
 case $size in
   v5p*) runtime='v2-alpha-tpuv5' ;;
@@ -39,24 +37,20 @@ describe=("${tpu[@]}" describe "$name" --zone="$zone" '--format=value(state)')
 run() { if [ -n "$dry_run" ]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 on_workers() { run "${tpu[@]}" ssh "$name" --zone="$zone" --worker=all --batch-size=all "$@"; }
 state() { # nothing where there is no slice; any other error of gcloud's ends the launcher
-  local said=
   if [ -n "$dry_run" ]; then return
   elif said=$("${describe[@]}" 2>&1); then grep -xE '[A-Z_]+' <<<"$said" || echo UNKNOWN
   elif [[ $said != *NOT_FOUND* ]]; then echo "$said" >&2 && return 1; fi
 }
-quoted=$(printf '%q ' "$@")
-
 # shellcheck disable=SC2016  # evaluated on the workers; lfjax.lock is held by a run that goes on
 install='set -e; flock -n lfjax.lock true || exit 0; '${TPU_SETUP:-true}'
 mkdir -p lfjax; tar -xzf lfjax.tar.gz -C lfjax; python3 -m pip install -q --user uv
 PATH=$HOME/.local/bin:$PATH; cd lfjax; [ -d .venv ] || uv venv -q --python 3.12; uv pip install -q -e ".[tpu]"'
 
-attempt=0 waits=0
+quoted=$(printf '%q ' "$@") attempt=0 waits=0
 stamp=$(date +%Y%m%d-%H%M%S)
 while :; do
   attempt=$((attempt + 1)) status=0
-  id=$stamp-$attempt found=$(state)
-  folder=logs/$name/$id
+  folder=logs/$name/$stamp-$attempt found=$(state)
   [ -z "$dry_run" ] || run "${describe[@]}"
   case $found in
     READY) waits=0 ;;
@@ -74,7 +68,8 @@ while :; do
   run mkdir -p "$folder"
   run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$PWD/$folder/lfjax.tar.gz" HEAD
   { run "${tpu[@]}" scp "$folder/lfjax.tar.gz" "$name":lfjax.tar.gz --zone="$zone" --worker=all &&
-    on_workers --command="$install" && on_workers --command="bash lfjax/launch/tpu_worker.sh $id $quoted"; } 2>&1 |
+    on_workers --command="$install" &&
+    on_workers --command="bash lfjax/launch/tpu_worker.sh $stamp-$attempt $quoted"; } 2>&1 |
     if [ -n "$dry_run" ]; then cat; else tee -a "$folder/live.log"; fi || status=$?
   on_workers --output-directory="$folder" --command='cat lfjax.log' || echo "no worker logs: $name cannot be reached" >&2
   [ $status != 0 ] || break

@@ -4,12 +4,13 @@
 #
 #   launch/tpu_worker.sh ID COMMAND...
 #
-# The same ID never starts twice: gcloud repeats a command whose connection was lost. The slice's metadata say who this
-# worker is and where worker 0 is. In the home folder: lfjax.lock (held by the run), lfjax.log, lfjax.exit, lfjax.id.
+# The same ID never starts twice: gcloud repeats a command whose connection was lost. While a run goes on, another
+# command is refused (exit code 2). The slice's metadata say who this worker is and where worker 0 is. In the home
+# folder: lfjax.lock (held by the run), lfjax.command, lfjax.log, lfjax.exit, lfjax.id.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 id=$1
@@ -24,14 +25,19 @@ LFJAX_NUM_PROCESSES=$(echo "$endpoints" | tr , '\n' | wc -l)
 export LFJAX_PROCESS_ID LFJAX_COORDINATOR LFJAX_NUM_PROCESSES PATH="$HOME/lfjax/.venv/bin:$PATH"
 
 cd
-touch lfjax.id
+touch lfjax.id lfjax.command
+command=$(printf '%q ' "$@")
 exec 9>lfjax.lock
 if [ "$(cat lfjax.id)" != "$id" ] && flock -n 9; then
   rm -f lfjax.exit
   : >lfjax.log
+  echo "$command" >lfjax.command
   echo "$id" >lfjax.id
   # shellcheck disable=SC2016  # by the inner shell, which inherits the lock and outlives this one
   (cd lfjax && setsid nohup bash -c '"$@"; echo $? >~/lfjax.exit' lfjax "$@" </dev/null >~/lfjax.log 2>&1 &)
+elif [ "$(cat lfjax.command)" != "$command" ]; then
+  echo "error: a run of another command is going on: $(cat lfjax.command); stop it first (docs/cloud.md)" >&2
+  exit 2
 fi
 exec 9>&-
 flock -s lfjax.lock true & # until the run has ended

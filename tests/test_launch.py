@@ -439,6 +439,26 @@ def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud)
     assert (tmp_path / "starts").read_text() == "x\nx\n"
 
 
+def test_another_command_is_refused_while_a_tpu_run_goes_on(tmp_path, cloud):
+    home = tmp_path / "home"
+    (home / "lfjax").mkdir(parents=True)
+    train = 'echo "$*" >>"$CLOUD/starts"; while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done'
+    fake(tmp_path / "bin", "train", train)
+    environment = cloud | {"HOME": str(home), "WORKER": "0"}
+    worker = ["bash", str(LAUNCH / "tpu_worker.sh")]
+    with subprocess.Popen([*worker, "one", "train", "a b"], env=environment) as first:
+        wait_for(tmp_path / "starts")
+        for words in (["train", "a", "b"], ["train"], ["train", "a b", "--seed=1"]):
+            done = run([*worker, "two", *words], env=environment)
+            assert done.returncode == 2
+            assert re.fullmatch(r"error: a run of another command is going on: train a\\ b ; stop .*\n", done.stderr)
+            assert done.stdout == ""
+        (tmp_path / "go").touch()
+        assert first.wait(timeout=30) == 0
+    assert run([*worker, "three", "train", "c"], env=environment).returncode == 0  # the other has ended
+    assert (tmp_path / "starts").read_text() == "a b\nc\n"
+
+
 TASK = """export LFJAX_PROCESS_ID=$SLURM_PROCID
 gpus=${SLURM_GPUS_ON_NODE:-0}
 [ "$gpus" = 0 ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
@@ -719,6 +739,13 @@ def test_gke_creates_exactly_what_the_dry_run_prints(tmp_path, size):
     [
         (0, "v5p", "write the topology"),
         (0, "v5p:64", "write the topology"),
+        (0, "v5p:3x5", "no such slice"),
+        (0, "v5p:4x4", "no such slice"),
+        (0, "v4:2x4x6", "no such slice"),
+        (0, "v4:1x1x2", "no such slice"),
+        (0, "v5e:2x2x2", "no such slice"),
+        (0, "v6e:4x2", "no such slice"),
+        (0, "nvidia-L4:1x1", "small letters"),
         (0, "h100:16", "write nodes x GPUs"),
         (0, "v9:2x2", "not a TPU"),
         (1, "Trainer", "small letters"),
@@ -735,6 +762,25 @@ def test_gke_refuses_what_cannot_run(position, value, said):
     assert done.stdout == ""
     shown = value.replace("--config.x=\a", "$'--config.x=\\a'")  # as a shell would write it
     assert re.fullmatch(rf"error: [A-Z]+ {re.escape(shown)}: .*{said}.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("claim", ["a\nb: c", "Disk", "-x", "a b"], ids=["newline", "capital", "dash", "space"])
+def test_gke_refuses_a_claim_that_is_no_name(claim):
+    arguments = ("--dry-run", "v5p:2x2x2", "trainer", "image", "configs/x.py", "/mnt/lfjax/x")
+    done = gke(*arguments, env=os.environ | {"LFJAX_CLAIM": claim})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: LFJAX_CLAIM .*small letters.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("size", ["v5p:4x4x4", "h100:2x8"])
+def test_gke_names_that_yaml_would_not_read_as_text_stay_text(size):
+    for word in ("true", "null"):
+        arguments = ("--dry-run", size, word, word, "configs/x.py", "/mnt/lfjax/x")
+        done = gke(*arguments, env=os.environ | {"LFJAX_CLAIM": "123"})
+        jobset = yaml.safe_load(done.stdout.split("<<'EOF'\n")[1].split("\nEOF\n")[0])
+        assert problems(jobset, JOBSET) == []
+        assert jobset["metadata"]["name"] == pod_of(jobset)["containers"][0]["image"] == word
+        assert pod_of(jobset)["volumes"][0]["persistentVolumeClaim"]["claimName"] == "123"
 
 
 def shell_blocks() -> str:

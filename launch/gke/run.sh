@@ -21,6 +21,8 @@ shift 5
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || usage "NAME $name: small letters, digits and -, at most 40"
 [[ $workdir == /mnt/lfjax/?* && /$workdir/ != */../* ]] || usage "WORKDIR $workdir: must be under /mnt/lfjax, the volume that all nodes see"
 [[ $image =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || usage "IMAGE $image: a name such as registry/project/lfjax:1"
+claim=${LFJAX_CLAIM:-lfjax}
+[[ $claim =~ ^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$ ]] || usage "LFJAX_CLAIM $(printf %q "$claim"): small letters, digits, - and ."
 topology=${size#*:}
 case ${size%%:*} in
   v4) accelerator=tpu-v4-podslice ;;
@@ -34,9 +36,20 @@ case ${size%%:*} in
   l4 | b200 | nvidia-*) accelerator=nvidia-${size%%:*} && accelerator=${accelerator/nvidia-nvidia/nvidia} ;;
   *) usage "SIZE $size: not a TPU (v4, v5e, v5p, v6e) or GPU (a100, a100-80gb, h100, h200, b200, l4, nvidia-...)" ;;
 esac
+[[ $accelerator =~ ^[a-z0-9-]+$ ]] || usage "SIZE $(printf %q "$size"): small letters, digits and - before the colon"
+slice_exists() {
+  case $accelerator in
+    tpu-v4-* | tpu-v5p-*)
+      [[ $topology =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){2}$ ]] || return
+      for side in ${topology//x/ }; do [ "$side" -le 2 ] || [ $((side % 4)) = 0 ] || return; done
+      [ $((${topology//x/*} % 4)) = 0 ] ;;
+    *) [[ $topology =~ ^(1x1|2x2|2x4|4x4|4x8|8x8|8x16|16x16)$ ]] ;;
+  esac
+}
 case $accelerator in
   tpu-*) # four chips a host; a slice of fewer is one host
-    [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || usage "SIZE $size: write the topology, such as v5p:4x4x4"
+    sides="of v4 and v5p three sides, each 1, 2 or a multiple of 4; of v5e and v6e 1x1, 2x2, 2x4 ... 16x16"
+    slice_exists || usage "SIZE $size: no such slice; write the topology, such as v5p:4x4x4: $sides"
     template=tpu.yaml chips=$((${topology//x/*}))
     nodes=$(((chips + 3) / 4)) per_node=$((chips < 4 ? chips : 4)) ;;
   *)
@@ -55,7 +68,7 @@ jobset=$(<"$(dirname "$0")/$template")
 fill() { jobset=${jobset//"\${$1}"/"$2"}; }
 fill NAME "$name" && fill IMAGE "$image" && fill ACCELERATOR "$accelerator" && fill TOPOLOGY "$topology"
 fill NODES "$nodes" && fill PER_NODE "$per_node" && fill DEVICES "\"$(seq -s, 0 $((per_node - 1)))\""
-fill CLAIM "${LFJAX_CLAIM:-lfjax}" && fill COMMAND "[$command]"
+fill CLAIM "$claim" && fill COMMAND "[$command]"
 if [ -n "$dry_run" ]; then
   printf "kubectl create -f - <<'EOF'\n%s\nEOF\n" "$jobset"
 else
