@@ -250,7 +250,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def cause_of(error: Exception, source: str | Path) -> str:
+def cause_of(error: BaseException, source: str | Path) -> str:
     """What went wrong in a user's file, in one line: kind, message, and the last line of `source` that was running."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -507,6 +507,8 @@ def _check_stages(config: Config) -> None:
                 'config.stages: "evaluate" compares before and after; it needs an "sft" or "ppo" stage before it'
             )
         for key, name in model_sources(config, stage).items():
+            if name in ("tokenizer", "evaluate"):
+                raise InputError(f'config.{key}: stage "{name}" makes no model; name another, or a model folder')
             given = name == "pretrain" and "pretrain" not in config.stages and config.model.init_from
             if name in STAGES and name not in before and not given:
                 raise InputError(
