@@ -241,6 +241,18 @@ def test_a_broken_config_file_is_refused(kind, command, tmp_path, records):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_cache_that_cannot_be_used_is_one_note_and_the_run_goes_on(tmp_path, records):
+    """In a process of its own: jax keeps its cache's folder."""
+    given = ("--config.stages=tokenizer", "--config.run.compile_cache=True")
+    command = [sys.executable, "-m", "lfjax.cli", *arguments(tmp_path / "w", records, *given)]
+    environment = os.environ | {"LFJAX_CACHE": "/dev/null", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if "cache" in line.lower() or "kept" in line]
+    fix = "set LFJAX_CACHE to another folder"
+    assert notes == [f"note: compiled programs are not kept: /dev/null/xla: Not a directory; {fix}"]
+
+
 def test_a_config_that_is_missing_or_a_folder_is_refused(command, tmp_path, records):
     assert f"{tmp_path}/no.py: no such file" in command(*arguments(tmp_path / "w", records, config=tmp_path / "no.py"))
     assert f"{tmp_path}: a folder; give a Python file" in command(*arguments(tmp_path / "w", records, config=tmp_path))
