@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -281,7 +282,7 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
     import jax
 
     jax.config.update("jax_default_matmul_precision", precision)
-    if compile_cache:
+    if compile_cache and _can_keep(CACHE / "xla"):
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -292,6 +293,19 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
         named = os.environ.get("JAX_PLATFORMS", "")
         cause = " ".join(str(error).split())[:200] or "jax has no such platform here"
         raise InputError(f"JAX_PLATFORMS={named}: no device: {cause}; unset it, or see lfjax doctor") from None
+
+
+def _can_keep(folder: Path) -> bool:
+    """Whether compiled programs can be written to the folder, which is made; says why where they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        if os.environ.get("LFJAX_PROCESS_ID", "0") == "0":
+            fix = "set LFJAX_CACHE to another folder"
+            print(f"note: compiled programs are not kept: {folder}: {error.strerror}; {fix}", file=sys.stderr)
+        return False
 
 
 def _join_processes() -> None:

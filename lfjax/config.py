@@ -507,6 +507,8 @@ def _check_stages(config: Config) -> None:
                 'config.stages: "evaluate" compares before and after; it needs an "sft" or "ppo" stage before it'
             )
         for key, name in model_sources(config, stage).items():
+            if name in ("tokenizer", "evaluate"):
+                raise InputError(f'config.{key}: stage "{name}" makes no model; name another, or a model folder')
             given = name == "pretrain" and "pretrain" not in config.stages and config.model.init_from
             if name in STAGES and name not in before and not given:
                 raise InputError(

@@ -8,7 +8,7 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import jax
@@ -84,6 +84,28 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules=DEFAULT_RULES)
         return P()
     fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     return P(*fits)
+
+
+def check_rules(rules, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    """Whether `config.mesh.rules` can be meant for these parameters, (path, shape) each.
+
+    Raises:
+      InputError: no row matches any, or one names more axes than a parameter that it matches has dimensions.
+    """
+    name, matched = "", False
+    for name, shape in parameters:
+        row = next((row for row in rules if re.search(row[0], name)), None)
+        if row is not None and len(row[1]) > len(shape):
+            raise InputError(
+                f"config.mesh.rules: {row!r}: names {len(row[1])} axes, but matches {name}, whose shape is"
+                f" {list(shape)}; give one axis a dimension, or a regex that does not match it"
+            )
+        matched = matched or row is not None
+    if not matched:
+        others = f" (and {len(rules) - 1} more)" if len(rules) > 1 else ""
+        raise InputError(
+            f"config.mesh.rules: {rules[0]!r}{others}: found in the path of no parameter; a path is such as {name}"
+        )
 
 
 def shardings_for(tree, mesh: Mesh, rules=DEFAULT_RULES):

@@ -115,6 +115,18 @@ OVERRIDES = {
     "a mesh that does not multiply": ("--config.mesh.data=3", "config.mesh", "set one to -1"),
     "a mesh axis of 0": ("--config.mesh.tensor=0", "config.mesh.tensor", "a positive size, or -1"),
     "two axes of -1": ("--config.mesh.fsdp=-1", "config.mesh", "only one axis"),
+    "rules for no parameter": (
+        "--config.mesh.rules=(('decoder/block',('fsdp',)),('x$',()))",
+        "config.mesh.rules: ('decoder/block', ('fsdp',))", "found in the path of no parameter; a path is such as ",
+    ),
+    "a rule of too many axes": (
+        "--config.mesh.rules=(('mlp',('','','','tensor')),)", "config.mesh.rules: ('mlp', ('', '', '', 'tensor'))",
+        "matches layers/mlp/down, whose shape is [1, 32, 16]",
+    ),
+    "a rank beyond a matrix": (
+        "--config.model.lora.rank=9", "config.model.lora.rank: 9", "layers/attention/k is 16 x 8: allowed: at most 8",
+    ),
+    "a start of a stage that makes none": ("--config.sft.init_from=tokenizer", "sft.init_from", "makes no model"),
     "rules that are none": ("--config.mesh.rules=(('embed','model'),)", "config.mesh.rules", "a row is (regex"),
     "an axis twice": ("--config.mesh.rules=(('.*',('data','data')),)", "config.mesh.rules", "each axis once"),
     "a rule of bytes": ("--config.mesh.rules=((b'.*',('data',)),)", "config.mesh.rules", "a row is (regex"),
@@ -227,6 +239,18 @@ def test_a_broken_config_file_is_refused(kind, command, tmp_path, records):
     assert found in line and fix in line
     assert str(file) in line or "config.sft" in line
     assert not (tmp_path / "w").exists()
+
+
+def test_a_cache_that_cannot_be_used_is_one_note_and_the_run_goes_on(tmp_path, records):
+    """In a process of its own: jax keeps its cache's folder."""
+    given = ("--config.stages=tokenizer", "--config.run.compile_cache=True")
+    command = [sys.executable, "-m", "lfjax.cli", *arguments(tmp_path / "w", records, *given)]
+    environment = os.environ | {"LFJAX_CACHE": "/dev/null", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if "cache" in line.lower() or "kept" in line]
+    fix = "set LFJAX_CACHE to another folder"
+    assert notes == [f"note: compiled programs are not kept: /dev/null/xla: Not a directory; {fix}"]
 
 
 def test_a_config_that_is_missing_or_a_folder_is_refused(command, tmp_path, records):
@@ -491,8 +515,49 @@ def test_each_damage_of_a_model_is_one_line_of_import_and_of_a_run(kind, command
     assert str(model) in line and found in line
     assert not (tmp_path / "new").exists()
     given = ("--config.stages=sft", f"--config.tokenizer.path={trained}/models/tokenizer")
+    line = f"config.model.init_from: {line}"
     assert command(*arguments(tmp_path / "w", records, *given, f"--config.model.init_from={model}")) == line
     assert untouched(tmp_path / "w")
+
+
+@pytest.mark.parametrize("stages", ["pretrain", "sft", "tokenizer,pretrain,sft"])
+def test_what_is_no_model_and_no_tokenizer_is_named_before_a_run_directory_is_made(
+    stages, command, tmp_path, records, trained
+):
+    given = [f"--config.stages={stages}"]
+    if "tokenizer" in stages or stages == "pretrain":
+        line = command(*arguments(tmp_path / "w", records, *given, f"--config.tokenizer.path={records}"))
+        assert line.startswith(f"config.tokenizer.path: {records}: not a SentencePiece model")
+        line = command(*arguments(tmp_path / "w", records, *given, f"--config.tokenizer.path={tmp_path}"))
+        assert line.startswith(f"config.tokenizer.path: {tmp_path}: no such file in it: tokenizer.json, ")
+    line = command(*arguments(tmp_path / "w", records, *given, f"--config.model.init_from={tmp_path}"))
+    assert line.startswith(f"config.model.init_from: {tmp_path}: no such file in it: tokenizer.json, ")
+    given.append(f"--config.tokenizer.path={trained}/models/tokenizer")
+    line = command(*arguments(tmp_path / "w", records, *given, f"--config.model.init_from={tmp_path}"))
+    assert line.startswith(f"config.model.init_from: {tmp_path}/config.json: not found; a model folder holds ")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("key", ["sft.init_from", "reward.init_from", "ppo.init_from", "ppo.reward", "ppo.value_init"])
+def test_every_key_of_a_model_is_named_before_a_run_directory_is_made(key, command, tmp_path, records):
+    line = command(*arguments(tmp_path / "w", records, f"--config.{key}={tmp_path}"))
+    assert line.startswith(f"config.{key}: {tmp_path}/config.json: not found; a model folder holds ")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_rank_beyond_a_matrix_of_a_given_model_is_refused(command, tmp_path, records, trained):
+    model = trained / "models" / "pretrain"
+    given = ("--config.stages=sft", f"--config.model.init_from={model}", "--config.model.width=1024")
+    line = command(*arguments(tmp_path / "w", records, *given, "--config.model.lora.rank=100000"))
+    assert line.startswith("config.model.lora.rank: 100000; layers/attention/k is 16 x 8: allowed: at most 8")
+    assert not (tmp_path / "w").exists()
+
+
+def test_other_rules_of_a_run_that_goes_on_are_checked_too(command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    line = command(*arguments(workdir, records, PRETRAINING, "--config.mesh.rules=(('x$',()),)"), progress=True)
+    assert line.startswith("config.mesh.rules: ('x$', ()): found in the path of no parameter")
+    assert train(workdir, records, PRETRAINING, "--config.mesh.rules=(('x$',()),('',()))") == 0
 
 
 @pytest.mark.parametrize("size", [300, 310])

@@ -442,7 +442,7 @@ def test_a_tpu_run_outlives_its_connection_and_is_watched_again(tmp_path, cloud)
 def test_another_command_is_refused_while_a_tpu_run_goes_on(tmp_path, cloud):
     home = tmp_path / "home"
     (home / "lfjax").mkdir(parents=True)
-    train = 'echo "$*" >>"$CLOUD/starts"; while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done'
+    train = 'echo "$*" >>"$CLOUD/starts"; while [ ! -e "$CLOUD/go" ] && [ $SECONDS -lt 30 ]; do sleep 0.05; done'
     fake(tmp_path / "bin", "train", train)
     environment = cloud | {"HOME": str(home), "WORKER": "0"}
     worker = ["bash", str(LAUNCH / "tpu_worker.sh")]

@@ -104,17 +104,23 @@ def load(
             raise InputError(f"{folder}: {name}={value!r}; allowed are {', '.join(map(str, allowed))}")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a model is a folder with {CONFIG} and {SINGLE}")
-    config = read_json(folder / CONFIG)
-    where = str(folder / CONFIG)
+    shape, config, tokenizer = load_form(folder, task)
     if vocab_multiple is None:
         split = 1 if mesh is None else mesh.shape.get("tensor", 1)
         vocab_multiple = math.lcm(128, split) if split > 1 else 1
-    shape = dataclasses.replace(read_config(config, where, task), dtype=dtype, vocab_multiple=vocab_multiple)
-    tokenizer = _load_tokenizer(folder, shape.vocab_size)
-    family, tensors = family_of(config, where), TensorFolder(folder)
+    shape = dataclasses.replace(shape, dtype=dtype, vocab_multiple=vocab_multiple)
+    family, tensors = family_of(config, str(folder / CONFIG)), TensorFolder(folder)
     config, shape = as_stored(config, shape, tensors.names(), family)
     params = _import_params(tensors, family, shape, mesh, rules)
     return Loaded(shape.build(), params, config, tokenizer)
+
+
+def load_form(path: str | os.PathLike[str], task: str | None = None) -> tuple[Form, dict[str, Any], Any]:
+    """(form, config.json, tokenizer or None) of a model folder: what `load` reads but for the tensors, and raises."""
+    folder = pathlib.Path(path)
+    config = read_json(folder / CONFIG)
+    form = read_config(config, str(folder / CONFIG), task)
+    return form, config, _load_tokenizer(folder, form.vocab_size)
 
 
 def names_encoder(path: str | os.PathLike[str]) -> bool:

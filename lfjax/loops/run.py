@@ -31,9 +31,10 @@ from lfjax.config import Config, InputError
 from lfjax.data.examples import teaches
 from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf, peft
+from lfjax.loops import starts
 from lfjax.loops.workdir import Workdir, forks_of
 from lfjax.metrics import RunLog, read_json, write_json
-from lfjax.models import lora, presets
+from lfjax.models import lora
 from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
@@ -111,18 +112,16 @@ class Run:
         self._check_batches()
         self._check_keywords()
         self._check_sources()
-        self._check_targets()
-        self._directory.open(config, self._forks(), self._check_data)
+        self._directory.open(config, self._forks(), fits=self._check_models, check=self._check_data)
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
         self.meter = Meter()
         self._programs: dict[Any, Step] = {}
 
-    def _check_targets(self) -> None:
-        """Targets of LoRA that no model has: better known now; those that this one lacks show when it is read."""
-        if self.config.model.lora.rank:
-            every = presets.llama(vocab_size=1, width=2, layers=1, heads=1, mlp_width=1)  # gated: all that there are
-            lora.targets(every, LoRA(**self.config.model.lora.to_dict()))
+    def _check_models(self) -> None:
+        """The tokenizer and the models that stages start from can be read, and fit the config."""
+        given = self.config.tokenizer.path or self.config.model.init_from
+        starts.check_models(self.config, self.tokenizer.vocab_size if given else self.config.tokenizer.vocab_size)
 
     def _check_batches(self) -> None:
         shards = batch_shards(self.mesh)
@@ -251,7 +250,10 @@ class Run:
     @functools.cached_property
     def tokenizer(self):
         """The run's tokenizer: that of the model it starts from, the one configured, or the one it trained."""
-        return tokenizers.load(self.tokenizer_folder)
+        keys = {"tokenizer.path": self.config.tokenizer.path, "model.init_from": self.config.model.init_from}
+        given = next((key for key, path in keys.items() if path), None)
+        with starts.naming(given):
+            return tokenizers.load(self.tokenizer_folder)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -267,10 +269,9 @@ class Run:
         """models/<stage>: the stage's result in Hugging Face layout."""
         return self.workdir / "models" / stage
 
-    def start_of(self, stage: str) -> tuple[str, str]:
-        """(config key, stage or folder) of the model that a stage starts from."""
-        key = "model.init_from" if stage == "pretrain" else f"{stage}.init_from"
-        return key, self.config.model.init_from if stage == "pretrain" else configs.init_from(self.config, stage)
+    def start_of(self, stage: str) -> tuple[str, Any]:
+        """(config key, stage or folder) of the model that a stage starts from; None: it makes a new one."""
+        return starts.start_of(self.config, stage)
 
     def source(self, key: str, name: str) -> Path:
         """The folder of a model named by a stage or by a path."""
@@ -304,7 +305,9 @@ class Run:
             or token ids do not mean the same to the model as to the run's tokenizer.
         """
         folder = self.source(key, name)
-        loaded = hf.load(folder, mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
+        given = key if name not in configs.STAGES else None if name in self.stages else "model.init_from"
+        with starts.naming(given):
+            loaded = hf.load(folder, mesh=self.mesh, rules=self.rules, vocab_multiple=self.vocab_multiple)
         if language:
             hf.check_language_model(loaded, f"config.{key}: {folder}")
         stage = "pretrain" if key.startswith("model.") else key.partition(".")[0]

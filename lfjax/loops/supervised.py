@@ -18,7 +18,6 @@ from lfjax.loops.training import train
 from lfjax.metrics import Window
 from lfjax.models import lora, presets
 from lfjax.models.flops import forward_flops
-from lfjax.models.lstm import LSTMConfig
 from lfjax.optim import make_optimizer, schedule
 from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState
@@ -67,36 +66,13 @@ def run_prompts(run: Run, records, tokenizer=None) -> list[list[int]]:
     )
 
 
-def model_config(run: Run):
-    """The language model that `config.model` describes, for the run's vocabulary and mesh."""
-    c = run.config.model
-    if c.form == "lstm":
-        vocabulary, rows = run.tokenizer.vocab_size, run.vocab_multiple
-        return LSTMConfig(vocabulary, c.width, c.layers, tied=c.tied, dtype=c.dtype, vocab_multiple=rows)
-    shared = {
-        "vocab_size": run.tokenizer.vocab_size,
-        "width": c.width,
-        "layers": c.layers,
-        "heads": c.heads,
-        "context": c.context,
-        "tied": c.tied,
-        "dtype": c.dtype,
-        "remat": c.remat,
-        "unroll": c.unroll,
-        "vocab_multiple": run.vocab_multiple,
-    }
-    if c.form == "gpt2":
-        return presets.gpt2(**shared, mlp_width=c.mlp_width)
-    return presets.llama(**shared, mlp_width=c.mlp_width, kv_heads=c.kv_heads)
-
-
 def new_or_loaded(run: Run, stage: str):
     """(model config, parameters on the mesh) that a language-model stage starts from."""
     key, name = run.start_of(stage)
     if name:
         loaded = run.load_model(key, name, language=True)
         return compute_settings(run, loaded.model.config), loaded.params
-    config = model_config(run)
+    config = presets.described(run.config.model, vocab_size=run.tokenizer.vocab_size, vocab_multiple=run.vocab_multiple)
 
     def init(key):
         return run.network(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]

@@ -39,17 +39,20 @@ class Workdir:
         self.path = Path(path)
         self._held: int | None = None
 
-    def open(self, config: Config, forks: Mapping[str, Path], check: Callable[[], None]) -> None:
+    def open(
+        self, config: Config, forks: Mapping[str, Path], *, fits: Callable[[], None], check: Callable[[], None]
+    ) -> None:
         """Holds the directory, which is new, or the same run's: then data and models have to be the same as well.
 
         Args:
           forks: name -> source file of what is not lfjax's own code; `steps/` keeps copies.
-          check: raises InputError where a new run cannot be done; called before anything is written.
+          fits: raises InputError where the config does not fit the models; called before anything is written.
+          check: raises InputError where a new run cannot be done otherwise; called then.
         Raises:
           InputError: it belongs to another config, to another data file or model, or to a run that goes on.
         """
         try:
-            self._open(config, forks, check)
+            self._open(config, forks, fits, check)
         except BaseException:
             self.close()
             raise
@@ -60,7 +63,7 @@ class Workdir:
             os.close(self._held)
             self._held = None
 
-    def _open(self, config: Config, forks: Mapping[str, Path], check: Callable[[], None]) -> None:
+    def _open(self, config: Config, forks: Mapping[str, Path], fits: Callable, check: Callable) -> None:
         resolved, path = configs.to_plain(config), self.path / "config.json"
         self._check_folders(config.stages)
         self._hold()
@@ -73,13 +76,15 @@ class Workdir:
             if moved and begun and not differs and jax.process_index() == 0:
                 print(f"note: going on with another mesh ({'; '.join(moved)})", file=sys.stderr)
             if not differs and begun:
-                return self._check_inputs(config, forks)
+                self._check_inputs(config, forks)
+                return fits()
             if differs and begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(
                     f"{path}: the run was started with another config ({shown}); use another --workdir, which may start"
                     f" from a model of this one: --config.<stage>.init_from={self.path}/models/<stage>"
                 )
+        fits()
         check()
         if jax.process_index() == 0:
             try:

@@ -23,6 +23,7 @@ from jax import Array
 from lfjax.config import InputError
 from lfjax.losses.lm import Unembed
 from lfjax.models.blocks import LowRank
+from lfjax.models.network import NetworkConfig
 from lfjax.models.transformer import Decoder, Transformer, TransformerConfig
 from lfjax.optim import MUON_MATRICES
 from lfjax.types import leaf_name
@@ -56,11 +57,11 @@ def matrices(config: TransformerConfig) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def targets(config: TransformerConfig, lora: LoRA) -> dict[str, tuple[int, int, int]]:
+def targets(config: NetworkConfig, lora: LoRA) -> dict[str, tuple[int, int, int]]:
     """Those of `matrices` that get an adapter.
 
     Raises:
-      InputError: a regex is found in none of them.
+      InputError: a regex is found in none of them, or the rank is larger than a side of one.
     """
     possible = matrices(config) if isinstance(config, TransformerConfig) else {}
     for pattern in lora.targets:
@@ -69,7 +70,14 @@ def targets(config: TransformerConfig, lora: LoRA) -> dict[str, tuple[int, int, 
                 f"config.model.lora.targets: {pattern!r} is found in no matrix of the model; they are"
                 f" {', '.join(possible) or 'those of decoders, which it is not'}"
             )
-    return {name: shape for name, shape in possible.items() if any(re.search(t, name) for t in lora.targets)}
+    found = {name: shape for name, shape in possible.items() if any(re.search(t, name) for t in lora.targets)}
+    for name, (_, d_in, d_out) in found.items():
+        if lora.rank > min(d_in, d_out):
+            raise InputError(
+                f"config.model.lora.rank: {lora.rank}; {name} is {d_in} x {d_out}: allowed: at most {min(d_in, d_out)},"
+                " or leave it out of config.model.lora.targets"
+            )
+    return found
 
 
 def init(key: Array, config: TransformerConfig, lora: LoRA) -> dict:

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from lfjax.models.lstm import LSTMConfig
 from lfjax.models.transformer import TransformerConfig
+
+
+def described(section: Any, *, vocab_size: int, vocab_multiple: int) -> TransformerConfig | LSTMConfig:
+    """The new language model that `config.model` describes, for a vocabulary."""
+    c = section
+    if c.form == "lstm":
+        return LSTMConfig(vocab_size, c.width, c.layers, tied=c.tied, dtype=c.dtype, vocab_multiple=vocab_multiple)
+    vocabulary = {"vocab_size": vocab_size, "vocab_multiple": vocab_multiple}
+    size = {"width": c.width, "layers": c.layers, "heads": c.heads, "mlp_width": c.mlp_width, "context": c.context}
+    ways = {"tied": c.tied, "dtype": c.dtype, "remat": c.remat, "unroll": c.unroll}
+    if c.form == "gpt2":
+        return gpt2(**vocabulary, **size, **ways)
+    return llama(**vocabulary, **size, **ways, kv_heads=c.kv_heads)
 
 
 def gpt2(*, vocab_size: int, width: int, layers: int, heads: int, context: int = 1024, **changes) -> TransformerConfig:
