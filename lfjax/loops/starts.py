@@ -59,9 +59,7 @@ def check_models(config: Config, vocab_size: int) -> None:
         if stage in ("reward", "classify", "ppo"):
             found += _shapes(dataclasses.replace(form, num_labels=1).parameters()).items()
         if configs.uses_lora(config, stage) and (key != "ppo.reward" or config.ppo.value_init == "reward"):
-            how = LoRA(**config.model.lora.to_dict())
-            for path, (layers, d_in, d_out) in lora.targets(form, how).items():
-                found += [(f"lora/{path}/a", (layers, d_in, how.rank)), (f"lora/{path}/b", (layers, how.rank, d_out))]
+            lora.targets(form, LoRA(**config.model.lora.to_dict()))
     if config.mesh.rules and found:
         check_rules(tuple(config.mesh.rules), found)
 
