@@ -39,17 +39,17 @@ STOPS = tuple(range(0, tiny.VOCAB, 5))  # many stop tokens, for short responses
 SCORES = np.asarray([0.7, 1.9, -0.4, 0.25, -1.6, 0.5, 2.3, -0.9], np.float32)
 EXPERIENCE = {
     "models": MODELS,
-    "eos_ids": (EOS,),
+    "eos_ids": (1, EOS),  # several may end a text; here it is always the second
     "temperature": TEMPERATURE,
     "minibatches": 2,
-    "gamma": 1.0,
+    "gamma": 0.97,
     "lam": 0.95,
     "kl_kind": "k1",
     "whiten_rewards": False,
     "whiten_advantages": False,
     "min_length": 0,
     "require_eos": False,
-    "penalty": 1.0,
+    "penalty": 0.75,
 }
 UPDATE = {
     "models": MODELS,
@@ -73,6 +73,12 @@ def run(step, *args, **options):
     if key not in _compiled:
         _compiled[key] = tiny.jit(functools.partial(step, **options))
     return jax.tree.map(np.asarray, _compiled[key](*args))
+
+
+def forget(step):
+    """Frees the step's programs: a process may have 65,530 memory maps on Linux, and one program takes several."""
+    for key in [key for key in _compiled if key[0] in (step, _with_numbers(step))]:
+        del _compiled[key]
 
 
 def params(seed: int = 0, model=LM):

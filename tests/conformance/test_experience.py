@@ -7,6 +7,8 @@ from reference import ppo as reference
 from setting import CLOSE, KL_COEF, SCORES, experience
 from tiny import close_trees
 
+PENALTY = setting.EXPERIENCE["penalty"]
+
 
 # 2
 def test_masks_never_come_from_the_pad_id(steps):
@@ -30,14 +32,14 @@ def test_masks_never_come_from_the_pad_id(steps):
 # 5
 def test_a_response_without_eos_is_punished(steps):
     """A response that the length limit cut off scores min(score, 0) - penalty: without the rule the policy rambles on,
-    and with a plain subtraction a good enough ramble still pays.
+    and with a plain subtraction a good enough ramble still pays. Any of several stop tokens ends a text.
     """
     gen = tiny.generation()
     ended, long = tiny.ended(gen), gen.mask.sum(1) >= 3
-    assert np.any(SCORES[~ended] > setting.EXPERIENCE["penalty"]) and np.any(ended & long)
+    assert np.any(SCORES[~ended] > PENALTY) and np.any(ended & long)
     rollout = experience(steps, kl_coef=0.0, min_length=3, require_eos=True)
     np.testing.assert_array_equal(rollout.ended, ended)
-    expected = np.where(ended, SCORES, np.minimum(SCORES, 0.0) - 1.0)
+    expected = np.where(ended, SCORES, np.minimum(SCORES, 0.0) - PENALTY)
     np.testing.assert_allclose(rollout.scores[long], expected[long], atol=1e-6)
     np.testing.assert_allclose(rollout.rewards.sum(1)[long], expected[long], atol=1e-6)
     np.testing.assert_array_equal(rollout.raw_scores, SCORES)
@@ -82,7 +84,7 @@ def test_scores_are_normalised_before_the_rules(steps):
     np.testing.assert_array_equal(rollout.raw_scores, SCORES)
     punished = experience(steps, kl_coef=0.0, norm=(mean, std), min_length=3, require_eos=True)
     expected, _ = reference.final_scores(
-        SCORES, gen.tokens, gen.mask, eos_ids=(setting.EOS,), mean=mean, std=std, min_length=3
+        SCORES, gen.tokens, gen.mask, eos_ids=(setting.EOS,), mean=mean, std=std, min_length=3, penalty=PENALTY
     )
     broken = punished.scores != rollout.scores
     assert np.any(broken)
@@ -91,7 +93,9 @@ def test_scores_are_normalised_before_the_rules(steps):
 
 # 16
 def test_kl_is_a_penalty_on_every_token(steps):
-    """-beta (log pi - log pi_ref) with this sign: the other one pays the policy for leaving its reference."""
+    """-beta (log pi - log pi_ref) with this sign: the other one pays the policy for leaving its reference. Where
+    another estimate is asked for, it is that one: k3 is never negative.
+    """
     gen = tiny.generation()
     rollout = experience(steps)
     gap = setting.logprobs(setting.params(), gen) - setting.logprobs(setting.params(3), gen)
@@ -99,6 +103,8 @@ def test_kl_is_a_penalty_on_every_token(steps):
     np.testing.assert_allclose(rollout.rewards[inner], -KL_COEF * gap[inner], **CLOSE)
     doubled = experience(steps, kl_coef=2 * KL_COEF)
     np.testing.assert_allclose(doubled.rewards[inner], 2 * rollout.rewards[inner], **CLOSE)
+    other = experience(steps, kl_kind="k3")
+    np.testing.assert_allclose(other.rewards[inner], -KL_COEF * (np.exp(-gap) - 1 + gap)[inner], **CLOSE)
 
 
 # 17
@@ -119,7 +125,8 @@ def _float64(gen, **whitening):
     values = np.asarray(setting.values_of(setting.value_params(), setting.rows_of(gen)), np.float64)
     gap = (setting.logprobs(setting.params(seed), gen) for seed in (0, 3))
     rewards = reference.rewards(*gap, SCORES, gen.mask, kl_coef=KL_COEF)
-    return reference.advantages(rewards, values, gen.mask, gamma=1.0, lam=0.95, **whitening)
+    discounts = {name: setting.EXPERIENCE[name] for name in ("gamma", "lam")}
+    return reference.advantages(rewards, values, gen.mask, **discounts, **whitening)
 
 
 # 19
@@ -174,7 +181,7 @@ def test_length_is_limited_and_stands_beside_the_score(steps):
     length, ended = gen.mask.sum(1), tiny.ended(gen)
     assert np.any(ended & (length < 3) & (SCORES > 1.0))
     rollout = experience(steps, kl_coef=0.0, min_length=3, require_eos=True)
-    expected = np.where(length < 3, np.minimum(SCORES, 0.0) - 1.0, SCORES)
+    expected = np.where(length < 3, np.minimum(SCORES, 0.0) - PENALTY, SCORES)
     np.testing.assert_allclose(rollout.scores[ended], expected[ended], atol=1e-6)
     _, metrics = setting.full_update(steps, setting.saved_rollout())
     assert {"ppo/score", "ppo/length"} <= metrics.keys()

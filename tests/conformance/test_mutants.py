@@ -1,9 +1,11 @@
 """The conformance tests bite: each known mistake fails its tests, and passes another, so that it is no mere wreck."""
 
 import functools
+import gc
 
 import mutants
 import pytest
+import setting
 import test_experience
 import test_rollout
 import test_training
@@ -41,6 +43,8 @@ def test_a_known_mistake_fails_its_tests_and_passes_another(mutant):
             TESTS[name](table)
     if mutant.passes:
         TESTS[mutant.passes](table)
+    setting.forget(table[mutant.subject])
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", TESTS)

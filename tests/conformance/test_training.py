@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import setting
 import tiny
-from setting import CLASSIFIER, CLOSE, HALF, LM, PLACED, RECORDER, SCORER
+from setting import CLASSIFIER, CLOSE, DROPPING, HALF, LM, PLACED, RECORDER, SCORER
 from tiny import close_trees
 
 from lfjax.config import optim_section
@@ -32,6 +32,26 @@ def test_dropout_is_off_where_texts_are_scored_or_classified(steps):
     dropping = tiny.classifier(dropout=0.5)
     scores = steps["scorer"](run, dropping, stage="classify", each=tiny.CLASSES)(params, batches)
     np.testing.assert_allclose(scores, tiny.jit(_class_scores)(params, batch), **CLOSE)
+
+
+# 10
+def test_dropout_is_on_in_training_with_noise_of_each_step(steps):
+    """Where the key is not passed on, a network that should drop units drops none and learns a few ratings by
+    heart; where it is always the same key, half of the network is never trained.
+    """
+    dropping = tiny.classifier(dropout=0.5)
+    text = tiny.lm_state(LM, RECORDER), tiny.sft_batch(), {"model": DROPPING.policy}
+    answers = RewardState.create(setting.value_params(), RECORDER), tiny.reward_batch(), {"model": DROPPING.value}
+    classes = RewardState.create(setting.params(model=CLASSIFIER), RECORDER), tiny.class_batch(), {"model": dropping}
+    for name, (state, batch, options) in {"sft": text, "reward": answers, "classify": classes}.items():
+        first, again, second = (
+            setting.run(steps[name], state, batch, key, tx=RECORDER, **options)[0].opt_state.grads
+            for key in map(jax.random.key, (0, 0, 1))
+        )
+        close_trees(again, first)
+        largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(first))
+        apart = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), second, first)))
+        assert apart > 1e-2 * largest, f"{name}: another key drops the same units, or none"
 
 
 # 11
@@ -219,8 +239,11 @@ def test_a_margin_asks_for_a_wider_gap(steps):
         batch = _compared(said)
         better, worse = _better(batch, said)
         gap = (batch.ratings[better] - batch.ratings[worse]) if said == "ratings" else batch.margin[better[0]]
-        expected = _margin_gradient(setting.value_params(), better, worse, 0.5 * gap, batch)
-        close_trees(_reward_gradient(steps, batch, bradley_terry=1.0, margin_scale=0.5), expected, rtol=1e-4)
+        expected = _margin_gradient(setting.value_params(), better, worse, _MARGIN * gap, batch)
+        close_trees(_reward_gradient(steps, batch, bradley_terry=1.0), expected, rtol=1e-4)
+
+
+_MARGIN = 0.5  # of score, for each point of rating or of the stated margin
 
 
 def _compared(said: str) -> RewardBatch:
@@ -262,9 +285,9 @@ def _margin_gradient(params, better, worse, margin, batch: RewardBatch):
 
 def _reward_gradient(steps, batch: RewardBatch, **weights):
     """Of the loss with these weights alone, over the pairs within records."""
-    options = {"regression": 0.0, "bradley_terry": 0.0, "across_records": False, "model": SCORER, "tx": RECORDER}
+    options = {"regression": 0.0, "bradley_terry": 0.0, "across_records": False, "margin_scale": _MARGIN} | weights
     state = RewardState.create(setting.value_params(), RECORDER)
-    state, _ = setting.run(steps["reward"], state, batch, jax.random.key(0), **(options | weights))
+    state, _ = setting.run(steps["reward"], state, batch, jax.random.key(0), model=SCORER, tx=RECORDER, **options)
     return state.opt_state.grads
 
 

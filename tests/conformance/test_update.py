@@ -62,10 +62,13 @@ def test_the_kl_coefficient_adapts_to_the_kl_of_a_sequence(steps):
     for kl in (50.0, 2.2, 1.9, 0.0):
         old = np.where(plain.mask, plain.old_logprobs, 1e9).astype(np.float32)
         moved = plain._replace(old_logprobs=old, ref_logprobs=old - np.float32(kl / per_sequence))
-        state, metrics = full_update(steps, moved, epochs=2, minibatches=4, kl_target=2.0, kl_horizon=50.0)
+        state, metrics = full_update(steps, moved, **_ADAPTIVE)
         error = np.clip(kl / 2.0 - 1.0, -0.2, 0.2)
         np.testing.assert_allclose(state.kl_coef, 0.1 * (1 + error * tiny.ROWS / 50.0), rtol=1e-5)
         np.testing.assert_allclose(metrics["ppo/kl_coef"], 0.1, rtol=1e-6, err_msg="the one in use is logged")
+
+
+_ADAPTIVE = {"epochs": 2, "minibatches": 4, "kl_target": 2.0, "kl_horizon": 50.0}
 
 
 # 22
@@ -268,9 +271,9 @@ def test_what_shows_a_run_going_wrong_is_logged(steps):
 
 # 30
 def test_logged_figures_are_their_formulas(steps):
-    """Over the response tokens alone, KL a sequence, on ratios of which some are clipped."""
+    """Over the response tokens alone, of all epochs and minibatches, KL a sequence; some of the ratios are clipped."""
     rollout = setting.far_rollout()
-    _, metrics = full_update(steps, rollout)
+    _, metrics = full_update(steps, rollout, **_ADAPTIVE)
     mask = rollout.mask
     change = (setting.logprobs(setting.params(), rollout) - rollout.old_logprobs)[mask]
     ratio, advantages = np.exp(change), np.float64(rollout.advantages[mask])
