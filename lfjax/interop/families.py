@@ -315,7 +315,7 @@ QWEN2 = _like(
     "Qwen2",
     _kv_heads(32),
     _context(32768),
-    without=("attention_bias", "mlp_bias", "head_dim"),
+    without=("attention_bias", "mlp_bias"),
     form=dict(attention_bias=True, output_bias=False, mlp_bias=False),
     window="switched",
 )
@@ -533,6 +533,11 @@ def is_encoder(config: dict) -> bool:
     return family is not None and family.kind is EncoderConfig
 
 
+# Keys that transformers heeds in every family, as `Family.only`.
+EVERYWHERE = {"quantization_config": (None,), "per_layer_config": (None,)}
+CAUSAL = {"is_causal": (True,)}
+
+
 def family_of(config: dict, where: str) -> Family:
     """The table for a config.json; `where` names the file in errors."""
     model_type = config.get("model_type")
@@ -550,7 +555,8 @@ def read_config(config: dict, where: str, task: str | None = None) -> Form:
       task: "lm", "sequence" or "token", of an encoder also "trunk"; None takes it from `architectures`.
     """
     family = family_of(config, where)
-    for key, allowed in family.only.items():
+    only = EVERYWHERE | (CAUSAL if family.kind is TransformerConfig else {}) | family.only
+    for key, allowed in only.items():
         if config.get(key, allowed[0]) not in allowed:
             raise InputError(f"{where}: field {key!r}: found {config[key]!r}; only {allowed[0]!r} is computed here")
     known: dict[str, Any] = {}
@@ -656,6 +662,9 @@ def _read_rope(config: dict, keys: Rope, context: int, where: str) -> dict[str, 
         found["window_theta"] = _positive(local, keys.local, where)
         rope = full | _object(config.get("rope_scaling") or {}, "rope_scaling", where)
     rope = _object(rope, key, where)
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise InputError(f"{where}: field '{key}.{name}': found {value!r}; one rope for all layers in this family")
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = ROPE_KEYS.get(kind) if isinstance(kind, str) else None
     if names is None:

@@ -355,6 +355,7 @@ def test_null_is_not_absence_where_a_family_tells_them_apart():
 
     assert read_config(config_of("mistral") | {"num_key_value_heads": None}, "c").kv_heads == N
     assert read_config(config_of("mistral") | {"sliding_window": None}, "c").window == 0
+    assert read_config(config_of("qwen2") | {"head_dim": 12}, "c").head_dim == 12
     assert read_config(config_of("gemma2") | {"attn_logit_softcapping": None}, "c").attention_softcap == 0.0
 
 
@@ -386,6 +387,14 @@ WRONG = {
     "share": ("gpt_neox", rope(1e4, partial_rotary_factor=2.0), "'partial_rotary_factor': found 2.0"),
     "cap": ("gemma2", {"attn_logit_softcapping": -2.0}, "'attn_logit_softcapping': found -2.0"),
     "llama3 without factor": ("llama", rope(1e4, "llama3"), r"'rope_parameters\.factor': found None"),
+    "both ways": ("llama", {"is_causal": False}, "'is_causal': found False"),
+    "quantised": ("qwen3", {"quantization_config": {"load_in_4bit": True}}, "'quantization_config': found"),
+    "layers of their own": ("mistral", {"per_layer_config": {"0": {}}}, "'per_layer_config': found"),
+    "ropes of two kinds": (
+        "llama",
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}},
+        r"'rope_parameters\.full_attention': found",
+    ),
     "bidirectional": ("gemma", {"use_bidirectional_attention": True}, "'use_bidirectional_attention': found True"),
 } | {
     f"rope of {name}": (name, rope(1e4, "yarn"), r"'rope_parameters\.rope_type': found 'yarn'")
