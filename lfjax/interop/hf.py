@@ -61,7 +61,7 @@ TASKS = ("lm", "sequence", "token")
 
 
 class Loaded(NamedTuple):
-    """A model ready to use: `model.apply({"params": params}, tokens)`.
+    """A model ready to use: `model.apply({"params": params}, tokens)`, with `method="values"` scores at every position.
 
     `params` are float32; `config` is config.json as a dict, with the keys that lfjax does not use; `tokenizer` is None
     where the folder has no tokenizer.

@@ -193,6 +193,8 @@ def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[mmap.mmap
         header.pop("__metadata__", None)
         if not header:
             raise InputError(f"{file}: holds no tensor")
+    except FileNotFoundError:
+        raise InputError(f"{file}: not there, though the index names it; fetch or export it again") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); fetch or export it again") from error
     for name, entry in header.items():
