@@ -2,7 +2,7 @@ import json
 
 import pytest
 import vocabularies as files
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lfjax import tokenizers
 from lfjax.config import InputError
@@ -46,6 +46,34 @@ def test_a_sequence_begins_as_the_files_say(tmp_path):
     assert begins.bos_id == begins.specials["<|endoftext|>"] != begins.eos_id
     told = tokenizers.load(files.write(tmp_path / "told", bos_token="<|endoftext|>", add_bos_token=True))
     assert told.encode_prompt("") == [told.specials["<|endoftext|>"]]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_keep_the_flags_that_the_files_give_them(tmp_path, listed):
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "word": 2}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split(" ", "isolated")
+    added = [
+        AddedToken("<TOOL>", lstrip=True, normalized=False),
+        AddedToken("<call>", normalized=True),
+        AddedToken("word", single_word=True),
+        AddedToken("<|user|>", rstrip=True, special=True, normalized=False),
+        AddedToken("</s>", rstrip=True, special=True, normalized=False),
+    ]
+    made.add_tokens(added)
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    entries = {made.token_to_id(token.content): {flag: getattr(token, flag) for flag in flags} for token in added}
+    settings = {"added_tokens_decoder": {str(place): entry for place, entry in entries.items()}} if listed else {}
+    tokenizer = tokenizers.load(files.write(tmp_path, made, eos_token="</s>", **settings))
+
+    def pieces(text):  # as transformers 5.23 cuts these
+        return tokenizer.pieces(tokenizer.encode_markup(text))
+
+    assert pieces("a <TOOL>a") == ["a", "<TOOL>", "a"]
+    assert pieces("<tool>") == ["[UNK]"]
+    assert pieces("<CALL>a") == ["<call>", "a"]
+    assert pieces("word<call>worda") == ["word", "<call>", "[UNK]"]
+    assert pieces("<|user|>\n a</s> a") == ["<|user|>", "a", "</s>", "a"]
+    assert set(tokenizer.specials) == {"<|user|>", "</s>"}
 
 
 def test_a_cut_or_a_padding_written_in_the_file_is_not_applied(tmp_path):
