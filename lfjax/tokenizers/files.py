@@ -90,12 +90,12 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
       InputError: a file is not JSON, or a key does not hold what it may; names both.
     """
     files = dict(vocabulary)
-    files |= {name: (folder / name).read_bytes() for name in SETTINGS if (folder / name).is_file()}
+    files |= {name: (folder / name).read_bytes() for name in SETTINGS if present(folder / name)}
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
     config = folder / "config.json"
-    model = json_object(config, config.read_bytes() if config.is_file() else None)
+    model = json_object(config, config.read_bytes() if present(config) else None)
     tokens: dict[str, str | None] = {}
     for data, name in ((named, SETTINGS[1]), (own, SETTINGS[0])):  # the second wins
         for role in ROLES:
@@ -112,6 +112,13 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
         _template(folder, files, own),
         own,
     )
+
+
+def present(file: pathlib.Path) -> bool:
+    """Whether a file that may be left out is there; raises InputError where something else has its name."""
+    if not file.is_file() and os.path.lexists(file):
+        raise InputError(f"{file}: a folder, or a link that leads to no file; remove it or put the file there")
+    return file.is_file()
 
 
 def json_object(file: pathlib.Path, content: bytes | None) -> dict[str, Any]:
@@ -153,7 +160,12 @@ def _added(own: dict[str, Any], older: dict[str, Any], folder: pathlib.Path) -> 
     if not isinstance(entries, dict):
         raise InputError(f"{where}: found {json.dumps(entries)[:60]}; allowed: an object from ids to tokens")
     for place, entry in entries.items():
-        if not place.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        if (
+            not place.isdecimal()
+            or len(place) > 9
+            or not isinstance(entry, dict)
+            or not isinstance(entry.get("content"), str)
+        ):
             raise InputError(f"{where}: {place!r}: not an id with a token")
         flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
         for flag, value in flags.items():

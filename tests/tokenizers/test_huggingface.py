@@ -242,6 +242,13 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
         ("tokenizer_config.json", '{"eos_token": 3}', r"tokenizer_config.json: 'eos_token': found 3"),
         ("tokenizer_config.json", '{"chat_template": 3}', r"'chat_template': found int"),
         ("generation_config.json", '{"eos_token_id": ["x"]}', r"generation_config.json: 'eos_token_id'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', r"config.json: 'added_tokens_decoder': found \[1\]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 2}}', r"config.json: 'added_tokens_decoder': '1'"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": {"content": "x", "lstrip": 0}}}',
+            r"config.json: 'added_tokens_decoder': '1': 'lstrip': found 0",
+        ),
         ("added_tokens.json", '{"<|new|>": 700}', r"tokenizer.json: added token '<\|new\|>' has the id 700"),
         ("merges.txt", "a b c\n", r"merges.txt:1: found 'a b c'"),
         ("vocab.json", "3", r"vocab.json: found int"),
@@ -254,6 +261,20 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content, messa
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=message) as error:
         tokenizers.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("other", ["loop", "folder"])
+def test_a_loop_of_links_or_a_folder_in_place_of_a_file_is_not_taken_as_absent(tmp_path, name, other):
+    folder = files.write(tmp_path / "f")
+    (folder / name).unlink(missing_ok=True)
+    if other == "loop":
+        (folder / name).symlink_to(name)
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(InputError, match=f"/{name}: a folder, or a link that leads to no file; remove it") as error:
+        tokenizers.find(folder)
     assert "\n" not in str(error.value)
 
 
