@@ -157,8 +157,8 @@ def test_a_template_that_fails_or_reaches_out_is_one_line_that_names_file_and_re
 
 
 ENDLESS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "filtered": "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
+    "loops": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "filtered": "{% set r = range(1, 99999) %}{% for i in r %}{% for j in r if not j %}{% endfor %}{% endfor %}",
     "lists": "{% for i in range(99999) %}{% set x = range(99999) | list | sort %}{% endfor %}",
     "lazy": "{% for i in range(99999) %}{% set x = range(99999) | select | map('string') | list %}{% endfor %}",
     "text": "{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}",
@@ -194,6 +194,8 @@ ENDLESS = {
     "join-lazy": "{{ range(99999) | map('string') | join('b' * 999999) }}",
     "join-method": "{{ ('b' * 999999).join('a' * 99999) }}",
     "json": "{{ [[[1]]] | tojson(indent=10 ** 10) }}",
+    "json-deep": "{% set n = namespace(x=999 * [1]) %}{% for i in range(200) %}{% set n.x = [n.x] %}{% endfor %}"
+    "{{ n.x | tojson(indent=2000) }}",
     "slices": "{% set x = range(99999) | list %}{% for i in x %}{% set y = x[1:] %}{% endfor %}",
     "lipsum": "{{ lipsum(10 ** 10) }}",
 }
