@@ -175,7 +175,8 @@ class TensorFolder:
 def _read_index(file: pathlib.Path) -> dict[str, str]:
     weight_map = read_json(file).get("weight_map")
     plain = isinstance(weight_map, dict) and all(
-        isinstance(name, str) and name == pathlib.PurePath(name).name for name in weight_map.values()
+        isinstance(name, str) and name.isprintable() and name == pathlib.PurePath(name).name
+        for name in weight_map.values()
     )
     if not plain or not weight_map:
         raise InputError(f"{file}: field 'weight_map': must give the file, beside this one, of each tensor")

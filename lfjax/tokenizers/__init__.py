@@ -9,7 +9,7 @@ from typing import Protocol
 
 from lfjax.config import InputError
 from lfjax.tokenizers import chat, huggingface, sentencepiece
-from lfjax.tokenizers.files import BPE, LIBRARY, MODEL, NAMES, WORDPIECE
+from lfjax.tokenizers.files import BPE, LIBRARY, MODEL, NAMES, WORDPIECE, present
 
 __all__ = ["NAMES", "Tokenizer", "find", "least_rows", "load", "response_text", "stop_ids"]
 
@@ -131,7 +131,7 @@ def find(folder: str | os.PathLike[str]) -> Tokenizer | None:
     """As `load`, of a folder; None where it holds no tokenizer."""
     folder = pathlib.Path(folder)
     for kind in KINDS:
-        if (folder / kind).is_file():
+        if present(folder / kind):
             return load(folder / kind)
     return None
 

@@ -164,48 +164,27 @@ def _ends(tokenizer) -> dict[str, int]:
 def _render(tokenizer, messages: Messages, generation: bool) -> str:
     template = tokenizer.template
     given = json.loads(json.dumps(list(messages)))  # plain data, and a copy: a template gets nothing it could call
+    sandbox, compiled = _compiled(template)
+    sandbox.begin()
     try:
-        return _compiled(template).render(messages=given, add_generation_prompt=generation, **tokenizer.names)
-    except InputError:
-        raise
+        return compiled.render(messages=given, add_generation_prompt=generation, **tokenizer.names)
     except Exception as error:  # a template can fail in any way
         raise InputError(f"{template[1]}: the chat template fails: {' '.join(str(error).split())}") from None
 
 
 @functools.cache
 def _compiled(template: tuple[str, str]):
-    """The template in a sandbox: no files, no imports, no attribute that begins with an underscore, bounded ranges."""
-    import jinja2.exceptions
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
+    """The sandbox of the template, and the template in it."""
+    from jinja2.exceptions import TemplateSyntaxError
 
-    class Generation(jinja2.ext.Extension):
-        """{% generation %}...{% endgeneration %}: what the assistant says, kept between marks."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller) -> str:
-            return f"{_OPEN}{caller()}{_CLOSE}"
-
-    def fail(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    from lfjax.tokenizers.sandbox import Sandbox
 
     source, where = template
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals.update(raise_exception=fail, strftime_now=_TODAY.strftime)
+    sandbox = Sandbox((_OPEN, _CLOSE))
+    sandbox.globals["strftime_now"] = sandbox.bounded("format", lambda text: _TODAY.strftime(text))
     try:
-        return sandbox.from_string(source)
-    except jinja2.exceptions.TemplateSyntaxError as error:
+        return sandbox, sandbox.from_string(source)
+    except TemplateSyntaxError as error:
         raise InputError(f"{where}: line {error.lineno} of the chat template: {error.message}; mend it") from None
+    except Exception as error:  # nested too deep, for one
+        raise InputError(f"{where}: the chat template cannot be read: {' '.join(str(error).split())}") from None

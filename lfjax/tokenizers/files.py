@@ -25,6 +25,7 @@ SETTINGS = (
 NAMES = (MODEL, LIBRARY, *BPE[0], *BPE[1], WORDPIECE, *SETTINGS)
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _UNUSED = re.compile(r"[<\[]\|?(?:.*reserved.*|unused_?\d+|extra_id_\d+|.*dummy.*)\|?[>\]]", re.IGNORECASE)
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -34,6 +35,14 @@ _NEVER_UTF8 = (
 )  # bytes that no UTF-8 text holds: as fallback pieces, as GPT-2 spells them
 
 
+class Added(NamedTuple):
+    """A token beyond the vocabulary file: its id, and its flags as tokenizers.AddedToken takes them."""
+
+    id: int
+    special: bool
+    flags: dict[str, bool] | None = None  # None: the file says nothing but the id
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The files of one tokenizer and what they say.
@@ -41,7 +50,7 @@ class Settings:
     Attributes:
       files: name -> bytes, as read; `save` writes them again.
       tokens: role ("bos", "eos", ...) -> token; None where a file says that there is none.
-      added: tokens beyond the vocabulary file, with their ids, in the order of ids; True for special ones.
+      added: tokens beyond the vocabulary file, in the order of ids.
       ids: role -> id by config.json, for roles that no token is named for.
       ends: ids that end a response by generation_config.json or config.json.
       template: the chat template and the file it is from; None where there is none.
@@ -50,7 +59,7 @@ class Settings:
 
     files: dict[str, bytes]
     tokens: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    added: dict[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
+    added: dict[str, Added] = dataclasses.field(default_factory=dict)
     ids: dict[str, int] = dataclasses.field(default_factory=dict)
     ends: tuple[int, ...] = ()
     template: tuple[str, str] | None = None
@@ -81,12 +90,12 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
       InputError: a file is not JSON, or a key does not hold what it may; names both.
     """
     files = dict(vocabulary)
-    files |= {name: (folder / name).read_bytes() for name in SETTINGS if (folder / name).is_file()}
+    files |= {name: (folder / name).read_bytes() for name in SETTINGS if present(folder / name)}
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
     config = folder / "config.json"
-    model = json_object(config, config.read_bytes() if config.is_file() else None)
+    model = json_object(config, config.read_bytes() if present(config) else None)
     tokens: dict[str, str | None] = {}
     for data, name in ((named, SETTINGS[1]), (own, SETTINGS[0])):  # the second wins
         for role in ROLES:
@@ -103,6 +112,13 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
         _template(folder, files, own),
         own,
     )
+
+
+def present(file: pathlib.Path) -> bool:
+    """Whether a file that may be left out is there; raises InputError where something else has its name."""
+    if not file.is_file() and os.path.lexists(file):
+        raise InputError(f"{file}: a folder, or a link that leads to no file; remove it or put the file there")
+    return file.is_file()
 
 
 def json_object(file: pathlib.Path, content: bytes | None) -> dict[str, Any]:
@@ -134,17 +150,29 @@ def _ids(data: dict[str, Any], key: str, file: pathlib.Path) -> tuple[int, ...]:
     return tuple(i for i in found if i >= 0)
 
 
-def _added(own: dict[str, Any], older: dict[str, Any], folder: pathlib.Path) -> dict[str, tuple[int, bool]]:
-    found: dict[str, tuple[int, bool]] = {}
+def _added(own: dict[str, Any], older: dict[str, Any], folder: pathlib.Path) -> dict[str, Added]:
+    found: dict[str, Added] = {}
     for token, place in older.items():
         if type(place) is not int:
             raise InputError(f"{folder / SETTINGS[2]}: {token!r}: found {json.dumps(place)[:60]}; allowed: an id")
-        found[token] = (place, True)
-    for place, entry in (own.get("added_tokens_decoder") or {}).items():
-        if not place.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-            raise InputError(f"{folder / SETTINGS[0]}: 'added_tokens_decoder': {place!r}: not an id with a token")
-        found[entry["content"]] = (int(place), bool(entry.get("special")))
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+        found[token] = Added(place, True)
+    where, entries = f"{folder / SETTINGS[0]}: 'added_tokens_decoder'", own.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise InputError(f"{where}: found {json.dumps(entries)[:60]}; allowed: an object from ids to tokens")
+    for place, entry in entries.items():
+        if (
+            not place.isdecimal()
+            or len(place) > 9
+            or not isinstance(entry, dict)
+            or not isinstance(entry.get("content"), str)
+        ):
+            raise InputError(f"{where}: {place!r}: not an id with a token")
+        flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
+        for flag, value in flags.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: {place!r}: {flag!r}: found {json.dumps(value)[:60]}; allowed: true, false")
+        found[entry["content"]] = Added(int(place), bool(entry.get("special")), flags)
+    return dict(sorted(found.items(), key=lambda item: item[1].id))
 
 
 def _template(folder: pathlib.Path, files: dict[str, bytes], own: dict[str, Any]) -> tuple[str, str] | None:

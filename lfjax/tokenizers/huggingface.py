@@ -77,13 +77,20 @@ class LibraryTokenizer:
         made.no_truncation()
         made.no_padding()
         made.encode_special_tokens = not markup
-        for token, (place, special) in self.settings.added.items():
-            made.add_tokens([tokenizers.AddedToken(token, special=special, normalized=not special)])
+        held = {token.content: token for token in made.get_added_tokens_decoder().values()}
+        for token, (place, special, flags) in self.settings.added.items():
+            if token not in held or flags is not None:
+                new = tokenizers.AddedToken(token, special=special, **({"normalized": not special} | (flags or {})))
+                made.add_tokens([new])
+                held[token] = new
             if made.token_to_id(token) != place:
                 found = f"{token!r} has the id {place}; in the vocabulary it is {made.token_to_id(token)}"
                 raise InputError(f"{self._where}: added token {found}; restore the files of one model")
-        named = [token for token in self.settings.tokens.values() if token]
-        made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in named])
+        for token in filter(None, self.settings.tokens.values()):
+            named = held.get(token) or tokenizers.AddedToken(token, normalized=False)
+            if not named.special:
+                named.special = True
+                made.add_special_tokens([named])
         return made
 
     def _before(self) -> list[int]:

@@ -29,8 +29,8 @@ class SentencePieceTokenizer:
         self._first, self._inner = _processor(model), _processor(model + _NO_DUMMY_PREFIX)
         own, options = self._first, self.settings.options
         pieces = {own.IdToPiece(i): i for i in range(own.vocab_size())}
-        added = {token: i for token, (i, _) in self.settings.added.items() if i >= len(pieces)}
-        special = {token: i for token, (i, special) in self.settings.added.items() if special}
+        added = {token: new.id for token, new in self.settings.added.items() if new.id >= len(pieces)}
+        special = {token: new.id for token, new in self.settings.added.items() if new.special}
         self.specials = {piece: i for piece, i in pieces.items() if own.IsControl(i)} | special
         ids = {"bos": own.bos_id(), "eos": own.eos_id(), "pad": own.pad_id()}
         found = special_ids(self.settings, pieces | added, ids, where)

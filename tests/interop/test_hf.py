@@ -274,9 +274,10 @@ def test_several_files_with_an_index_are_one_model(saved):
     index = saved / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
     jax.tree.map(np.testing.assert_array_equal, hf.load(saved).params, whole)
-    index.write_text(json.dumps({"weight_map": {names[0]: "../a.safetensors"}}))
-    with pytest.raises(InputError, match=r"index\.json: field 'weight_map'"):
-        hf.load(saved)
+    for name in ("../a.safetensors", "a\ud800.safetensors", "a\0.safetensors"):
+        index.write_text(json.dumps({"weight_map": {names[0]: name}}))
+        with pytest.raises(InputError, match=r"index\.json: field 'weight_map'"):
+            hf.load(saved)
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
     with pytest.raises(InputError, match=r"a\.safetensors: tensor 'x' is missing"):
         hf.load(saved)

@@ -1,3 +1,7 @@
+import re
+import time
+
+import jinja2
 import pytest
 import vocabularies as files
 
@@ -5,7 +9,7 @@ from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.data import examples
 from lfjax.records import Edit, Preference, Record
-from lfjax.tokenizers import chat, stop_ids
+from lfjax.tokenizers import chat, sandbox, stop_ids
 
 # Only the last answer keeps its reasoning, as Qwen3's template has it; every last answer has a place for it.
 REASONING = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -139,6 +143,7 @@ def test_a_template_of_its_own_file_wins_and_the_default_of_several_is_taken(tmp
         ("{{ ''.__class__.__mro__ }}", r"the chat template fails: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", r"the chat template fails: access to attribute 'append'"),
         ("{{ namespace.__init__.__globals__ }}", r"the chat template fails: access to attribute '__init__'"),
+        ("{{ " + "(" * 9999 + ")" * 9999 + " }}", r"the chat template cannot be read: maximum recursion depth"),
         ("{% include '/etc/passwd' %}", r"the chat template fails"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", r"the chat template fails: Range too big"),
     ],
@@ -149,6 +154,86 @@ def test_a_template_that_fails_or_reaches_out_is_one_line_that_names_file_and_re
         examples.prompts_from_records([Record(TALK[:2], ["a"], where="f.jsonl:3")], tokenizer)
     assert str(error.value).startswith("f.jsonl:3: field 'prompt': ") and "\n" not in str(error.value)
     assert "root:" not in str(error.value)
+
+
+ENDLESS = {
+    "loops": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "filtered": "{% set r = range(1, 99999) %}{% for i in r %}{% for j in r if not j %}{% endfor %}{% endfor %}",
+    "lists": "{% for i in range(99999) %}{% set x = range(99999) | list | sort %}{% endfor %}",
+    "lazy": "{% for i in range(99999) %}{% set x = range(99999) | select | map('string') | list %}{% endfor %}",
+    "text": "{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}",
+    "recursive": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "deep": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "power": "{{ 10 ** 10000000 > 1 }}",
+    "powers": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "hex": "{{ ('f' * 9999999) | int(0, 16) // 3 }}",
+    "times": "{{ 'a' * 10 ** 10 }}",
+    "list-times": "{{ 10 ** 10 * [1] }}",
+    "double": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "concat": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "shared": "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n }}",
+    "equal": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "percent": "{{ '%2000000000d' % 1 }}",
+    "format-filter": "{{ '%2000000000d' | format(1) }}",
+    "format-star": "{{ '%*d' % (2000000000, 1) }}",
+    "format": "{{ '{:2000000000}'.format(1) }}",
+    "format-nested": "{{ '{:{}}'.format(1, '2000000000') }}",
+    "format-fields": "{{ ('{0}' * 99999).format('a' * 99999) }}",
+    "format-bytes": "{{ '%2000000000d'.encode() % 1 }}",
+    "strftime": "{{ strftime_now('%2000000000d') }}",
+    "center": "{{ 'a' | center(10 ** 10) }}",
+    "ljust": "{{ 'a'.ljust(10 ** 10) }}",
+    "bytes": "{{ (1).to_bytes(10 ** 10, 'big') }}",
+    "tabs": "{{ ('\t' * 99999).expandtabs(99999) }}",
+    "indent": "{{ ('\n' * 99999) | indent(99999, blank=true) }}",
+    "batch": "{{ [] | slice(10 ** 10) | list }}{{ [1] | batch(10 ** 10, 0) | list }}",
+    "replace": "{{ ('a' * 999999) | replace('a', 'b' * 999999) }}",
+    "replace-method": "{{ ('a' * 999999).replace('a', 'b' * 999999) }}",
+    "join": "{{ range(99999) | join('b' * 999999) }}",
+    "join-lazy": "{{ range(99999) | map('string') | join('b' * 999999) }}",
+    "join-method": "{{ ('b' * 999999).join('a' * 99999) }}",
+    "json": "{{ [[[1]]] | tojson(indent=10 ** 10) }}",
+    "json-deep": "{% set n = namespace(x=999 * [1]) %}{% for i in range(200) %}{% set n.x = [n.x] %}{% endfor %}"
+    "{{ n.x | tojson(indent=2000) }}",
+    "slices": "{% set x = range(99999) | list %}{% for i in x %}{% set y = x[1:] %}{% endfor %}",
+    "lipsum": "{{ lipsum(10 ** 10) }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_an_end_is_one_line_within_seconds(with_template, name):
+    tokenizer = with_template(ENDLESS[name])
+    began = time.process_time()
+    with pytest.raises(
+        InputError, match=r"tokenizer_config\.json: 'chat_template': the chat template fails: "
+    ) as error:
+        chat.render(tokenizer, TALK)
+    assert time.process_time() - began < 20 and "\n" not in str(error.value)
+    assert re.search("too much time or memory|too many digits|width is an arg|recursion|lipsum", str(error.value))
+
+
+def test_what_templates_do_in_bounds_is_as_jinja_does_it(with_template):
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}{{ m.role }} {% endfor %}"
+        "{{ messages | map(attribute='role') | unique | join(', ') }} {{ '%5.1f|%s' | format(2.5, 'a') }}"
+        " {{ '{:>4}'.format(7) }} {{ messages[1:] | length }} {{ {'a': [1]} | tojson(indent=1) }} {{ 2 ** 10 * 3 }}"
+        " {{ 'ab' * 2 ~ 'c' }} {{ 'x\ny' | indent(2) }} {{ 'a-b'.replace('-', '+') }} {{ ['b', 'a'] | sort | list }}"
+        "{% macro f(n) %}{{ n }}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %} {{ f(3) }}"
+        "{% set n = namespace(last=0) %}{% for m in messages %}{% set n.last = loop.index0 %}{% endfor %}{{ n.last }}"
+        "{% for k, v in messages[0].items() %}{{ k ~ v ~ loop.last }}{% endfor %}{{ '%s' % 123456 }}{{ n }}"
+    )
+    plain = jinja2.Environment().from_string(
+        template.replace("{{ {'a': [1]} | tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}')
+    )
+    assert chat.render(with_template(template), TALK) == plain.render(messages=TALK)
+
+
+def test_a_long_conversation_is_in_bounds_and_every_rendering_has_its_own(with_template):
+    tokenizer = with_template(REASONING)
+    long = [{"role": "user", "content": "a word " * 2000}, {"role": "assistant", "content": "so it is " * 2000}] * 50
+    assert chat.render(tokenizer, long) == chat.render(tokenizer, long)
+    assert chat._compiled(tokenizer.template)[0].left > sandbox.WORK // 2
 
 
 def test_a_template_cannot_tell_what_day_it_is(with_template):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import vocabularies as files
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lfjax import tokenizers
 from lfjax.config import InputError
@@ -46,6 +46,34 @@ def test_a_sequence_begins_as_the_files_say(tmp_path):
     assert begins.bos_id == begins.specials["<|endoftext|>"] != begins.eos_id
     told = tokenizers.load(files.write(tmp_path / "told", bos_token="<|endoftext|>", add_bos_token=True))
     assert told.encode_prompt("") == [told.specials["<|endoftext|>"]]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_keep_the_flags_that_the_files_give_them(tmp_path, listed):
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "word": 2}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split(" ", "isolated")
+    added = [
+        AddedToken("<TOOL>", lstrip=True, normalized=False),
+        AddedToken("<call>", normalized=True),
+        AddedToken("word", single_word=True),
+        AddedToken("<|user|>", rstrip=True, special=True, normalized=False),
+        AddedToken("</s>", rstrip=True, special=True, normalized=False),
+    ]
+    made.add_tokens(added)
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    entries = {made.token_to_id(token.content): {flag: getattr(token, flag) for flag in flags} for token in added}
+    settings = {"added_tokens_decoder": {str(place): entry for place, entry in entries.items()}} if listed else {}
+    tokenizer = tokenizers.load(files.write(tmp_path, made, eos_token="</s>", **settings))
+
+    def pieces(text):  # as transformers 5.23 cuts these
+        return tokenizer.pieces(tokenizer.encode_markup(text))
+
+    assert pieces("a <TOOL>a") == ["a", "<TOOL>", "a"]
+    assert pieces("<tool>") == ["[UNK]"]
+    assert pieces("<CALL>a") == ["<call>", "a"]
+    assert pieces("word<call>worda") == ["word", "<call>", "[UNK]"]
+    assert pieces("<|user|>\n a</s> a") == ["<|user|>", "a", "</s>", "a"]
+    assert set(tokenizer.specials) == {"<|user|>", "</s>"}
 
 
 def test_a_cut_or_a_padding_written_in_the_file_is_not_applied(tmp_path):
@@ -214,6 +242,13 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
         ("tokenizer_config.json", '{"eos_token": 3}', r"tokenizer_config.json: 'eos_token': found 3"),
         ("tokenizer_config.json", '{"chat_template": 3}', r"'chat_template': found int"),
         ("generation_config.json", '{"eos_token_id": ["x"]}', r"generation_config.json: 'eos_token_id'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', r"config.json: 'added_tokens_decoder': found \[1\]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 2}}', r"config.json: 'added_tokens_decoder': '1'"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": {"content": "x", "lstrip": 0}}}',
+            r"config.json: 'added_tokens_decoder': '1': 'lstrip': found 0",
+        ),
         ("added_tokens.json", '{"<|new|>": 700}', r"tokenizer.json: added token '<\|new\|>' has the id 700"),
         ("merges.txt", "a b c\n", r"merges.txt:1: found 'a b c'"),
         ("vocab.json", "3", r"vocab.json: found int"),
@@ -226,6 +261,20 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content, messa
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=message) as error:
         tokenizers.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("other", ["loop", "folder"])
+def test_a_loop_of_links_or_a_folder_in_place_of_a_file_is_not_taken_as_absent(tmp_path, name, other):
+    folder = files.write(tmp_path / "f")
+    (folder / name).unlink(missing_ok=True)
+    if other == "loop":
+        (folder / name).symlink_to(name)
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(InputError, match=f"/{name}: a folder, or a link that leads to no file; remove it") as error:
+        tokenizers.find(folder)
     assert "\n" not in str(error.value)
 
 
