@@ -115,13 +115,16 @@ def test_after_stops_everything_is_as_in_the_straight_run(name, straight, stoppe
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_before_the_first_stage_exits_with_130_and_leaves_nothing(number, train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_records", lambda data: os.kill(os.getpid(), number))
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
         assert train(tmp_path / "w") == 130
-        assert signal.getsignal(signal.SIGTERM) == handlers[1]
+        assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, handlers[0])
+        for n in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(n, handlers[n])
     assert not (tmp_path / "w").exists()
     assert capsys.readouterr().err == "interrupted; the same command goes on from what is saved\n"
 
