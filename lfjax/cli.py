@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 from lfjax.config import InputError
+from lfjax.signals import handled
 
 CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
@@ -224,15 +225,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    stops = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a lost terminal; nohup has it ignored
-        stops.append(signal.SIGHUP)
-    before = {stop: signal.signal(stop, signal.default_int_handler) for stop in stops}  # as Ctrl-C, whoever catches it
-    try:
+    with handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, whoever catches it
         return _run_config(arguments, overrides)
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
 
 
 def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:

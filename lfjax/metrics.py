@@ -274,6 +274,11 @@ def _cannot_write(path: pathlib.Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot write: {error.strerror or error}; free some space or choose another --workdir")
 
 
+def perplexity(nll: float) -> float:
+    """exp of mean nats a token; finite."""
+    return math.exp(min(nll, 700.0))
+
+
 class Progress:
     """A stage's progress bar: steps, loss, tokens/s and time left. Away from a terminal, one plain line an update.
 

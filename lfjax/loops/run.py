@@ -39,6 +39,7 @@ from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
+from lfjax.signals import handled
 from lfjax.tokenizers import least_rows, stop_ids
 
 # The keywords of a step that are not in its config section.
@@ -492,20 +493,14 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
 
     The same command on the same directory goes on where it was. Figures of all finished stages are in summary.json.
     """
-    stops = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        stops.append(signal.SIGHUP)
-    previous = {stop: signal.getsignal(stop) for stop in stops}
 
     def ask_to_stop(signum, frame):
         if run.stop_requested:  # a second one means now
             raise KeyboardInterrupt
         run.stop_requested = True
 
-    for stop in stops:
-        signal.signal(stop, ask_to_stop)
     totals = []
-    try:
+    with contextlib.closing(run), handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for stage in run.stages:
             done = run.finished(stage) or _run_stage(run, stage, stages[stage])
             totals.append(done)
@@ -516,10 +511,6 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
         seconds = sum(done["seconds"] for done in totals)
         trained = sum(done["parts"].get("train", 0.0) for done in totals)
         run.log.summary({"time/total_s": seconds, "time/goodput": trained / seconds, "compile/count": programs.total()})
-    finally:
-        for stop, handler in previous.items():
-            signal.signal(stop, handler)
-        run.close()
     return read_json(run.workdir / "summary.json")
 
 

@@ -16,6 +16,7 @@ from lfjax.data.examples import prompt_tokens, response_tokens
 from lfjax.data.windows import windows
 from lfjax.interop.hf import Loaded
 from lfjax.losses import lm
+from lfjax.metrics import perplexity
 from lfjax.records import Record
 from lfjax.rewards.ngram import NGram
 
@@ -155,7 +156,7 @@ def _figures(nats: float, tokens: int, size: int) -> dict[str, float]:
     mean = nats / tokens
     return {
         "nll": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
+        "perplexity": perplexity(mean),
         "bits_per_byte": nats / math.log(2) / size if size else math.nan,
     }
 

@@ -69,9 +69,8 @@ def _starts(config: Config) -> Iterator[tuple[str, str, str | None]]:
     for stage in config.stages:
         if stage == "pretrain":
             yield stage, *start_of(config, stage)
-        for key, name in configs.model_sources(config, stage).items():
-            if stage != "pretrain":
-                yield stage, key, name
+        else:
+            yield from ((stage, key, name) for key, name in configs.model_sources(config, stage).items())
 
 
 def _form(key: str, folder: str):

@@ -15,7 +15,7 @@ from lfjax.data.batching import PackedRows
 from lfjax.data.examples import pretraining_documents, prompts_from_records, sft_documents
 from lfjax.loops.run import Run
 from lfjax.loops.training import train
-from lfjax.metrics import Window
+from lfjax.metrics import Window, perplexity
 from lfjax.models import lora, presets
 from lfjax.models.flops import forward_flops
 from lfjax.optim import make_optimizer, schedule
@@ -173,11 +173,6 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     )  # fmt: skip
     run.save_model(stage, model, state.params, base)
     return {**out, **before}
-
-
-def perplexity(nll: float) -> float:
-    """exp of mean nats a token; finite."""
-    return math.exp(min(nll, 700.0))
 
 
 def texts_of(records) -> list[str]:
