@@ -49,7 +49,7 @@ def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """The ids that begin a sequence with the prompt; chat messages as the tokenizer's template writes them."""
     if isinstance(record.prompt, str) or tokenizer.template is None:
         return tokenizer.encode_prompt(record.prompt_text)
-    with _naming(record):
+    with _naming(record, "prompt"):
         return chat.prompt_ids(tokenizer, record.prompt)
 
 
@@ -57,17 +57,17 @@ def response_tokens(record: Record, text: str, tokenizer: Tokenizer) -> list[int
     """The ids of a complete response to the record's prompt, with the token that ends it."""
     if isinstance(record.prompt, str) or tokenizer.template is None:
         return [*tokenizer.encode(text, first=not record.prompt), tokenizer.eos_id]
-    with _naming(record):
+    with _naming(record, "responses" if text in record.responses else "feedback"):
         return chat.response_ids(tokenizer, record.prompt, text)
 
 
 @contextlib.contextmanager
-def _naming(record: Record):
+def _naming(record: Record, field: str):
     """Says which record a chat template refuses."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{record.where}: field 'prompt': {error}") from error
+        raise InputError(f"{record.where}: field {field!r}: {error}") from error
 
 
 def pretraining_documents(records: Iterable[Record], tokenizer: Tokenizer) -> list[list[int]]:

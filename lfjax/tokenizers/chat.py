@@ -1,4 +1,4 @@
-"""Chat messages as tokens: the template that a model was trained with, rendered in a sandbox, and who says what in it.
+"""Chat messages as tokens: the template that a model was trained with, rendered in a bounded child, and who says what.
 
 A template may show earlier turns otherwise than it showed them when they were new (reasoning left out, a system prompt
 moved), so turns are not found by rendering ever longer conversations. A message's place is where the whole conversation
@@ -7,20 +7,22 @@ changes when its content is replaced.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lfjax.bounded import Breach, Child
+from lfjax.bounded_child import HIDDEN, MARKS
 from lfjax.config import InputError
 
 Messages = Sequence[dict[str, Any]]
 
-_OTHER = "\ufdd0"  # stands in for a message's content; no character, so in no text
-_OPEN, _CLOSE = "\ufdd1", "\ufdd2"  # around what a template marks with {% generation %}
-_TODAY = datetime.datetime(2024, 7, 26)  # what templates are told: with the real date a resumed run would differ
+_OPEN, _CLOSE = MARKS
+_NO_CHARACTERS = re.compile(f"[{HIDDEN}{_OPEN}{_CLOSE}]")
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's reasoning is called
+_CHILD = Child()
 
 
 class Turn(NamedTuple):
@@ -36,25 +38,63 @@ class Turn(NamedTuple):
     stop: int
 
 
+class _Wanted(NamedTuple):
+    """A rendering of a conversation's first `count` messages."""
+
+    count: int
+    generation: bool = False  # with what comes before the assistant's next turn
+    hidden: int | None = None  # the message whose content is replaced by HIDDEN
+    marks: bool = False  # around what the template marks with {% generation %}
+
+
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
     """The ids of a conversation that the assistant is to go on with; a BOS comes from the template itself.
 
     Raises:
-      InputError: the template cannot be read, or refuses these messages; names its file.
+      InputError: the template cannot be read, refuses these messages, or takes more than 2 s or 1 GB; names its file.
     """
     return tokenizer.encode_markup(render(tokenizer, messages, generation=True), first=True) or [tokenizer.bos_id]
 
 
 def response_ids(tokenizer, messages: Messages, text: str) -> list[int]:
-    """The ids of the assistant's answer to `messages`, as the template writes it after the prompt, to its end token.
+    """The ids of the assistant's answer to `messages`: what the template writes of the whole conversation behind the
+    generation prompt, to the first end token behind the content; EOS, where the template writes none.
 
     They are encoded apart from the prompt, so that training sees the ids that sampling makes.
+
+    Raises:
+      InputError: as `prompt_ids`; the whole conversation does not begin with the prompt of sampling, lacks a part of
+        the answer, or has an end token before it.
     """
-    answered = [*messages, {"role": "assistant", "content": text}]
-    whole = render(tokenizer, answered)
-    found = turns(tokenizer, answered, whole)
-    ids = _turn_ids(tokenizer, whole, found[-1]) if found else tokenizer.encode(text)
-    return ids if ids and ids[-1] in _ends(tokenizer).values() else [*ids, end_id(tokenizer)]
+    answered, count = [*messages, {"role": "assistant", "content": text}], len(messages)
+    wanted = [_Wanted(count, generation=True), _Wanted(count + 1), _Wanted(count + 1, hidden=count)]
+    prompt, whole, other = map(_text, _render(tokenizer, answered, wanted))
+    where = tokenizer.template[1]
+    if not whole.startswith(prompt):
+        common = _common(whole, prompt)
+        raise InputError(
+            f"{where}: the chat template's generation prompt ends in {prompt[common:][:60]!r}, where this"
+            f" answer begins with {whole[common:][:60]!r}; give the model a template (chat_template.jinja) whose"
+            " generation prompt begins what it writes of an answer, or leave the record out"
+        )
+    shown = max(_common(whole, other), len(prompt))
+    end = len(whole) - _common(whole[shown:][::-1], other[shown:][::-1])
+    if not (_shows(whole[len(prompt) :], text) or _shows(whole[_common(whole, _plain(tokenizer, messages)) :], text)):
+        raise InputError(
+            f"{where}: the chat template leaves out a part of the answer {text[:60]!r}; take that part out of the"
+            " record, or give the model a template (chat_template.jinja) that shows it"
+        )
+    ends = _ends(tokenizer)
+    places = [(place, -len(token), token) for token in ends if (place := whole.find(token, end)) >= 0]
+    stop = min(places)[0] + len(min(places)[2]) if places else max(end, len(whole.rstrip()))
+    ids = _turn_ids(tokenizer, whole, Turn(len(prompt), shown, end, stop))
+    ids = ids if places else [*ids, end_id(tokenizer)]
+    if any(i in ends.values() for i in ids[:-1]):
+        raise InputError(
+            f"{where}: the chat template writes {tokenizer.pieces([next(i for i in ids if i in ends.values())])[0]!r},"
+            " at which sampling ends, before the answer; give the model a template (chat_template.jinja) without it"
+        )
+    return ids
 
 
 def encode(tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
@@ -62,11 +102,11 @@ def encode(tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
 
     The stretches between changes of the mask are encoded apart.
     """
-    text = render(tokenizer, messages)
+    text, found = turns(tokenizer, messages)
     ids: list[int] = []
     mask: list[bool] = []
     place = 0
-    for turn in turns(tokenizer, messages, text):
+    for turn in found:
         before = tokenizer.encode_markup(text[place : turn.start], first=place == 0)
         said = _turn_ids(tokenizer, text, turn)
         ids, mask, place = ids + before + said, mask + [False] * len(before) + [True] * len(said), turn.stop
@@ -79,54 +119,80 @@ def end_id(tokenizer) -> int:
     """The token that ends an assistant's turn: the first special one that the template writes behind it, else EOS."""
     if tokenizer.template is None:
         return tokenizer.eos_id
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     try:
-        text = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": _OTHER}])
+        (text,) = _render(tokenizer, talk, [_Wanted(2, hidden=1)])
     except InputError:  # it will say so again, on the real messages
         return tokenizer.eos_id
-    after = text.rpartition(_OTHER)[2]
+    after = text.rpartition(HIDDEN)[2] if isinstance(text, str) and HIDDEN in text else ""
     places = {after.find(token): i for token, i in sorted(tokenizer.specials.items(), key=lambda item: len(item[0]))}
     return next((places[place] for place in sorted(places) if place >= 0), tokenizer.eos_id)
 
 
 def render(tokenizer, messages: Messages, *, generation: bool = False) -> str:
-    """The conversation as text; `generation` adds what comes before the assistant's next turn."""
-    return _render(tokenizer, messages, generation).replace(_OPEN, "").replace(_CLOSE, "")
+    """The conversation as text; `generation` adds what comes before the assistant's next turn.
+
+    What the template is told is what transformers tells it, but for the date, which is fixed.
+    """
+    return _text(_render(tokenizer, messages, [_Wanted(len(messages), generation)])[0])
 
 
-def turns(tokenizer, messages: Messages, text: str) -> list[Turn]:
-    """Where `text`, these messages rendered, shows the assistant's turns; a turn that is not shown is left out."""
-    marked = _render(tokenizer, messages, False)
-    if _OPEN in marked:
-        return _marked_turns(marked)
+def turns(tokenizer, messages: Messages) -> tuple[str, list[Turn]]:
+    """(the conversation as text, where it shows the assistant's turns); a turn that is not shown is left out."""
+    if "endgeneration" in tokenizer.template[0]:
+        marked = _text(_render(tokenizer, messages, [_Wanted(len(messages), marks=True)])[0])
+        if _OPEN in marked:
+            return marked.replace(_OPEN, "").replace(_CLOSE, ""), _marked_turns(marked)
+    wanted = [_Wanted(len(messages))]
+    for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
+        wanted += [_Wanted(len(messages), hidden=index), _Wanted(index, generation=True), _Wanted(index)]
+    whole, *others = _render(tokenizer, messages, wanted)
+    text = _text(whole)
     ends = sorted(_ends(tokenizer), key=len, reverse=True)
     found: list[Turn] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for other, prompt, plain in zip(*[iter(others)] * 3, strict=True):
         after = found[-1].stop if found else 0
-        other = render(tokenizer, [*messages[:index], {**message, "content": _OTHER}, *messages[index + 1 :]])
+        other = _text(other)
         if other == text:
             continue
         shown = _common(text, other)
         end = len(text) - _common(text[shown:][::-1], other[shown:][::-1])
-        start = _start(tokenizer, messages[:index], text, after, shown)
+        if isinstance(prompt, InputError) or isinstance(plain, InputError):  # it may refuse a part of a conversation
+            prompt = plain = ""
+        start = _start(prompt, plain, text, after, shown)
         behind = len(text) - len(text[end:].lstrip())
         token = next((token for token in ends if text.startswith(token, behind)), None)
         found.append(Turn(start, shown, end, end if token is None else behind + len(token)))
-    return found
+    return text, found
 
 
 def _common(a: str, b: str) -> int:
     """How many characters both begin with."""
-    return len(os.path.commonprefix([a, b]))  # noqa: RUF071 - characters are meant
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def _start(tokenizer, before: Messages, text: str, after: int, shown: int) -> int:
+def _shows(shown: str, said: str) -> bool:
+    """Whether every character of `said` stands in `shown`, in their order; white space aside."""
+    shown, said = "".join(shown.split()), "".join(said.split())
+    rest = iter(shown)
+    return said in shown or all(character in rest for character in said)
+
+
+def _plain(tokenizer, messages: Messages) -> str:
+    """The conversation without a generation prompt; "" where the template refuses that."""
+    (found,) = _render(tokenizer, messages, [_Wanted(len(messages))])
+    return found if isinstance(found, str) else ""
+
+
+def _start(prompt: str, plain: str, text: str, after: int, shown: int) -> int:
     """Where a turn that shows its content at `shown` begins: behind the generation prompt, not ahead of `after`."""
-    try:
-        prompt, plain = (render(tokenizer, before, generation=generation) for generation in (True, False))
-    except InputError:  # a template may refuse a part of a conversation
-        prompt = plain = ""
     if prompt and text.startswith(prompt) and after <= len(prompt) <= shown:
         return len(prompt)
     header = prompt.removeprefix(plain)
@@ -155,36 +221,43 @@ def _turn_ids(tokenizer, text: str, turn: Turn) -> list[int]:
     return tokenizer.encode(text[turn.start : turn.end]) + after
 
 
+@functools.cache
 def _ends(tokenizer) -> dict[str, int]:
     """The tokens that may end a turn, with their ids."""
     ids = {end_id(tokenizer), *tokenizer.eos_ids}
     return {token: i for token, i in tokenizer.specials.items() if i in ids}
 
 
-def _render(tokenizer, messages: Messages, generation: bool) -> str:
-    template = tokenizer.template
-    given = json.loads(json.dumps(list(messages)))  # plain data, and a copy: a template gets nothing it could call
-    sandbox, compiled = _compiled(template)
-    sandbox.begin()
-    try:
-        return compiled.render(messages=given, add_generation_prompt=generation, **tokenizer.names)
-    except Exception as error:  # a template can fail in any way
-        raise InputError(f"{template[1]}: the chat template fails: {' '.join(str(error).split())}") from None
+def _text(rendering: str | InputError) -> str:
+    if isinstance(rendering, InputError):
+        raise rendering
+    return rendering
 
 
-@functools.cache
-def _compiled(template: tuple[str, str]):
-    """The sandbox of the template, and the template in it."""
-    from jinja2.exceptions import TemplateSyntaxError
+def _render(tokenizer, messages: Messages, wanted: Sequence[_Wanted]) -> list[str | InputError]:
+    """Renderings of one conversation, each a text, or why the template refuses it."""
+    given = []
+    for message in messages:
+        fields = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((fields[name] for name in _REASONING if name in fields), None)
+        given.append(fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning})
+    return _ask(tokenizer.template, json.dumps(given, ensure_ascii=False), json.dumps(tokenizer.names), tuple(wanted))
 
-    from lfjax.tokenizers.sandbox import Sandbox
 
+@functools.lru_cache(maxsize=8)  # the answers to one prompt follow each other
+def _ask(template: tuple[str, str], messages: str, names: str, wanted: tuple[_Wanted, ...]) -> list[str | InputError]:
     source, where = template
-    sandbox = Sandbox((_OPEN, _CLOSE))
-    sandbox.globals["strftime_now"] = sandbox.bounded("format", lambda text: _TODAY.strftime(text))
+    if found := _NO_CHARACTERS.search(messages):
+        raise InputError(f"{where}: a message holds U+{ord(found[0]):04X}, which is no character; take it out")
+    values = {"tools": None, "documents": None, **json.loads(names)}
+    request = {"template": source, "messages": json.loads(messages), "values": values, "wanted": wanted}
     try:
-        return sandbox, sandbox.from_string(source)
-    except TemplateSyntaxError as error:
-        raise InputError(f"{where}: line {error.lineno} of the chat template: {error.message}; mend it") from None
-    except Exception as error:  # nested too deep, for one
-        raise InputError(f"{where}: the chat template cannot be read: {' '.join(str(error).split())}") from None
+        answer = _CHILD.ask(request)
+    except Breach as breach:
+        raise InputError(f"{where}: the chat template {breach}; simplify it, or shorten the conversation") from None
+    if "syntax" in answer:
+        line, message = answer["syntax"]
+        place = f"line {line} of the chat template" if line else "the chat template cannot be read"
+        raise InputError(f"{where}: {place}: {message}; mend it")
+    failed = f"{where}: the chat template fails: "
+    return [one["text"] if "text" in one else InputError(failed + one["error"]) for one in answer["texts"]]

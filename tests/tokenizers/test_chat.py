@@ -1,4 +1,3 @@
-import re
 import time
 
 import jinja2
@@ -9,7 +8,7 @@ from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.data import examples
 from lfjax.records import Edit, Preference, Record
-from lfjax.tokenizers import chat, sandbox, stop_ids
+from lfjax.tokenizers import chat, stop_ids
 
 # Only the last answer keeps its reasoning, as Qwen3's template has it; every last answer has a place for it.
 REASONING = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -156,61 +155,30 @@ def test_a_template_that_fails_or_reaches_out_is_one_line_that_names_file_and_re
     assert "root:" not in str(error.value)
 
 
-ENDLESS = {
-    "loops": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
-    "filtered": "{% set r = range(1, 99999) %}{% for i in r %}{% for j in r if not j %}{% endfor %}{% endfor %}",
-    "lists": "{% for i in range(99999) %}{% set x = range(99999) | list | sort %}{% endfor %}",
-    "lazy": "{% for i in range(99999) %}{% set x = range(99999) | select | map('string') | list %}{% endfor %}",
-    "text": "{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}",
-    "recursive": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "deep": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-    "power": "{{ 10 ** 10000000 > 1 }}",
-    "powers": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "hex": "{{ ('f' * 9999999) | int(0, 16) // 3 }}",
-    "times": "{{ 'a' * 10 ** 10 }}",
-    "list-times": "{{ 10 ** 10 * [1] }}",
-    "double": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "concat": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "shared": "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n }}",
-    "equal": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}"
-    "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
-    "percent": "{{ '%2000000000d' % 1 }}",
-    "format-filter": "{{ '%2000000000d' | format(1) }}",
-    "format-star": "{{ '%*d' % (2000000000, 1) }}",
-    "format": "{{ '{:2000000000}'.format(1) }}",
-    "format-nested": "{{ '{:{}}'.format(1, '2000000000') }}",
-    "format-fields": "{{ ('{0}' * 99999).format('a' * 99999) }}",
-    "format-bytes": "{{ '%2000000000d'.encode() % 1 }}",
-    "strftime": "{{ strftime_now('%2000000000d') }}",
-    "center": "{{ 'a' | center(10 ** 10) }}",
-    "ljust": "{{ 'a'.ljust(10 ** 10) }}",
-    "bytes": "{{ (1).to_bytes(10 ** 10, 'big') }}",
-    "tabs": "{{ ('\t' * 99999).expandtabs(99999) }}",
-    "indent": "{{ ('\n' * 99999) | indent(99999, blank=true) }}",
-    "batch": "{{ [] | slice(10 ** 10) | list }}{{ [1] | batch(10 ** 10, 0) | list }}",
-    "replace": "{{ ('a' * 999999) | replace('a', 'b' * 999999) }}",
-    "replace-method": "{{ ('a' * 999999).replace('a', 'b' * 999999) }}",
-    "join": "{{ range(99999) | join('b' * 999999) }}",
-    "join-lazy": "{{ range(99999) | map('string') | join('b' * 999999) }}",
-    "join-method": "{{ ('b' * 999999).join('a' * 99999) }}",
-    "json": "{{ [[[1]]] | tojson(indent=10 ** 10) }}",
-    "json-deep": "{% set n = namespace(x=999 * [1]) %}{% for i in range(200) %}{% set n.x = [n.x] %}{% endfor %}"
-    "{{ n.x | tojson(indent=2000) }}",
-    "slices": "{% set x = range(99999) | list %}{% for i in x %}{% set y = x[1:] %}{% endfor %}",
-    "lipsum": "{{ lipsum(10 ** 10) }}",
+BREACHES = {
+    "one call that takes minutes": ("{{ ([[1]] * 250000) | sum(start=[]) | length }}", "takes more than 2 s"),
+    "too much memory": ("{{ '{0[}]:{1}}'.format({'}': 'x'}, 3000000000) | length }}", "asks for more than 1024 MB"),
+    "the end of its process": (
+        "{% set n = namespace(t=()) %}{% for i in range(90000) %}{% set n.t = (n.t,) %}{% endfor %}"
+        "{% for i in range(90000) %}{% set n.t = (n.t,) %}{% endfor %}{% set d = {n.t: 1} %}",
+        "ends its process (SIGSEGV)",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_without_an_end_is_one_line_within_seconds(with_template, name):
-    tokenizer = with_template(ENDLESS[name])
-    began = time.process_time()
-    with pytest.raises(
-        InputError, match=r"tokenizer_config\.json: 'chat_template': the chat template fails: "
-    ) as error:
-        chat.render(tokenizer, TALK)
-    assert time.process_time() - began < 20 and "\n" not in str(error.value)
-    assert re.search("too much time or memory|too many digits|width is an arg|recursion|lipsum", str(error.value))
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_template_that_asks_for_too_much_is_one_line_and_the_next_one_is_rendered(with_template, name):
+    template, found = BREACHES[name]
+    tokenizer = with_template(template)
+    began = time.monotonic()
+    with pytest.raises(InputError) as error:
+        examples.prompts_from_records([Record(TALK[:2], ["a"], where="f.jsonl:3")], tokenizer)
+    message = str(error.value)
+    assert (
+        message.startswith("f.jsonl:3: field 'prompt': ") and f"'chat_template': the chat template {found}" in message
+    )
+    assert "\n" not in message and time.monotonic() - began < 10
+    assert chat.render(with_template("{{ messages[0].content }}"), TALK) == "be the cat"
 
 
 def test_what_templates_do_in_bounds_is_as_jinja_does_it(with_template):
@@ -229,11 +197,43 @@ def test_what_templates_do_in_bounds_is_as_jinja_does_it(with_template):
     assert chat.render(with_template(template), TALK) == plain.render(messages=TALK)
 
 
-def test_a_long_conversation_is_in_bounds_and_every_rendering_has_its_own(with_template):
-    tokenizer = with_template(REASONING)
+def test_a_long_conversation_is_in_bounds(with_template):
     long = [{"role": "user", "content": "a word " * 2000}, {"role": "assistant", "content": "so it is " * 2000}] * 50
-    assert chat.render(tokenizer, long) == chat.render(tokenizer, long)
-    assert chat._compiled(tokenizer.template)[0].left > sandbox.WORK // 2
+    assert len(chat.render(with_template(files.CHATML), long)) > 1_600_000
+
+
+def test_a_message_that_holds_the_marks_of_a_rendering_is_refused(with_template):
+    with pytest.raises(InputError, match=r"a message holds U\+FDD1, which is no character"):
+        chat.render(with_template(files.CHATML), [{"role": "user", "content": "a\ufdd1b"}])
+
+
+ASSISTANT = "{{ '<|im_start|>assistant\n' }}"
+MARKS = {  # where {% generation %} stands beside content + end token
+    "newline inside": ASSISTANT + "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}",
+    "header inside": "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}",
+    "half of the header inside": "{{ '<|im_start|>' }}{% generation %}{{ 'assistant\n' + m.content + '<|im_end|>\n' }}"
+    "{% endgeneration %}",
+    "two stretches": ASSISTANT + "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>"
+    "{% endgeneration %}{{ '\n' }}",
+    "a stretch after the last turn": ASSISTANT + "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% if loop.last %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}",
+    "no end inside": ASSISTANT + "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+}
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("marks", MARKS)
+def test_an_answer_is_what_follows_the_generation_prompt_wherever_the_marks_stand(with_template, marks, eos):
+    turn = f"{{% if m.role == 'assistant' %}}{MARKS[marks]}{{% else %}}{ASSISTANT.replace('assistant', 'user')}"
+    turn += "{{ m.content }}<|im_end|>\n{% endif %}"
+    go = f"{{% if add_generation_prompt %}}{ASSISTANT}{{% endif %}}"
+    tokenizer = with_template(f"{{% for m in messages %}}{turn}{{% endfor %}}{go}", eos_token=eos)
+    record = Record([{"role": "user", "content": "who sat?"}], ["the cat."], [])
+    ((ids, counts),) = examples.sft_documents([record], tokenizer)
+    answer = [*tokenizer.encode("the cat."), tokenizer.specials["<|im_end|>"]]
+    assert [i for i, learnt in zip(ids, counts, strict=True) if learnt] == answer
+    rated = Record(record.prompt, ["the cat.", "a fox"], [Preference(0, 1)])
+    assert examples.reward_examples([rated], tokenizer, max_length=99)[0].candidates[0] == ids  # scored at its end
 
 
 def test_a_template_cannot_tell_what_day_it_is(with_template):
