@@ -13,14 +13,13 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
+from lfjax import cache
 from lfjax.config import InputError
 from lfjax.signals import handled
 
-CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
 LONGEST_LINE = 2000  # characters of an error: a value of the user's may be of any length
 LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
@@ -276,8 +275,8 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
     import jax
 
     jax.config.update("jax_default_matmul_precision", precision)
-    if compile_cache and _can_keep(CACHE / "xla"):
-        jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+    if compile_cache and cache.can_keep(cache.location(), "xla"):
+        jax.config.update("jax_compilation_cache_dir", str(cache.location() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _join_processes()
@@ -287,19 +286,6 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
         named = os.environ.get("JAX_PLATFORMS", "")
         cause = " ".join(str(error).split())[:200] or "jax has no such platform here"
         raise InputError(f"JAX_PLATFORMS={named}: no device: {cause}; unset it, or see lfjax doctor") from None
-
-
-def _can_keep(folder: Path) -> bool:
-    """Whether compiled programs can be written to the folder, which is made; says why where they cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        if os.environ.get("LFJAX_PROCESS_ID", "0") == "0":
-            fix = "set LFJAX_CACHE to another folder"
-            print(f"note: compiled programs are not kept: {folder}: {error.strerror}; {fix}", file=sys.stderr)
-        return False
 
 
 def _join_processes() -> None:
@@ -588,7 +574,7 @@ def _doctor(arguments: argparse.Namespace, _) -> int:
     """Prints what this machine has; returns 1 where something is wrong."""
     from lfjax import doctor
 
-    lines, problems = doctor.examine(CACHE)
+    lines, problems = doctor.examine(cache.location())
     print("\n".join([*lines, *(f"problem: {problem}" for problem in problems)]))
     print("all is well" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0
