@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+import lfjax
 from lfjax import cache
 from lfjax.config import InputError
 from lfjax.signals import handled
@@ -42,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(argv: list[str] | None) -> int:
     parser = _Parser(prog="lfjax", description="Language feedback to better language models, in JAX.")
+    parser.add_argument("--version", action="version", version=f"lfjax {lfjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
+    commands.add_parser("configs", help="the configs that come with lfjax").set_defaults(run=_configs)
     _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
     _eval_arguments(commands.add_parser("eval", help="perplexity of a text, or log-probabilities of completions"))
     _import_arguments(commands.add_parser("import", help="read and check a model folder, and write it in our layout"))
@@ -170,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), or a name")
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps of every stage")
     parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
@@ -238,8 +241,9 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
     if arguments.profile < 0:
         raise InputError(f"--profile: {arguments.profile}; allowed: 0 (none) or more steps")
+    file = configs.find(arguments.config)
     try:
-        config = configs.load(arguments.config, overrides)
+        config = configs.load(file, overrides)
     except SystemExit as stop:
         raise InputError(f"{arguments.config}: mend the config file: it ends the program (exit {stop.code})") from stop
     configs.validate(config)
@@ -249,7 +253,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax.loops.chain import STAGE_FUNCTIONS
     from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
 
-    run = Run(config, arguments.workdir, search=(Path(arguments.config).resolve().parent,), profile=arguments.profile)
+    run = Run(config, arguments.workdir, search=(file.resolve().parent,), profile=arguments.profile)
     try:
         summary = run_stages(run, STAGE_FUNCTIONS)
     except Interrupted as stop:
@@ -267,6 +271,18 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 f"{name:40s} {summary[name]:.6g}" if isinstance(summary[name], float) else f"{name:40s} {summary[name]}"
             )
         print(f"report: {path}")
+    return 0
+
+
+def _configs(arguments: argparse.Namespace, _) -> int:
+    """Prints each config's name and what it is, and where the files lie."""
+    from lfjax import config as configs
+
+    known = configs.shipped()
+    for name, path in known.items():
+        print(f"{name:<{max(map(len, known))}}  {configs.summary(path)}")
+    for folder in {path.parent for path in known.values()}:
+        print(f"lfjax train --config=NAME; to change one, copy its file: {folder}")
     return 0
 
 
