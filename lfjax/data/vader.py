@@ -87,10 +87,13 @@ def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
         return path
     try:
         make(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            fetched = _download(pathlib.Path(temporary), path)
+        with (
+            tempfile.TemporaryDirectory(prefix="lfjax-") as private,  # code lies there; the cache may be open to others
+            tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as beside,
+        ):
+            fetched = _download(pathlib.Path(private), path)
             _check(fetched)
-            os.replace(fetched, path)
+            os.replace(shutil.copy(fetched, beside), path)
     except OSError as error:
         raise InputError(f"{folder}: cannot hold the data: {error}; {ELSEWHERE}") from None
     return path
