@@ -1,11 +1,10 @@
-"""Supervised fine-tuning of a published model on people's corrections of programs: ILF (Chen et al. 2023,
-arXiv:2303.16749).
+"""Supervised fine-tuning of a published model on people's corrections of programs: ILF (arXiv:2303.16749).
 
-Loss on the corrections alone; the critiques stay in the records. Sized for stories260K, a Llama of 260,032 parameters
-(llama2.c, MIT), on 2 CPU cores: it learns how such programs look, not how to mend one. Of the first 150 rows 145 make
-records; 138 of them fit in the model's 512 tokens, the 7 longer ones are cut into pieces. 108 steps on 121 records took
-26 s on 2 cores of an AMD EPYC (167 s while other jobs had them too); loss on 13 held-out records 7.431 -> 2.446 nats a
-token of the correction.
+The method of Chen et al. 2023. Loss on the corrections alone; the critiques stay in the records. Sized for stories260K,
+a Llama of 260,032 parameters (llama2.c, MIT), on 2 CPU cores: it learns how such programs look, not how to mend one. Of
+the first 150 rows 145 make records; 138 of them fit in the model's 512 tokens, the 7 longer ones are cut into pieces.
+108 steps on 121 records took 26 s on 2 cores of an AMD EPYC (167 s while other jobs had them too); loss on 13 held-out
+records 7.431 -> 2.446 nats a token of the correction.
 
     lfjax feedback convert ilf surge_annotations.jsonl ilf.jsonl
     lfjax train --config=configs/ilf_sft.py --workdir=runs/ilf --config.data.path=ilf.jsonl

@@ -13,14 +13,14 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
+import lfjax
+from lfjax import cache
 from lfjax.config import InputError
 from lfjax.signals import handled
 
-CACHE = Path(os.environ.get("LFJAX_CACHE", "~/.cache/lfjax")).expanduser()
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
 LONGEST_LINE = 2000  # characters of an error: a value of the user's may be of any length
 LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(argv: list[str] | None) -> int:
     parser = _Parser(prog="lfjax", description="Language feedback to better language models, in JAX.")
+    parser.add_argument("--version", action="version", version=f"lfjax {lfjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
+    commands.add_parser("configs", help="the configs that come with lfjax").set_defaults(run=_configs)
     _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
     _eval_arguments(commands.add_parser("eval", help="perplexity of a text, or log-probabilities of completions"))
     _import_arguments(commands.add_parser("import", help="read and check a model folder, and write it in our layout"))
@@ -171,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), or a name")
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps of every stage")
     parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
@@ -239,8 +241,9 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise InputError(f"lfjax train: unknown argument {item}; overrides are --config.section.key=value")
     if arguments.profile < 0:
         raise InputError(f"--profile: {arguments.profile}; allowed: 0 (none) or more steps")
+    file = configs.find(arguments.config)
     try:
-        config = configs.load(arguments.config, overrides)
+        config = configs.load(file, overrides)
     except SystemExit as stop:
         raise InputError(f"{arguments.config}: mend the config file: it ends the program (exit {stop.code})") from stop
     configs.validate(config)
@@ -250,7 +253,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax.loops.chain import STAGE_FUNCTIONS
     from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
 
-    run = Run(config, arguments.workdir, search=(Path(arguments.config).resolve().parent,), profile=arguments.profile)
+    run = Run(config, arguments.workdir, search=(file.resolve().parent,), profile=arguments.profile)
     try:
         summary = run_stages(run, STAGE_FUNCTIONS)
     except Interrupted as stop:
@@ -271,13 +274,25 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _configs(arguments: argparse.Namespace, _) -> int:
+    """Prints each config's name and what it is, and where the files lie."""
+    from lfjax import config as configs
+
+    known = configs.shipped()
+    for name, path in known.items():
+        print(f"{name:<{max(map(len, known))}}  {configs.summary(path)}")
+    for folder in {path.parent for path in known.values()}:
+        print(f"lfjax train --config=NAME; to change one, copy its file: {folder}")
+    return 0
+
+
 def _set_up_jax(precision: str, compile_cache: bool) -> None:
     """Precision, the compile cache, and where this process is one of several, the others."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", precision)
-    if compile_cache and _can_keep(CACHE / "xla"):
-        jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+    if compile_cache and cache.can_keep(cache.location(), "xla"):
+        jax.config.update("jax_compilation_cache_dir", str(cache.location() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _join_processes()
@@ -287,19 +302,6 @@ def _set_up_jax(precision: str, compile_cache: bool) -> None:
         named = os.environ.get("JAX_PLATFORMS", "")
         cause = " ".join(str(error).split())[:200] or "jax has no such platform here"
         raise InputError(f"JAX_PLATFORMS={named}: no device: {cause}; unset it, or see lfjax doctor") from None
-
-
-def _can_keep(folder: Path) -> bool:
-    """Whether compiled programs can be written to the folder, which is made; says why where they cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        if os.environ.get("LFJAX_PROCESS_ID", "0") == "0":
-            fix = "set LFJAX_CACHE to another folder"
-            print(f"note: compiled programs are not kept: {folder}: {error.strerror}; {fix}", file=sys.stderr)
-        return False
 
 
 def _join_processes() -> None:
@@ -588,7 +590,7 @@ def _doctor(arguments: argparse.Namespace, _) -> int:
     """Prints what this machine has; returns 1 where something is wrong."""
     from lfjax import doctor
 
-    lines, problems = doctor.examine(CACHE)
+    lines, problems = doctor.examine(cache.location())
     print("\n".join([*lines, *(f"problem: {problem}" for problem in problems)]))
     print("all is well" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0

@@ -221,16 +221,50 @@ def base_config() -> Config:
     return config
 
 
+def shipped() -> dict[str, Path]:
+    """The configs that come with lfjax, name -> file: in the installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+
+
+def summary(path: Path) -> str:
+    """The first line of a config file's docstring, read without running the file; "" where it has none."""
+    try:
+        docstring = ast.get_docstring(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError) as error:
+        return f"cannot be read: {error}"
+    return (docstring or "").partition("\n")[0]
+
+
+def find(name: str | Path) -> Path:
+    """The file that `--config=` means: a path, or else the name of a config that comes with lfjax.
+
+    Raises:
+      InputError: neither; with the nearest names.
+    """
+    path, known = Path(name), shipped()
+    if path.is_file():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    found = "a folder" if path.is_dir() else "no such file"
+    near = difflib.get_close_matches(path.stem, known, n=3)
+    hint = f", or a config's name: did you mean {' or '.join(near)}?" if near else "; lfjax configs lists the names"
+    raise InputError(f"--config={name}: {found}; give a Python file with a get_config() function{hint}")
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads `get_config()` of a config file, applies `--config.key=value` overrides and locks the result.
 
+    Args:
+      path: a file, or the name of a config that comes with lfjax, such as "quickstart" (`lfjax configs` lists them).
+      overrides: "--config.section.key=value" each.
     Raises:
       InputError: no such file, the file fails, an unknown key (with the nearest right one), a value of the wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"--config={path}: {found}; give a Python file with a get_config() function")
+    path = find(path)
     try:
         namespace = runpy.run_path(str(path))
     except Exception as error:  # whatever a config file does wrong is the user's to mend

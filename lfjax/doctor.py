@@ -11,6 +11,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from lfjax.cache import ELSEWHERE, exposure
+
 GIB = 2**30
 # Signs of an accelerator whose jax is another extra, by what its driver makes.
 ACCELERATORS = {
@@ -71,13 +73,15 @@ def cache(folder: Path) -> Iterator[tuple[str, str]]:
         held = sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
         there = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(there).free
+        exposed = dict.fromkeys(filter(None, (exposure(folder, part) for part in ("xla", "tfds"))))
     except OSError as error:
-        fix = "set LFJAX_CACHE to another folder"
-        yield f"cache {folder}", f"the cache {folder} cannot be read: {error.strerror}; {fix}"
+        yield f"cache {folder}", f"the cache {folder} cannot be read: {error.strerror}; {ELSEWHERE}"
         return
     yield f"cache {folder}: {held / GIB:.2f} GiB held, {free / GIB:.1f} GiB free on its disk", ""
     if not there.is_dir() or not os.access(there, os.W_OK):
-        yield "", f"the cache {folder} cannot be written; set LFJAX_CACHE to another folder"
+        yield "", f"the cache {folder} cannot be written; {ELSEWHERE}"
+    for problem in exposed:
+        yield "", f"the cache {folder} is not used: {problem}"
     if free < GIB:
         yield "", f"less than 1 GiB is free on the disk of {folder}; free some, or set LFJAX_CACHE to another disk"
 

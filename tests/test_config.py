@@ -1,11 +1,14 @@
 """Run configs: every leaf can be overridden, what is wrong is said with the right key, the resolved config is plain."""
 
+import ast
 import json
 import pathlib
 
 import pytest
 from ml_collections import ConfigDict
 
+import lfjax
+from lfjax import cli
 from lfjax import config as configs
 from lfjax.config import InputError, apply_override, base_config, difference, flatten, load, to_plain, validate
 
@@ -173,6 +176,60 @@ def test_every_config_of_the_project_loads_is_valid_and_says_what_it_is(file):
     command = next(line.split() for line in docstring.splitlines() if line.strip().startswith("lfjax train"))
     assert command[2] == f"--config=configs/{file.name}" and command[3].startswith("--workdir=runs/")
     validate(load(file, command[4:]))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_a_config_that_comes_with_lfjax_is_found_by_its_name_and_needs_nothing_else(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file.stem).mkdir()  # as a run directory of that name
+    assert configs.find(file.stem).samefile(file)
+    assert to_plain(load(file.stem)) == to_plain(load(file))
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert modules <= {"lfjax.config", "pathlib"} and not any(isinstance(node, ast.Import) for node in nodes)
+
+
+def test_a_file_wins_over_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").write_text("from lfjax.config import base_config as get_config\n")
+    assert to_plain(load("tiny")) == to_plain(base_config()) != to_plain(load("quickstart"))
+
+
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        ("quikstart", "did you mean quickstart?"),
+        ("hh_pp", "did you mean hh_ppo"),
+        ("configs/tiny.py", "did you mean tiny?"),
+        ("zzzz", "lfjax configs lists the names"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_name_is_one_line_with_the_nearest_names(given, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load(given)
+    message = str(caught.value)
+    assert message.startswith(f"--config={given}: no such file; give a Python file with a get_config() function")
+    assert hint in message and "\n" not in message
+
+
+def test_the_command_lists_each_config_with_what_it_is_and_runs_none(capsys, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("raise SystemExit")
+    (tmp_path / "said.py").write_text('"""What it is.\n\nMore."""\nraise SystemExit\n')
+    (tmp_path / "wrong.py").write_text("def (")
+    monkeypatch.setattr(configs, "shipped", lambda: {path.stem: path for path in sorted(tmp_path.glob("*.py"))})
+    assert cli.main(["configs"]) == 0
+    broken, said, wrong, folder = capsys.readouterr().out.splitlines()
+    assert (broken.split(), said) == (["broken"], "said    What it is.")
+    assert wrong.startswith("wrong   cannot be read: invalid syntax") and folder.endswith(str(tmp_path))
+    monkeypatch.undo()
+    assert all(configs.summary(file).endswith(".") for file in CONFIGS)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"lfjax {lfjax.__version__}\n"
 
 
 def test_the_resolved_config_survives_json_and_nothing_in_it_is_hidden():

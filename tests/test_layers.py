@@ -6,7 +6,7 @@ import pathlib
 import lfjax
 
 LAYERS = """
-types  masking  config  doctor  signals  bounded  bounded_child
+types  masking  config  cache  doctor  signals  bounded  bounded_child
 losses  rl  models  optim  records  sharding
 state  sampling  tokenizers
 data  feedback  interop
@@ -15,6 +15,7 @@ steps
 checkpoint  metrics  report
 loops
 cli
+__main__
 """
 LAYER = {name: height for height, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 FORBIDDEN = {"steps": {"sharding", "data", "interop"}}

@@ -10,6 +10,7 @@ ICWSM 2014.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -32,6 +33,7 @@ from typing import Any, ClassVar
 import absl.logging
 import numpy as np
 
+from lfjax.cache import ELSEWHERE, can_be_trusted, location, make
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of
 from lfjax.records import Rating, Record
@@ -50,72 +52,102 @@ _FILES = {
     "news": "nytEditorialSnippets_GroundTruth.txt",
     "tweet": "tweets_GroundTruth.txt",
 }
+_SUMS = "sha256.json"
 _DATASET_VERSION = "1.0.0"  # goes up whenever cleaning, merging or splitting changes: caches are keyed by it
 
 
-def cache_folder() -> pathlib.Path:
-    """$LFJAX_CACHE, or ~/.cache/lfjax."""
-    return pathlib.Path(os.environ.get("LFJAX_CACHE") or "~/.cache/lfjax").expanduser()
+# pip asks a source package's build backend for its name before it hands the file over. This one knows the answer, so
+# that no code of the package, nor of any build tool, runs; pip has compared the file's sha256 by then.
+_BACKEND = f'''
+import pathlib
+
+class __legacy__:
+    @staticmethod
+    def prepare_metadata_for_build_wheel(folder, config_settings=None):
+        made = pathlib.Path(folder, "{PACKAGE}-{PACKAGE_VERSION}.dist-info")
+        made.mkdir()
+        (made / "METADATA").write_text("Metadata-Version: 2.1\\nName: {PACKAGE}\\nVersion: {PACKAGE_VERSION}\\n")
+        return made.name
+'''
 
 
 def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """The path of the source package: from the cache, or else by pip as the user has it configured.
 
     Args:
-      cache: a folder; `cache_folder()` by default.
+      cache: a folder; `lfjax.cache.location()` by default.
     Raises:
-      InputError: the cached file is not the known one, or no pip could fetch it; says where to put the file.
+      InputError: the file in the cache or the one that pip finds is not the known one, or no pip could fetch it; says
+        where to put the file.
     """
-    folder = pathlib.Path(cache) if cache is not None else cache_folder()
+    folder = pathlib.Path(cache) if cache is not None else location()
     path = folder / ARCHIVE
     if path.is_file():
         _check(path)
         return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            fetched = _download(pathlib.Path(temporary), path)
+        make(folder)
+        with (
+            tempfile.TemporaryDirectory(prefix="lfjax-") as private,  # code lies there; the cache may be open to others
+            tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as beside,
+        ):
+            fetched = _download(pathlib.Path(private), path)
             _check(fetched)
-            os.replace(fetched, path)
+            os.replace(shutil.copy(fetched, beside), path)
     except OSError as error:
-        raise InputError(f"{folder}: cannot hold the data: {error}; set LFJAX_CACHE to another folder") from None
+        raise InputError(f"{folder}: cannot hold the data: {error}; {ELSEWHERE}") from None
     return path
 
 
 def _check(path: pathlib.Path) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = _sha256(path)
     if found != SHA256:
         raise InputError(
             f"{path}: sha256 is {found[:16]}..., not {SHA256[:16]}... as for {PACKAGE} {PACKAGE_VERSION}; delete it"
         )
 
 
+def _sha256(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _pips() -> list[list[str]]:
     """Ways to call pip: this Python's own, then any on PATH (an environment made by uv has none of its own)."""
-    own = [[sys.executable, "-m", "pip"]] if importlib.util.find_spec("pip") else []
+    own = [[sys.executable, "-P", "-m", "pip"]] if importlib.util.find_spec("pip") else []
     found = (shutil.which(name) for name in ("pip3", "pip"))
     return own + [[path] for path in dict.fromkeys(path for path in found if path)]
 
 
 def _download(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
+    """Has pip fetch the package into `folder`; nothing that pip finds runs, whatever the index holds."""
     reason = "there is no pip in this environment or on PATH"
-    arguments = ["download", "--no-deps", "--no-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    wanted, unconstrained, backend = folder / "requirements.txt", folder / "constraints.txt", folder / "setuptools"
+    wanted.write_text(f"{PACKAGE}=={PACKAGE_VERSION} --hash=sha256:{SHA256}\n")
+    unconstrained.touch()  # a constraint on the version that is installed says nothing of this file
+    backend.mkdir()
+    (backend / "__init__.py").touch()
+    (backend / "build_meta.py").write_text(_BACKEND)
+    arguments = ["download", "--require-hashes", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    arguments += ["--use-pep517", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(wanted)]
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "PIP_CONSTRAINT": str(unconstrained), "PIP_BUILD_CONSTRAINT": ""}
     for pip in _pips():
         try:
-            done = subprocess.run(
-                [*pip, *arguments, f"{PACKAGE}=={PACKAGE_VERSION}"], capture_output=True, text=True, timeout=300
-            )
+            done = subprocess.run([*pip, *arguments], env=environment, capture_output=True, text=True, timeout=300)
         except (OSError, subprocess.TimeoutExpired) as error:
             reason = f"{pip[0]}: {type(error).__name__}"
             continue
         files = sorted(folder.glob(f"{PACKAGE}-*"))
         if done.returncode == 0 and files:
             return files[0]
+        if other := re.search(r"from (\S+)[^\n]*\n\s*Expected sha256 \w+\s+Got\s+(\w+)", done.stderr):
+            reason = f"{other[1]} has the sha256 {other[2][:16]}..., not {SHA256[:16]}..."
+            break
         errors = [line.strip() for line in done.stderr.splitlines() if line.strip().lower().startswith("error")]
         reason = errors[-1] if errors else f"pip ended with code {done.returncode}"
     raise InputError(
-        f"{destination}: pip could not fetch {PACKAGE}=={PACKAGE_VERSION} ({reason}); on a machine that can, run "
-        f"`pip download --no-deps --no-binary :all: {PACKAGE}=={PACKAGE_VERSION}` and put {ARCHIVE} there"
+        f"{destination}: pip could not fetch {PACKAGE}=={PACKAGE_VERSION} ({reason}); take the source file of"
+        f" {PACKAGE} {PACKAGE_VERSION} from the package index on a machine that can, and put {ARCHIVE} there"
     )
 
 
@@ -231,7 +263,7 @@ def _builder_class() -> Any:
 
 def builder(cache: str | os.PathLike[str] | None = None) -> Any:
     """The TFDS builder (`download_and_prepare`, `as_data_source`) whose array_record files lie in the cache folder."""
-    folder = pathlib.Path(cache) if cache is not None else cache_folder()
+    folder = pathlib.Path(cache) if cache is not None else location()
     made = _builder_class()(data_dir=str(folder / "tfds"), file_format="array_record")
     made.package = folder / ARCHIVE
     return made
@@ -240,26 +272,60 @@ def builder(cache: str | os.PathLike[str] | None = None) -> Any:
 def prepare(cache: str | os.PathLike[str] | None = None) -> Any:
     """The builder with its dataset prepared: fetches and builds on the first call, one process at a time.
 
+    A dataset that is not as it was built is built again. In a cache folder that others may write none is built or
+    read: the package, whose sha256 is known, is copied to a folder of this process, and the dataset built there.
+
     Raises:
       InputError: see `fetch`; or the cache folder cannot be written.
     """
-    made = builder(cache)
-    if _is_prepared(made):
-        return made
-    folder = fetch(cache).parent
+    folder = pathlib.Path(cache) if cache is not None else location()
     try:
+        if not can_be_trusted(folder, "tfds"):
+            folder = _private_copy(fetch(folder))
+        made = builder(folder)
+        if _is_intact(made):
+            return made
+        fetch(folder)
         with (folder / ".vader.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            made = builder(cache)  # another process may have built it while this one waited
-            if not _is_prepared(made):
+            made = builder(folder)  # another process may have built it while this one waited
+            if not _is_intact(made):
+                if pathlib.Path(made.data_dir).exists():
+                    shutil.rmtree(made.data_dir)
+                make(folder / "tfds")
                 _build_quietly(made)
+                _write_sums(pathlib.Path(made.data_dir))
     except OSError as error:
-        raise InputError(f"{folder}: cannot hold the data: {error}; set LFJAX_CACHE to another folder") from None
+        raise InputError(f"{folder}: cannot hold the data: {error}; {ELSEWHERE}") from None
     return made
 
 
-def _is_prepared(made: Any) -> bool:
-    return (pathlib.Path(made.data_dir) / "dataset_info.json").is_file()  # written last; TFDS's own question warns
+@functools.cache
+def _private_copy(archive: pathlib.Path) -> pathlib.Path:
+    """A folder that is there as long as this process, with a checked copy of the package."""
+    folder = tempfile.TemporaryDirectory(prefix="lfjax-")
+    atexit.register(folder.cleanup)
+    _check(pathlib.Path(shutil.copy(archive, folder.name)))
+    return pathlib.Path(folder.name)
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+    """sha256 of each file of a prepared dataset."""
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != _SUMS}
+
+
+def _write_sums(folder: pathlib.Path) -> None:
+    fresh = folder.with_name(f".{folder.name}.{_SUMS}")
+    fresh.write_text(json.dumps(_sums(folder), indent=2) + "\n")
+    os.replace(fresh, folder / _SUMS)
+
+
+def _is_intact(made: Any) -> bool:
+    folder = pathlib.Path(made.data_dir)
+    try:
+        return json.loads((folder / _SUMS).read_text()) == _sums(folder)  # written last
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _build_quietly(made: Any) -> None:

@@ -1,5 +1,8 @@
+import hashlib
 import io
 import multiprocessing
+import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -156,6 +159,75 @@ def test_what_pip_fetches_is_cached_and_fetched_once(monkeypatch, tmp_path):
     assert path == tmp_path / "cache" / vader.ARCHIVE and path.read_bytes() == source.read_bytes()
     monkeypatch.setattr(vader, "_pips", lambda: [])
     assert vader.fetch(tmp_path / "cache") == path
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that is all pip looks at; a newer setuptools in it writes `ran` when it runs."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    source_package(folder, "setuptools", "999.0", tmp_path / "ran")
+    return folder
+
+
+def source_package(folder, name, version, ran):
+    """A source package whose setup.py writes the file `ran`."""
+    with zipfile.ZipFile(folder / f"{name}-{version}.zip", "w") as package:
+        code = f"open({str(ran)!r}, 'w')\nfrom setuptools import setup\nsetup(name={name!r}, version={version!r})\n"
+        package.writestr(f"{name}-{version}/setup.py", code)
+
+
+def test_of_another_package_under_the_name_nothing_runs_and_its_hash_is_named(index, tmp_path):
+    source_package(index, vader.PACKAGE, vader.PACKAGE_VERSION, tmp_path / "ran")
+    found = hashlib.sha256((index / vader.ARCHIVE).read_bytes()).hexdigest()
+    with pytest.raises(InputError) as error:
+        vader.fetch(tmp_path / "cache")
+    message = str(error.value)
+    assert "\n" not in message and message.startswith(f"{tmp_path / 'cache' / vader.ARCHIVE}: pip could not fetch")
+    assert f"{vader.ARCHIVE} has the sha256 {found[:16]}..., not {vader.SHA256[:16]}..." in message
+    assert not (tmp_path / "ran").exists() and list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_known_package_is_fetched_and_nothing_of_the_index_runs(index, tmp_path, monkeypatch):
+    shutil.copy(vader_package.package(), index)
+    (tmp_path / "constraints.txt").write_text(f"{vader.PACKAGE}==3.3.2\n")
+    (tmp_path / "pip.conf").write_text(f"[global]\nconstraint = {tmp_path / 'constraints.txt'}\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    assert vader.fetch(tmp_path / "cache").is_file()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def few(loaded, monkeypatch):
+    """The package as if it held a few sentences alone, which are built in no time; what loading them gives."""
+    splits = {name: rows[:20] for name, rows in loaded[0].items()}
+    read = [record for rows in splits.values() for record in rows], {"rows": 60}
+    monkeypatch.setattr(vader, "read_package", lambda path: read)
+    return splits, {"rows": 60}
+
+
+def test_a_prepared_dataset_that_has_changed_is_built_again(tmp_path, few):
+    cache = vader_package.fill_cache(tmp_path)
+    folder = pathlib.Path(vader.prepare(cache).data_dir)
+    file = next(folder.glob("*test.array_record*"))
+    built = file.read_bytes()
+    file.write_bytes(built[:1000] + bytes([built[1000] ^ 1]) + built[1001:])
+    assert vader.load(cache) == few
+    assert file.read_bytes() == built
+    (folder / "metadata.json").unlink()
+    assert vader.load(cache) == few
+
+
+def test_in_a_cache_that_others_may_write_no_dataset_is_read_or_built(tmp_path, few, capsys):
+    cache = vader_package.fill_cache(tmp_path / "cache")
+    vader.prepare(cache)
+    cache.chmod(0o777)
+    data = pathlib.Path(vader.prepare(cache).data_dir)
+    assert cache not in data.parents and vader.load(cache) == few
+    note = f"note: the cache is not used: {cache} may be written by others (mode 0777)"
+    assert capsys.readouterr().err.startswith(note)
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
