@@ -47,23 +47,23 @@ class RewardExample:
 
 def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """The ids that begin a sequence with the prompt; chat messages as the tokenizer's template writes them."""
-    if isinstance(record.prompt, str) or tokenizer.template is None:
-        return tokenizer.encode_prompt(record.prompt_text)
     with _naming(record, "prompt"):
+        if isinstance(record.prompt, str) or tokenizer.template is None:
+            return tokenizer.encode_prompt(record.prompt_text)
         return chat.prompt_ids(tokenizer, record.prompt)
 
 
 def response_tokens(record: Record, text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a complete response to the record's prompt, with the token that ends it."""
-    if isinstance(record.prompt, str) or tokenizer.template is None:
-        return [*tokenizer.encode(text, first=not record.prompt), tokenizer.eos_id]
     with _naming(record, "responses" if text in record.responses else "feedback"):
+        if isinstance(record.prompt, str) or tokenizer.template is None:
+            return [*tokenizer.encode(text, first=not record.prompt), tokenizer.eos_id]
         return chat.response_ids(tokenizer, record.prompt, text)
 
 
 @contextlib.contextmanager
 def _naming(record: Record, field: str):
-    """Says which record a chat template refuses."""
+    """Says which record a chat template or a vocabulary refuses."""
     try:
         yield
     except InputError as error:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lfjax.config import InputError
+from lfjax.tokenizers import trial
 from lfjax.tokenizers.files import LIBRARY, WORDPIECE, Settings, json_object, read_settings, special_ids
 
 # Which words a byte-level BPE never merges across, by tokenizer_class; GPT-2's is the library's own default.
@@ -19,6 +20,7 @@ _QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MOST_HOLES = 100_000  # ids without a token, beside as many as there are tokens
 
 
 class LibraryTokenizer:
@@ -36,8 +38,9 @@ class LibraryTokenizer:
           InputError: the library refuses the spec, or nothing says what ends a text.
         """
         self.settings, self._where = settings, where
+        self._first = self._make(spec)  # first: what follows trusts the types that the library has read
+        _check_sections(spec, where)
         self._spec, inner = spec, without_first_space(spec)
-        self._first = self._make(spec)
         self._inner = self._first if inner == spec else self._make(inner)
         vocabulary = self._first.get_vocab(with_added_tokens=True)
         before = self._before() if begin is None else [vocabulary[settings.tokens[role] or ""] for role in begin]
@@ -47,6 +50,8 @@ class LibraryTokenizer:
         unknown = settings.tokens.get("unk") or spec.get("model", {}).get("unk_token")
         self.unk_id: int = vocabulary.get(unknown, self.pad_id) if isinstance(unknown, str) else self.pad_id
         self.vocab_size: int = max(*vocabulary.values(), self.pad_id) + 1
+        if self.vocab_size > 2 * len(vocabulary) + MOST_HOLES:
+            raise InputError(f"{where}: found the id {self.vocab_size - 1} among {len(vocabulary)} tokens; number them")
         options = settings.options
         if "add_bos_token" in options or "add_eos_token" in options:  # as transformers 5 reads them
             before = [self.bos_id] if options.get("add_bos_token") else []
@@ -65,15 +70,9 @@ class LibraryTokenizer:
         """The library's object, with every named token in it; in plain text special ones are not looked for."""
         import tokenizers
 
-        try:
-            made = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises no class of its own, and its panics are no Exception
-            found = " ".join(str(error).split())
-            raise InputError(
-                f"{self._where}: not what `tokenizers` reads: {found}; restore the model's own file"
-            ) from None
+        text = json.dumps(spec)
+        trial.check("tokenizers", text.encode(), self._where)
+        made = tokenizers.Tokenizer.from_str(text)
         made.no_truncation()
         made.no_padding()
         made.encode_special_tokens = not markup
@@ -107,7 +106,7 @@ class LibraryTokenizer:
 
     def encode(self, text: str, *, first: bool = False) -> list[int]:
         """Ids of the text alone; see `Tokenizer.encode`."""
-        return (self._first if first else self._inner).encode(text, add_special_tokens=False).ids
+        return self._ids(self._first if first else self._inner, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence; see `Tokenizer.encode_prompt`."""
@@ -115,7 +114,16 @@ class LibraryTokenizer:
 
     def encode_markup(self, text: str, *, first: bool = False) -> list[int]:
         """Ids of a text whose special tokens are meant; see `Tokenizer.encode_markup`."""
-        return self._marked[first].encode(text, add_special_tokens=False).ids
+        return self._ids(self._marked[first], text)
+
+    def _ids(self, made, text: str) -> list[int]:
+        try:
+            return made.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises no class of its own, and its panics are no Exception
+            found = " ".join(str(error).split())
+            raise InputError(f"{self._where}: this vocabulary cannot encode {text[:40]!r}: {found}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
@@ -136,7 +144,9 @@ def without_first_space(spec: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer for a text inside a sequence: no space is put before it, and none is taken off again."""
     spec = {key: value if key == "model" else copy.deepcopy(value) for key, value in spec.items()}
     spec["normalizer"] = _without_prepend(spec.get("normalizer"))
-    for part in _parts(spec.get("pre_tokenizer"), "pretokenizers") + _parts(spec.get("decoder"), "decoders"):
+    for part in _parts(spec.get("pre_tokenizer"), _STEPS["pre_tokenizer"]) + _parts(
+        spec.get("decoder"), _STEPS["decoder"]
+    ):
         kind = part.get("type")
         if kind == "Metaspace":
             part.pop("add_prefix_space", None)
@@ -146,6 +156,22 @@ def without_first_space(spec: dict[str, Any]) -> dict[str, Any]:
         elif kind == "Strip" and part.get("content") == " ":
             part["start"] = 0
     return spec
+
+
+_STEPS = {  # the sections that are read here, and what a Sequence of them is called
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+}
+
+
+def _check_sections(spec: dict[str, Any], where: str) -> None:
+    """The library reads lists in place of objects, which nothing writes."""
+    for name, steps in _STEPS.items():
+        node = spec.get(name)
+        inner = node.get(steps, []) if isinstance(node, dict) else []
+        if not (node is None or isinstance(node, dict)) or not all(isinstance(step, dict) for step in inner):
+            raise InputError(f"{where}: {name!r}: it has to hold objects with a 'type'; restore the model's own file")
 
 
 def _parts(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

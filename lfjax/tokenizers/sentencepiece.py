@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 
 from lfjax.config import InputError
+from lfjax.tokenizers import trial
 from lfjax.tokenizers.files import MODEL as MODEL_FILE
 from lfjax.tokenizers.files import Settings, read_settings, special_ids
 
@@ -156,6 +157,7 @@ def train(
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(_vocabulary_error(str(error), vocab_size)) from None
+    trial.made_here("sentencepiece", model.getvalue())
     tokenizer = SentencePieceTokenizer(model.getvalue())
     if folder is not None:
         tokenizer.save(folder)
@@ -183,9 +185,6 @@ def load(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     if not file.is_file():
         raise InputError(f"{file}: no such file; the tokenizer stage writes it, or give a SentencePiece model")
     model = file.read_bytes()
-    try:
-        _processor(model)
-    except (RuntimeError, OSError):
-        raise InputError(f"{file}: not a SentencePiece model (damaged, or another kind of file)") from None
+    trial.check("sentencepiece", model, str(file))
     settings = read_settings(file.parent, {MODEL_FILE: model}) if file.name == MODEL_FILE else None
     return SentencePieceTokenizer(model, settings, str(file))

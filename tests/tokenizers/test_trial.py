@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import vocabularies as files
+
+from lfjax import tokenizers
+from lfjax.config import InputError
+from lfjax.data import examples
+from lfjax.records import Record
+from lfjax.tokenizers import sentencepiece, trial
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir(mode=0o700)
+    monkeypatch.setenv("LFJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trial, "_HELD", set())
+
+
+def split(pattern: str) -> dict:
+    return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}}
+
+
+def times(each: str, levels: int) -> dict:
+    one = {"type": "Replace", "pattern": {"String": each[0]}, "content": each}
+    return {"normalizer": {"type": "Sequence", "normalizers": [one] * levels}}
+
+
+HOSTILE = {
+    "crash": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA////AAAAAAAA"}}, "ends its process"),
+    "regex": (split("(a+)+$"), "fails: Onig: Regex search error: retry-limit-in-match over"),
+    "slow": (times("a" * 150, 2), r"encoding takes .* ms a character of 'aaaaaaaa'\.\.\., at most 1 is allowed"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_vocabulary_that_breaks_or_burdens_its_library_is_one_line(tmp_path, name):
+    part, found = HOSTILE[name]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(files.byte_level().to_str()) | part))
+    with pytest.raises(InputError, match=rf"tokenizer\.json: .*{found}") as error:
+        tokenizers.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_far_beyond_the_number_of_tokens_is_refused(tmp_path):
+    spec = json.loads(files.byte_level().to_str())
+    spec["model"]["vocab"]["zz"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match=r"tokenizer\.json: found the id 2147483648 among 29\d tokens"):
+        tokenizers.load(tmp_path)
+
+
+def test_what_held_is_tried_once_and_what_was_learnt_here_not_at_all(tmp_path, monkeypatch):
+    asked = []
+    ask = trial._CHILD.ask
+    monkeypatch.setattr(trial._CHILD, "ask", lambda *args, **options: asked.append(args) or ask(*args, **options))
+    folder = files.write(tmp_path / "a")
+    tokenizers.load(folder)
+    count = len(asked)
+    assert count
+    monkeypatch.setattr(trial, "_HELD", set())  # as in another process
+    tokenizers.load(folder)
+    assert len(asked) == count
+    sentencepiece.train(["the cat sat on the mat"] * 9, tmp_path / "b", vocab_size=270)
+    tokenizers.load(tmp_path / "b")
+    assert len(asked) == count
+    monkeypatch.setattr(trial, "_HELD", set())
+    tokenizers.load(tmp_path / "b")
+    assert len(asked) == count + 1
+
+
+def test_a_text_that_a_vocabulary_fails_on_is_named_with_its_record(tmp_path):
+    spec = json.loads(files.byte_level().to_str()) | split("(z+)+$")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = tokenizers.load(tmp_path)
+    record = Record("say ", ["z" * 60 + "!"], [], where="f.jsonl:3")
+    with pytest.raises(InputError, match=r"f\.jsonl:3: field 'responses': .*cannot encode 'zzzz"):
+        examples.sft_documents([record], tokenizer)
