@@ -67,6 +67,12 @@ def memory() -> Iterator[tuple[str, str]]:
     yield f"memory {total / GIB:.1f} GiB, {free / GIB:.1f} unused; {os.cpu_count()} cores", problem
 
 
+def bounds() -> Iterator[tuple[str, str]]:
+    """What bounds chat templates and vocabularies (`lfjax.bounded`)."""
+    memory = "and memory" if sys.platform == "linux" else "alone: this system bounds no process's memory"
+    yield f"chat templates and vocabularies: bounded in time {memory}", ""
+
+
 def cache(folder: Path) -> Iterator[tuple[str, str]]:
     """Where compiled programs and fetched data are kept, and whether they can be."""
     try:
@@ -94,6 +100,6 @@ def examine(folder: Path) -> tuple[list[str], list[str]]:
         found = [("lfjax: not installed", "lfjax runs from its folder alone; pip install -e . there")]
     else:
         found = list(packages(requirements))
-    found = [*found, *devices(), *memory(), *cache(folder)]
+    found = [*found, *devices(), *memory(), *bounds(), *cache(folder)]
     lines = [f"python {sys.version.split()[0]} ({sys.executable})", *(line for line, _ in found if line)]
     return lines, [problem for _, problem in found if problem]

@@ -36,6 +36,12 @@ def test_a_package_that_is_missing_or_of_another_version_is_named(requirement, p
     assert problem in found
 
 
+def test_a_system_that_bounds_no_memory_is_named(monkeypatch):
+    assert [*doctor.bounds()] == [("chat templates and vocabularies: bounded in time and memory", "")]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "bounded in time alone: this system" in next(doctor.bounds())[0]
+
+
 @pytest.mark.parametrize("requirement", ["numpy>=1.9", 'no-such-package; extra == "test"', "numpy"])
 def test_what_is_there_or_belongs_to_an_extra_is_no_problem(requirement):
     assert problems(doctor.packages([requirement])) == []
