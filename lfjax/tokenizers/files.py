@@ -239,15 +239,11 @@ def _added(
     if not isinstance(entries, dict):
         raise InputError(f"{where}: found {json.dumps(entries)[:60]}; allowed: an object from ids to tokens")
     for place, entry in entries.items():
-        if (
-            not place.isdecimal()
-            or len(place) > 9
-            or not isinstance(entry, dict)
-            or not isinstance(entry.get("content"), str)
-        ):
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if not place.isdecimal() or len(place) > 9 or not isinstance(token, str):
             raise InputError(f"{where}: {place!r}: not an id with a token")
         flags = _flags_of(entry, f"{where}: {place!r}")
-        found[entry["content"]] = Added(int(place), bool(entry.get("special")) or entry["content"] in named, flags)
+        found[token] = Added(int(place), bool(entry.get("special")) or token in named, flags)
     return dict(sorted(found.items(), key=lambda item: item[1].id))
 
 
