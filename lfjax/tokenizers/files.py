@@ -133,14 +133,14 @@ def pad_token(token: str, vocabulary: Container[str]) -> Any:
 def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Settings:
     """The settings in a folder, for the vocabulary files already read from it (name -> bytes).
 
-    Other vocabulary files beside them are the same vocabulary for other readers, and are kept.
+    Files of later kinds are the same vocabulary for other readers, and are kept; an earlier one would be read instead.
 
     Raises:
       InputError: a file is not JSON, or a key does not hold what it may; names both.
     """
     files = dict(vocabulary)
-    less = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
-    files |= {name: (folder / name).read_bytes() for name in (*less, *SETTINGS) if present(folder / name)}
+    later = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
+    files |= {name: (folder / name).read_bytes() for name in (*later, *SETTINGS) if present(folder / name)}
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
