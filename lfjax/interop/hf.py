@@ -193,9 +193,11 @@ def save(
       dtype: of the stored tensors, rounded to it; None is the config's where that holds every value exactly, else
         float32.
       shard_bytes: most bytes of tensors in a file; None writes one file.
-      generation: generation_config.json; None is what the tokenizer came with, else, for a language model, what begins,
-        ends and pads a text.
-      adapter: what the model was merged from; goes into `path`/adapter.
+      generation: generation_config.json; None is what the tokenizer came with, where it names all that ends a response
+        (`tokenizers.stop_ids`), else that and the rest of it, or, for a language model without, what begins, ends and
+        pads a text.
+      adapter: what the model was merged from; goes into `path`/adapter, with the tokenizer where its files say by
+        themselves how they are read.
 
     Raises:
       InputError: `path` holds other files, `loaded.config` describes another model than `loaded.model`, or a value is
@@ -221,16 +223,19 @@ def save(
     try:
         write_safetensors(fresh, tensors, dtype, most_bytes=shard_bytes)
         _write_json(fresh / CONFIG, config)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save(fresh)
-        if generation is None and not (fresh / GENERATION).exists() and loaded.model.config.num_labels == 0:
-            generation = _generation(loaded)
+        _save_tokenizer(fresh, loaded)
+        if generation is None and loaded.model.config.num_labels == 0:
+            generation = _generation(loaded, fresh / GENERATION)
         if generation:
             _write_json(fresh / GENERATION, generation)
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
             _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
             save_file(adapter.tensors, fresh / ADAPTER / peft.TENSORS, metadata={"format": "pt"})
+            if _names_its_class(fresh):
+                _save_tokenizer(fresh / ADAPTER, loaded)
+            if generation:
+                _write_json(fresh / ADAPTER / GENERATION, generation)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -240,8 +245,35 @@ def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation(loaded: Loaded) -> dict[str, Any]:
-    """What begins, ends (a turn of a chat as well) and pads a text, as far as tokenizer or config.json say."""
+def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
+    """Writes the tokenizer's files; a pad id of the tokenizer's that config.json gives is named in them."""
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save(folder)
+        if loaded.config.get("pad_token_id") == loaded.tokenizer.pad_id:
+            tokenizers.name_pad(folder, loaded.tokenizer)
+
+
+def _names_its_class(folder: pathlib.Path) -> bool:
+    """Whether other tools read the tokenizer's files without a config.json beside them."""
+    file = folder / "tokenizer_config.json"
+    return (folder / "tokenizer.json").exists() or (file.exists() and "tokenizer_class" in read_json(file))
+
+
+def _generation(loaded: Loaded, file: pathlib.Path) -> dict[str, Any]:
+    """What begins, ends (a turn of a chat as well) and pads a text, as far as tokenizer or config.json say.
+
+    Of a `file` that came with the tokenizer all is kept, and what else lfjax stops at joins the ids that end a text;
+    {} where the file says all of it.
+    """
+    if file.exists():
+        kept = read_json(file)
+        found = kept.get("eos_token_id")
+        named = found if isinstance(found, list) else [] if found is None else [found]
+        ends = list(dict.fromkeys([*named, *tokenizers.stop_ids(loaded.tokenizer, (), "")]))
+        if len(ends) == len(named):
+            return {}
+        kept.pop("_from_model_config", None)  # it no longer is config.json's
+        return kept | {"eos_token_id": ends}
     ids = {name: loaded.config.get(name) for name in _SPECIAL_IDS}
     if loaded.tokenizer is not None:
         ends = list(tokenizers.stop_ids(loaded.tokenizer, (), ""))

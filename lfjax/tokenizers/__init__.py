@@ -9,11 +9,9 @@ from typing import Protocol
 
 from lfjax.config import InputError
 from lfjax.tokenizers import chat, huggingface, sentencepiece
-from lfjax.tokenizers.files import BPE, LIBRARY, MODEL, NAMES, WORDPIECE, present
+from lfjax.tokenizers.files import BPE, KINDS, NAMES, pad_token, present, with_keys, write
 
-__all__ = ["NAMES", "Tokenizer", "find", "least_rows", "load", "response_text", "stop_ids"]
-
-KINDS = (LIBRARY, MODEL, *BPE[0], *BPE[1], WORDPIECE)
+__all__ = ["NAMES", "Tokenizer", "find", "least_rows", "load", "name_pad", "response_text", "stop_ids"]
 
 
 class Tokenizer(Protocol):
@@ -97,7 +95,10 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the files from which the tokenizer is loaded again, as they were read."""
+        """Writes the files from which the tokenizer is loaded again, as they were read.
+
+        Of a SentencePiece model tokenizer_config.json gets what the model file alone says.
+        """
         ...
 
 
@@ -144,6 +145,20 @@ def least_rows(tokenizer: Tokenizer) -> int:
     """
     spare = tokenizer.pad_id == tokenizer.vocab_size - 1 and tokenizer.pad_id != tokenizer.bos_id
     return tokenizer.vocab_size - spare
+
+
+def name_pad(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
+    """Makes the files that the tokenizer has saved in a folder name `pad_id` as the pad token, where they do not.
+
+    The ids that end a text are never padding to lfjax: of a vocabulary whose files name none, or EOS, others would
+    not know which id the model's config.json means.
+    """
+    folder, (piece,) = pathlib.Path(folder), tokenizer.pieces([tokenizer.pad_id])
+    if piece and tokenizer.names.get("pad_token") == piece:
+        return
+    pieces = set(tokenizer.pieces(range(tokenizer.vocab_size)))
+    files = {name: (folder / name).read_bytes() for name in NAMES if present(folder / name)}
+    write(folder, with_keys(files, {"pad_token": pad_token(piece, pieces)}))
 
 
 def stop_ids(tokenizer: Tokenizer, texts: Sequence[str], key: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from lfjax.config import InputError
@@ -21,12 +22,15 @@ SETTINGS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Every file that a tokenizer is read from, and written to again as it was.
-NAMES = (MODEL, LIBRARY, *BPE[0], *BPE[1], WORDPIECE, *SETTINGS)
+KINDS = (LIBRARY, MODEL, *BPE[0], *BPE[1], WORDPIECE)  # the first of them that a folder holds is read
+VOCABULARIES = (*KINDS, "tekken.json")
+# Every file that stands for a tokenizer, and is written again as it was.
+NAMES = (*VOCABULARIES, *SETTINGS)
 
-ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # new ones get ids in this order, as in transformers
+_FURTHER = ("additional_special_tokens", "extra_special_tokens")  # before transformers 5, and since
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
-_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|fim_pad|>")
 _UNUSED = re.compile(r"[<\[]\|?(?:.*reserved.*|unused_?\d+|extra_id_\d+|.*dummy.*)\|?[>\]]", re.IGNORECASE)
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _NEVER_UTF8 = (
@@ -50,6 +54,8 @@ class Settings:
     Attributes:
       files: name -> bytes, as read; `save` writes them again.
       tokens: role ("bos", "eos", ...) -> token; None where a file says that there is none.
+      further: what else is named as special (`additional_special_tokens`), in order.
+      flags: of named tokens, as tokenizers.AddedToken takes them, where a file gives them.
       added: tokens beyond the vocabulary file, in the order of ids.
       ids: role -> id by config.json, for roles that no token is named for.
       ends: ids that end a response by generation_config.json or config.json.
@@ -59,6 +65,8 @@ class Settings:
 
     files: dict[str, bytes]
     tokens: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    further: tuple[str, ...] = ()
+    flags: dict[str, dict[str, bool]] = dataclasses.field(default_factory=dict)
     added: dict[str, Added] = dataclasses.field(default_factory=dict)
     ids: dict[str, int] = dataclasses.field(default_factory=dict)
     ends: tuple[int, ...] = ()
@@ -70,43 +78,93 @@ class Settings:
         """The named tokens as chat templates call them: {"bos_token": ...}."""
         return {f"{role}_token": token for role, token in self.tokens.items() if token}
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the files, each in place of an older one only when it is whole; a failure leaves nothing."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            temporary = folder / f".{name}.{os.getpid()}"
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+    @property
+    def special(self) -> tuple[str, ...]:
+        """Every token that is named as special."""
+        return tuple(dict.fromkeys([*filter(None, self.tokens.values()), *self.further]))
+
+    def save(self, folder: str | os.PathLike[str], missing: dict[str, Any] | None = None) -> None:
+        """Writes the files; `missing` are keys that tokenizer_config.json has to hold as well."""
+        write(pathlib.Path(folder), self.files | with_keys(self.files, missing or {}))
+
+
+def with_keys(files: dict[str, bytes], keys: dict[str, Any]) -> dict[str, bytes]:
+    """The settings files that have to say something else for tokenizer_config.json to hold `keys`; {} where it does.
+
+    special_tokens_map.json is among them where it names one of the tokens: some readers go by it.
+    """
+    changed: dict[str, bytes] = {}
+    for name in SETTINGS[:2]:
+        held = json_object(pathlib.Path(name), files.get(name))
+        new = keys if name == SETTINGS[0] else {key: _untyped(value) for key, value in keys.items() if key in held}
+        if held | new != held:
+            changed[name] = (json.dumps(held | new, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
+def _untyped(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "__type"} if isinstance(value, dict) else value
+
+
+def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Writes the files, each in place of an older one only when it is whole; a failure leaves nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = folder / f".{name}.{os.getpid()}"
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def pad_token(token: str, vocabulary: Container[str]) -> Any:
+    """How tokenizer_config.json names the pad token: by its text, a new text where it has none ("").
+
+    A byte that GPT-2 spells as a letter is said to be a word of its own: readers look for special tokens in the text
+    itself, where the letter may stand.
+    """
+    if token in _NEVER_UTF8[1]:
+        flags = {flag: flag == "single_word" for flag in _FLAGS}
+        return {"__type": "AddedToken", "content": token, **flags, "special": True}
+    return token or next(new for new in _PADS if new not in vocabulary)
 
 
 def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Settings:
     """The settings in a folder, for the vocabulary files already read from it (name -> bytes).
 
+    Files of later kinds are the same vocabulary for other readers, and are kept; an earlier one would be read instead.
+
     Raises:
       InputError: a file is not JSON, or a key does not hold what it may; names both.
     """
     files = dict(vocabulary)
-    files |= {name: (folder / name).read_bytes() for name in SETTINGS if present(folder / name)}
+    later = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
+    files |= {name: (folder / name).read_bytes() for name in (*later, *SETTINGS) if present(folder / name)}
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
     config = folder / "config.json"
     model = json_object(config, config.read_bytes() if present(config) else None)
     tokens: dict[str, str | None] = {}
-    for data, name in ((named, SETTINGS[1]), (own, SETTINGS[0])):  # the second wins
+    further: list[str] = []
+    flags: dict[str, dict[str, bool]] = {}
+    sources = [(named, folder / SETTINGS[1]), (own, folder / SETTINGS[0])]  # the second wins
+    for data, file in sources if "added_tokens_decoder" in own else reversed(sources):  # as in transformers
         for role in ROLES:
             if f"{role}_token" in data:
-                tokens[role] = _token(data[f"{role}_token"], folder / name, f"{role}_token")
+                tokens[role] = _token(data[f"{role}_token"], file, f"{role}_token", flags)
+        for key in _FURTHER:
+            further += _tokens(data.get(key), file, key, flags)
+    tokens = {role: tokens[role] for role in ROLES if role in tokens}
     ids = {role: _ids(model, f"{role}_token_id", config)[:1] for role in ("bos", "eos", "pad")}
     ends = _ids(generation, "eos_token_id", folder / SETTINGS[4]) or _ids(model, "eos_token_id", config)
     return Settings(
         files,
         tokens,
-        _added(own, added, folder),
+        tuple(dict.fromkeys(further)),
+        flags,
+        _added(own, added, folder, {*tokens.values(), *further}),
         {role: found[0] for role, found in ids.items() if found},
         ends,
         _template(folder, files, own),
@@ -134,11 +192,30 @@ def json_object(file: pathlib.Path, content: bytes | None) -> dict[str, Any]:
     return data
 
 
-def _token(value: Any, file: pathlib.Path, key: str) -> str | None:
+def _token(value: Any, file: pathlib.Path, key: str, flags: dict[str, dict[str, bool]]) -> str | None:
+    """The token's text; where the file says more of it, that goes into `flags`."""
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise InputError(f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: a token's text, or null")
+    if text and isinstance(value, dict):
+        flags[text] = _flags_of(value, f"{file}: {key!r}")
     return text or None
+
+
+def _tokens(value: Any, file: pathlib.Path, key: str, flags: dict[str, dict[str, bool]]) -> list[str]:
+    """The tokens of a list, or of an object that gives each a name."""
+    given = list(value.values()) if isinstance(value, dict) else [] if value is None else value
+    if not isinstance(given, list):
+        raise InputError(f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: a list of tokens, or null")
+    return [token for entry in given if (token := _token(entry, file, key, flags))]
+
+
+def _flags_of(entry: dict[str, Any], where: str) -> dict[str, bool]:
+    flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
+    for flag, value in flags.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{where}: {flag!r}: found {json.dumps(value)[:60]}; allowed: true, false")
+    return flags
 
 
 def _ids(data: dict[str, Any], key: str, file: pathlib.Path) -> tuple[int, ...]:
@@ -150,28 +227,23 @@ def _ids(data: dict[str, Any], key: str, file: pathlib.Path) -> tuple[int, ...]:
     return tuple(i for i in found if i >= 0)
 
 
-def _added(own: dict[str, Any], older: dict[str, Any], folder: pathlib.Path) -> dict[str, Added]:
+def _added(
+    own: dict[str, Any], older: dict[str, Any], folder: pathlib.Path, named: set[str | None]
+) -> dict[str, Added]:
     found: dict[str, Added] = {}
     for token, place in older.items():
         if type(place) is not int:
             raise InputError(f"{folder / SETTINGS[2]}: {token!r}: found {json.dumps(place)[:60]}; allowed: an id")
-        found[token] = Added(place, True)
+        found[token] = Added(place, token in named)
     where, entries = f"{folder / SETTINGS[0]}: 'added_tokens_decoder'", own.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict):
         raise InputError(f"{where}: found {json.dumps(entries)[:60]}; allowed: an object from ids to tokens")
     for place, entry in entries.items():
-        if (
-            not place.isdecimal()
-            or len(place) > 9
-            or not isinstance(entry, dict)
-            or not isinstance(entry.get("content"), str)
-        ):
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if not place.isdecimal() or len(place) > 9 or not isinstance(token, str):
             raise InputError(f"{where}: {place!r}: not an id with a token")
-        flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
-        for flag, value in flags.items():
-            if not isinstance(value, bool):
-                raise InputError(f"{where}: {place!r}: {flag!r}: found {json.dumps(value)[:60]}; allowed: true, false")
-        found[entry["content"]] = Added(int(place), bool(entry.get("special")), flags)
+        flags = _flags_of(entry, f"{where}: {place!r}")
+        found[token] = Added(int(place), bool(entry.get("special")) or token in named, flags)
     return dict(sorted(found.items(), key=lambda item: item[1].id))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lfjax.config import InputError
 from lfjax.tokenizers import trial
-from lfjax.tokenizers.files import LIBRARY, WORDPIECE, Settings, json_object, read_settings, special_ids
+from lfjax.tokenizers.files import BPE, LIBRARY, WORDPIECE, Settings, json_object, read_settings, special_ids
 
 # Which words a byte-level BPE never merges across, by tokenizer_class; GPT-2's is the library's own default.
 _GPT2 = ("", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
@@ -52,9 +52,8 @@ class LibraryTokenizer:
         self.vocab_size: int = max(*vocabulary.values(), self.pad_id) + 1
         if self.vocab_size > 2 * len(vocabulary) + MOST_HOLES:
             raise InputError(f"{where}: found the id {self.vocab_size - 1} among {len(vocabulary)} tokens; number them")
-        options = settings.options
-        if "add_bos_token" in options or "add_eos_token" in options:  # as transformers 5 reads them
-            before = [self.bos_id] if options.get("add_bos_token") else []
+        if begin is not None and settings.options.get("add_bos_token"):  # a tokenizer.json says itself what begins
+            before = [self.bos_id]
         self._begin = before
         self.names = settings.names
         added = self._first.get_added_tokens_decoder()
@@ -85,8 +84,11 @@ class LibraryTokenizer:
             if made.token_to_id(token) != place:
                 found = f"{token!r} has the id {place}; in the vocabulary it is {made.token_to_id(token)}"
                 raise InputError(f"{self._where}: added token {found}; restore the files of one model")
-        for token in filter(None, self.settings.tokens.values()):
-            named = held.get(token) or tokenizers.AddedToken(token, normalized=False)
+        for token in self.settings.special:
+            if token in self.settings.further and made.token_to_id(token) is None:
+                continue  # a token that the model has no row for
+            flags = {"normalized": False} | self.settings.flags.get(token, {})
+            named = held.get(token) or tokenizers.AddedToken(token, **flags)
             if not named.special:
                 named.special = True
                 made.add_special_tokens([named])
@@ -215,6 +217,8 @@ def load_bpe(vocabulary: pathlib.Path, merges: pathlib.Path) -> LibraryTokenizer
     if not all(type(i) is int for i in ids.values()):
         raise InputError(f"{vocabulary}: it has to hold a JSON object from tokens to ids")
     settings = read_settings(vocabulary.parent, {file.name: file.read_bytes() for file in (vocabulary, merges)})
+    for name, file in zip(BPE[0], (vocabulary, merges), strict=True):
+        settings.files.setdefault(name, settings.files[file.name])  # the names that other readers look for
     kind = settings.options.get("tokenizer_class") or ""
     if kind not in _GPT2 + _QWEN2:
         raise InputError(f"{vocabulary}: the words of a {kind} are not known here; put the model's {LIBRARY} beside it")

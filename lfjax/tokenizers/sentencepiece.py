@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -16,6 +17,7 @@ from lfjax.tokenizers.files import MODEL as MODEL_FILE
 from lfjax.tokenizers.files import Settings, read_settings, special_ids
 
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
+_CLASS = "PreTrainedTokenizerFast"  # transformers' own reading of a model file, whatever model it stands beside
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec { add_dummy_prefix: false }, merged into the model's
 
 
@@ -32,6 +34,7 @@ class SentencePieceTokenizer:
         pieces = {own.IdToPiece(i): i for i in range(own.vocab_size())}
         added = {token: new.id for token, new in self.settings.added.items() if new.id >= len(pieces)}
         special = {token: new.id for token, new in self.settings.added.items() if new.special}
+        special |= {token: i for token in self.settings.special if (i := pieces.get(token)) is not None}
         self.specials = {piece: i for piece, i in pieces.items() if own.IsControl(i)} | special
         ids = {"bos": own.bos_id(), "eos": own.eos_id(), "pad": own.pad_id()}
         found = special_ids(self.settings, pieces | added, ids, where)
@@ -39,11 +42,13 @@ class SentencePieceTokenizer:
         self.unk_id: int = own.unk_id()
         self.names = {f"{role}_token": own.IdToPiece(i) for role, i in ids.items() if i >= 0} | self.settings.names
         self.vocab_size: int = max(len(pieces) - 1, *added.values(), self.pad_id) + 1
-        self._starts = own.bos_id() >= 0 and options.get("add_bos_token", True)
-        self._segments_first = bool(options.get("legacy"))
+        self._starts = own.bos_id() >= 0 and bool(options.get("add_bos_token", True))
+        self._segments_first = bool(options.get("legacy", options.get("tokenizer_class", _CLASS) == _CLASS))
         self._silent = {self.bos_id, self.pad_id, *self.eos_ids, *special.values()}
         self._added = {i: token for token, i in added.items()}
-        self._plain, self._marked = _splitter(added.keys() - special.keys()), _splitter({*added, *self.specials})
+        flags = self.settings.flags | {token: new.flags for token, new in self.settings.added.items() if new.flags}
+        self._plain = _splitter(added.keys() - special.keys(), flags)
+        self._marked = _splitter({*added, *self.specials}, flags)
         self._ids = self.specials | added
 
     @property
@@ -68,7 +73,7 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         for index, part in enumerate(marks.split(text) if marks else [text]):
             if index % 2:
-                ids.append(self._ids[part])
+                ids.append(self._ids[part] if part in self._ids else self._ids[part.strip()])
             elif part:
                 ids += (self._first if (first and index == 0) or every else self._inner).Encode(part)
         return ids
@@ -92,8 +97,21 @@ class SentencePieceTokenizer:
         return [self._first.IdToPiece(i) if i < size else self._added.get(i, "") for i in map(int, ids)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes FOLDER/tokenizer.model and what stood beside it, each in place of an older one when it is whole."""
-        self.settings.save(folder)
+        """Writes FOLDER/tokenizer.model and what stood beside it, each in place of an older one when it is whole.
+
+        Readers that do not go by the model file find its special tokens, and whether BOS begins a sequence, in
+        tokenizer_config.json.
+        """
+        said = self.settings.options | {f"{role}_token": token for role, token in self.settings.tokens.items()}
+        self.settings.save(folder, {key: value for key, value in self._described.items() if key not in said})
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of the model file."""
+        own = self._first
+        ids = {"bos": own.bos_id(), "eos": own.eos_id(), "unk": own.unk_id(), "pad": own.pad_id()}
+        tokens = {f"{role}_token": own.IdToPiece(i) for role, i in ids.items() if i >= 0}
+        return {"tokenizer_class": _CLASS, "add_bos_token": self._starts, **tokens}
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -102,10 +120,20 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def _splitter(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """Splits a text at the tokens, the longest first, and keeps them; None where there are none."""
+def _splitter(tokens: Iterable[str], flags: dict[str, dict[str, bool]]) -> re.Pattern[str] | None:
+    """Splits a text at the tokens, the longest first, and keeps them; None where there are none.
+
+    A token takes the space at its sides, or is a word of its own, where its flags say so.
+    """
+
+    def found(token: str) -> str:
+        said = flags.get(token, {})
+        alone = (r"(?<!\w)", r"(?!\w)") if said.get("single_word") else ("", "")
+        left, right = (r"\s*" if said.get(side) else "" for side in ("lstrip", "rstrip"))
+        return left + alone[0] + re.escape(token) + alone[1] + right
+
     longest = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile(f"({'|'.join(map(re.escape, longest))})") if longest else None
+    return re.compile(f"({'|'.join(map(found, longest))})") if longest else None
 
 
 def train(

@@ -46,7 +46,8 @@ def test_a_run_leaves_the_files_of_every_stage(straight):
         assert {"figures", "seconds", "programs"} <= done.keys()
     for stage in ("pretrain", "sft", "reward", "ppo"):
         files = {path.name for path in (straight / "models" / stage).iterdir()}
-        assert files - {"generation_config.json"} == {"config.json", "model.safetensors", "tokenizer.model"}
+        tokenizer = {"tokenizer.model", "tokenizer_config.json"}
+        assert files - {"generation_config.json"} == {"config.json", "model.safetensors", *tokenizer}
         assert ("generation_config.json" in files) == (stage != "reward")
     assert "<html" in (straight / "report.html").read_text()
     assert json.loads((straight / "config.json").read_text())["pretrain"]["steps"] == 10

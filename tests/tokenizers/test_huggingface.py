@@ -2,7 +2,7 @@ import json
 
 import pytest
 import vocabularies as files
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lfjax import tokenizers
 from lfjax.config import InputError
@@ -17,6 +17,7 @@ HARD = [
     "",
     " ",
 ]
+OWN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,8 @@ def spaced(request, tmp_path_factory):
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     made.decoder = decoders.Sequence(strip)
-    settings = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True}
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
     return tokenizers.load(files.write(tmp_path_factory.mktemp("spaced"), made, **settings))
 
 
@@ -213,6 +215,11 @@ def test_saved_files_are_those_that_were_read_and_load_again(tmp_path, kind):
     tokenizer = tokenizers.load(folder)
     tokenizer.save(tmp_path / "to")
     written = {entry.name: entry.read_bytes() for entry in (tmp_path / "to").iterdir()}
+    if kind == "sentencepiece":  # whose own specials the file beside it has to name: the rest of it stays
+        merged = json.loads(written.pop("tokenizer_config.json"))
+        assert merged.pop("chat_template") == files.CHATML
+        assert merged == {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **OWN}
+        (folder / "tokenizer_config.json").unlink()
     assert written == {e.name: e.read_bytes() for e in folder.iterdir() if e.name != "config.json"}
     assert set(written) <= set(tokenizers.NAMES)
     again = tokenizers.load(tmp_path / "to")
@@ -222,6 +229,41 @@ def test_saved_files_are_those_that_were_read_and_load_again(tmp_path, kind):
         == (tokenizer.template or ("",))[0]
         == (files.CHATML if kind == "sentencepiece" else "")
     )
+
+
+def test_every_vocabulary_file_of_the_folder_is_written_again(tmp_path):
+    folder = files.write_wordpiece(files.write_bpe(files.write(tmp_path / "from")))
+    for name in ("tokenizer.model", "encoder.json", "vocab.bpe", "tekken.json"):
+        (folder / name).write_bytes(name.encode())
+    tokenizers.load(folder).save(tmp_path / "to")
+    assert {e.name: e.read_bytes() for e in (tmp_path / "to").iterdir()} == {
+        e.name: e.read_bytes() for e in folder.iterdir()
+    }
+    tokenizers.load(folder / "vocab.json").save(tmp_path / "chosen")  # what would be read in its place stays behind
+    assert {e.name for e in (tmp_path / "chosen").iterdir()} == {
+        "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tekken.json", "tokenizer_config.json"
+    }  # fmt: skip
+
+
+def test_the_pad_token_is_named_in_every_file_that_names_another_and_nothing_else_changes(tmp_path):
+    settings = {"pad_token": "<|im_end|>", "model_max_length": 7, "chat_template": "é"}
+    folder = files.write(tmp_path / "from", **settings)
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "<|im_end|>"}, "sep_token": "a"}')
+    tokenizer = tokenizers.load(folder)
+    tokenizer.save(tmp_path / "to")
+    tokenizers.name_pad(tmp_path / "to", tokenizer)
+    before, after = (json.loads((f / "tokenizer_config.json").read_text()) for f in (folder, tmp_path / "to"))
+    pad = after.pop("pad_token")
+    assert (pad["content"], pad["single_word"], pad["special"]) == ("ÿ", True, True)
+    assert after == {key: value for key, value in before.items() if key != "pad_token"}
+    named = json.loads((tmp_path / "to" / "special_tokens_map.json").read_text())
+    assert named == {"sep_token": "a", "pad_token": {key: value for key, value in pad.items() if key != "__type"}}
+    again = tokenizers.load(tmp_path / "to")
+    assert again.pad_id == tokenizer.pad_id
+    written = {entry.name: entry.read_bytes() for entry in (tmp_path / "to").iterdir()}
+    again.save(tmp_path / "to")
+    tokenizers.name_pad(tmp_path / "to", again)
+    assert {entry.name: entry.read_bytes() for entry in (tmp_path / "to").iterdir()} == written
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
