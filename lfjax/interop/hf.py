@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from lfjax import tokenizers
 from lfjax.config import InputError
@@ -47,6 +46,7 @@ from lfjax.interop.tensors import (
     TensorFolder,
     lossless_dtype,
     read_json,
+    write_file,
     write_safetensors,
 )
 from lfjax.models.network import Network
@@ -230,7 +230,7 @@ def save(
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
             _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
-            save_file(adapter.tensors, fresh / ADAPTER / peft.TENSORS, metadata={"format": "pt"})
+            write_file(fresh / ADAPTER / peft.TENSORS, adapter.tensors)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -1,6 +1,8 @@
 """`lfjax import` and `lfjax export`: what goes in comes out, in the files and types asked for, or nothing does."""
 
 import json
+import os
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from lfjax import cli
-from lfjax.interop import hf
+from lfjax.interop import hf, peft
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 
@@ -128,6 +130,22 @@ def test_files_are_no_larger_than_asked_and_one_model_again(tmp_path, run):
     assert stored(tmp_path / "again") == stored(tmp_path / "parts")
     command("export", run, tmp_path / "parts")  # of the older files none is left
     assert {file.name for file in (tmp_path / "parts").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_every_file_has_the_mode_that_the_umask_leaves(tmp_path, run, umask):
+    loaded = hf.load(run / "models" / "sft")
+    adapter = peft.Adapter({}, {"x": np.zeros(2, np.float32)})
+    before = os.umask(umask)
+    try:
+        hf.save(tmp_path / "new", loaded, shard_bytes=20_000, adapter=adapter)
+        hf.save(tmp_path / "one", loaded)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.glob("[no]*/**/*") if file.is_file()]
+    assert {"model.safetensors", "adapter_model.safetensors"} <= {file.name for file in files}
+    assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 def test_the_generation_config_says_what_begins_ends_and_pads_a_text(shared, tmp_path):
