@@ -177,6 +177,10 @@ class TensorFolder(Tensors):
         """All tensor names."""
         return set(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; (0,) of a single number."""
+        return tuple(self._tensors[name][3]["shape"]) or (0,)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises InputError if the tensor has another shape; reads nothing."""
         file, _, _, entry = self._tensors[name]
