@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,15 @@ GENERATION = "generation_config.json"
 # all that `save` may find in a folder that it replaces, beside the files that an index names
 WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, ADAPTER, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
+TOKENIZER = "tokenizer_config.json"
+# Keys by which transformers finds code of the model's own, and those that may name kernels to fetch.
+CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"}
+KERNELS = {
+    f"{prefix}{kind}_implementation{suffix}"
+    for prefix in ("", "_")
+    for kind in ("attn", "experts")
+    for suffix in ("", "_internal")
+}
 
 
 class Loaded(NamedTuple):
@@ -216,7 +226,7 @@ def save(
     A folder that is already there is replaced if it holds only such a model. What a killed save left beside `path`
     (`.NAME.new-PID`, `.NAME.old-PID`) is removed, an older model only once this one is in its place. With several
     processes all call it (parameters may be spread over them) and process 0 writes; whoever reads the folder next
-    synchronises first.
+    synchronises first. Settings that make other tools fetch or run code are left out, with a note on stderr.
 
     Args:
       dtype: of the stored tensors, rounded to it; None is the config's where that holds every value exactly, else
@@ -256,6 +266,7 @@ def save(
             generation = _generation(loaded)
         if generation:
             _write_json(fresh / GENERATION, generation)
+        _leave_out_code(fresh, target)
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
             _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
@@ -267,6 +278,38 @@ def save(
 
 def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_told: set[tuple[str, str]] = set()  # (file, key) of what `_leave_out_code` has told this process's user
+
+
+def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Takes out of a folder's settings what makes transformers fetch or run code; says so, of a key once."""
+    found = []
+    for name in (CONFIG, GENERATION, TOKENIZER):
+        if (folder / name).is_file():
+            value = read_json(folder / name)
+            kept, keys = _without_code(value)
+            if keys:
+                _write_json(folder / name, kept)
+                found += [(name, key) for key in sorted(keys) if (name, key) not in _told]
+    if found:
+        _told.update(found)
+        shown = ", ".join(f"{key} ({name})" for name, key in found)
+        print(f"note: {target}: left out what makes other tools fetch or run code: {shown}", file=sys.stderr)
+
+
+def _without_code(value: Any) -> tuple[Any, set[str]]:
+    """A JSON value without such keys, at any depth, and the keys."""
+    if isinstance(value, list):
+        parts = [_without_code(item) for item in value]
+        return [item for item, _ in parts], {key for _, keys in parts for key in keys}
+    if not isinstance(value, dict):
+        return value, set()
+    # a kernel of the hub is named as owner/repository, where transformers' own are single words
+    found = {key for key, x in value.items() if key in CODE or (key in KERNELS and "/" in json.dumps(x))}
+    parts = {key: _without_code(x) for key, x in value.items() if key not in found}
+    return {key: x for key, (x, _) in parts.items()}, found.union(*(keys for _, keys in parts.values()))
 
 
 def _generation(loaded: Loaded) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import jax
@@ -130,6 +131,31 @@ def test_files_are_no_larger_than_asked_and_one_model_again(tmp_path, run):
     assert stored(tmp_path / "again") == stored(tmp_path / "parts")
     command("export", run, tmp_path / "parts")  # of the older files none is left
     assert {file.name for file in (tmp_path / "parts").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_what_makes_other_tools_run_code_is_left_out_and_told_once(tmp_path, shared, capfd):
+    source = shutil.copytree(shared / "data" / "stories260K_hf", tmp_path / "source", copy_function=shutil.copyfile)
+    code = {
+        "config.json": {"auto_map": {"AutoModel": "o/m--x.Y"}, "custom_pipelines": {}, "_attn_implementation": "o/k"},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "bos_token": "<s>"},
+        "generation_config.json": {"custom_generate": "o/g", "eos_token_id": 2},
+    }
+    for name, keys in code.items():
+        own = json.loads((source / name).read_text()) if (source / name).exists() else {}
+        own |= {"quirk": {"auto_map": {}, "kept": [1]}, "attn_implementation": "sdpa"} if name == "config.json" else {}
+        (source / name).write_text(json.dumps(own | keys))
+    command("import", source, tmp_path / "new")
+    command("import", source, tmp_path / "newer")
+    notes = capfd.readouterr().err.splitlines()
+    assert len(notes) == 1 and notes[0].startswith(
+        f"note: {tmp_path}/new: left out what makes other tools fetch or run"
+    )
+    for name, keys in code.items():
+        written = json.loads((tmp_path / "newer" / name).read_text())
+        assert not written.keys() & (keys.keys() - {"eos_token_id", "bos_token"})
+        assert all(f"{key} ({name})" in notes[0] for key in keys.keys() - {"eos_token_id", "bos_token"})
+    written = json.loads((tmp_path / "newer" / "config.json").read_text())
+    assert written["quirk"] == {"kept": [1]} and written["attn_implementation"] == "sdpa"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])
