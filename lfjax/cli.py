@@ -508,13 +508,15 @@ def _convert(arguments: argparse.Namespace, _) -> int:
 
     import jax
 
-    from lfjax.interop import hf
+    from lfjax.interop import hf, merge
 
     options = {"base": arguments.base, "task": arguments.task, "dtype": arguments.dtype, "shard_bytes": size}
     loaded = hf.convert(folder, arguments.target, **options)
     count = sum(x.size for x in jax.tree.leaves(loaded.params))
     tokens = "no tokenizer" if loaded.tokenizer is None else f"a tokenizer of {loaded.tokenizer.vocab_size} tokens"
-    print(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}")
+    place = merge.locate(folder, arguments.base)
+    merged = "".join(f", the adapter in {adapter.folder} merged into {place.folder}" for adapter in place.adapters)
+    print(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}{merged}")
     return 0
 
 

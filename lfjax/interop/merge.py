@@ -32,7 +32,7 @@ STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 NEUTRAL = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
     *("fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
-    "velora_config",  # a cheaper backward pass
+    *("velora_config", "auto_map", "trust_remote_code"),  # a cheaper backward pass; code, which is not run here
 }
 
 
@@ -86,6 +86,9 @@ class Adapter:
     def __init__(self, folder: pathlib.Path):
         """Raises InputError naming the file and the key or tensor that is wrong or not computed here."""
         self.folder, self.where = folder, folder / peft.CONFIG
+        if not os.path.lexists(self.where):
+            fix = "fetch that too, or take the adapter's tensors away"
+            raise InputError(f"{folder}: holds tensors of an adapter and no {peft.CONFIG}; {fix}")
         self.config = _checked(read_json(self.where), self.where)
         self.tensors = TensorFolder(folder, peft.TENSORS, f"{peft.CONFIG} and the base ask")
         self.pairs: dict[str, dict[str, str]] = {}  # module -> "lora_A" and "lora_B", or an embedding's -> tensor
@@ -201,8 +204,8 @@ def _checked(config: dict[str, Any], where: pathlib.Path) -> dict[str, Any]:
         found[key] = config.get(key, default)
         if not right(found[key]):
             raise InputError(
-                f"{where}: field {key!r}: found {str(found[key])[:60]!r}; computed here are {allowed}; merge another"
-                " kind with PEFT where it was trained"
+                f"{where}: field {key!r}: found {str(found[key])[:60]!r}; computed here: {allowed}; merge other kinds"
+                " with PEFT where they were trained"
             )
     return found
 
@@ -383,7 +386,10 @@ class Merged(Tensors):
         if self._last is None or self._last[0] != name:
             change, tensors = self._low_rank[name], self._adapter.tensors
             a, b = (tensors.read(key, size) for key, size in zip(change[:2], change.shapes(shape), strict=True))
-            product = np.float32(change.scale) * (b @ a)
+            with np.errstate(over="ignore", invalid="ignore"):
+                product = np.float32(change.scale) * (b @ a)
+            if not np.isfinite(product).all():
+                raise InputError(f"{tensors.file}: tensors {change.a!r} and lora_B: their product is beyond float32")
             self._last = name, product.T if change.swapped else product
         return self._last[1]
 

@@ -158,13 +158,13 @@ def pickled(folder):
 DOWN_A = f"model.layers.0.{DOWN}.lora_A.weight"
 REFUSED = {
     "DoRA": ({"use_dora": True}, "field 'use_dora': found 'True'; not computed here: merge it with PEFT"),
-    "another kind": ({"peft_type": "ADALORA"}, "'peft_type': found 'ADALORA'; computed here are \"LORA\""),
+    "another kind": ({"peft_type": "ADALORA"}, "'peft_type': found 'ADALORA'; computed here: \"LORA\""),
     "PiSSA's base": ({"init_lora_weights": "pissa"}, "'init_lora_weights': found 'pissa'"),
     "new tokens": ({"trainable_token_indices": [1, 2]}, "'trainable_token_indices': .* not computed"),
     "copied layers": ({"layer_replication": [[0, 2], [1, 3]]}, "'layer_replication': .* not computed"),
     "parameters": ({"target_parameters": ["mlp.up"]}, "'target_parameters': .* not computed"),
     "another task": ({"task_type": "SEQ_2_SEQ_LM"}, "'task_type': found 'SEQ_2_SEQ_LM'"),
-    "a bad rank": ({"r": "2"}, "'r': found '2'; computed here are a positive integer"),
+    "a bad rank": ({"r": "2"}, "'r': found '2'; computed here: a positive integer"),
     "a bad regex": ({"target_modules": "(q_proj"}, "is no regex"),
     "another rank": ({"r": 3}, r"found shape \[2, .*; adapter_config.json and the base ask for \[3, "),
     "fewer targets": ({"target_modules": ["q_proj"]}, "'target_modules' in adapter_config.json does not name"),
@@ -181,7 +181,10 @@ REFUSED = {
         lambda f: pickled(f),
         r"no adapter_model.safetensors .*\(a pickled adapter_model.bin is never read\)",
     ),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: not found"),
+    "no config": (
+        lambda f: (f / "adapter_config.json").unlink(),
+        "adapter: holds tensors of an adapter and no adapter_config.json",
+    ),
     "a link": (
         lambda f: (f / "adapter_config.json").rename(f.parent / "x") and (f / "adapter_config.json").symlink_to("../x"),
         "a link that leads out of its folder",
