@@ -163,8 +163,9 @@ def tokenizer_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def names_encoder(path: str | os.PathLike[str]) -> bool:
-    """Whether the folder's config.json (of an adapter its base's) is that of an encoder; reads nothing else."""
-    return is_encoder(read_json(merge.locate(path).folder / CONFIG))
+    """Whether the folder's config.json (of an adapter its base's) is there and an encoder's; reads nothing else."""
+    file = merge.locate(path).folder / CONFIG
+    return file.is_file() and is_encoder(read_json(file))
 
 
 def check_language_model(loaded: Loaded, name: object) -> None:
