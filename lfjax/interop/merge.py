@@ -194,11 +194,6 @@ class Adapter:
 
 def _checked(config: dict[str, Any], where: pathlib.Path) -> dict[str, Any]:
     """The config with its defaults; raises InputError naming the key that is wrong or not computed here."""
-    for key, value in config.items():
-        neutral = value in (None, False, "none") or value == [] or value == {}
-        if key not in COMPUTED and key not in NEUTRAL and not neutral:
-            fix = "merge it with PEFT where it was trained, and give that model"
-            raise InputError(f"{where}: field {key!r}: found {str(value)[:60]!r}; not computed here: {fix}")
     found = dict(config)
     for key, (default, right, allowed) in COMPUTED.items():
         found[key] = config.get(key, default)
@@ -207,6 +202,11 @@ def _checked(config: dict[str, Any], where: pathlib.Path) -> dict[str, Any]:
                 f"{where}: field {key!r}: found {str(found[key])[:60]!r}; computed here: {allowed}; merge other kinds"
                 " with PEFT where they were trained"
             )
+    for key, value in config.items():
+        neutral = value in (None, False, "none") or value == [] or value == {}
+        if key not in COMPUTED and key not in NEUTRAL and not neutral:
+            fix = "merge it with PEFT where it was trained, and give that model"
+            raise InputError(f"{where}: field {key!r}: found {str(value)[:60]!r}; not computed here: {fix}")
     return found
 
 
