@@ -183,6 +183,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or a run directory (its last model)")
     parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
+    _base_argument(parser)
     parser.add_argument("--prompt", action="append", help="text to continue; repeatable; default: start from nothing")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
     parser.add_argument("--max-new-tokens", type=int, help="default: 64, or what fits the model's context")
@@ -194,9 +195,14 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_sample)
 
 
+def _base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="FOLDER", help="of a LoRA adapter: the model it is for; default: as it says")
+
+
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or a run directory (its last model)")
     parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
+    _base_argument(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="FILE", help="a text, read as one document: its perplexity, beside an n-gram's")
     what.add_argument("--completions", metavar="FILE", help="JSON lines with prompt and responses: log-probabilities")
@@ -211,9 +217,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a folder with config.json and safetensors, in one file or several")
+    parser.add_argument("source", help="a folder with config.json and safetensors, or a LoRA adapter of one")
     parser.add_argument("target", help="a new folder, or one that lfjax wrote")
     parser.add_argument("--task", choices=("lm", "sequence", "token"), help="the head; default: by 'architectures'")
+    _base_argument(parser)
     parser.set_defaults(run=_convert, stage=None, dtype=None, max_shard_size=None)
 
 
@@ -221,6 +228,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a model folder, or a run directory (its last language model)")
     parser.add_argument("target", help="a new folder, or one that lfjax wrote")
     parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
+    _base_argument(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what loses nothing")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB: several files and an index")
     parser.set_defaults(run=_convert, task=None)
@@ -428,7 +436,7 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     from lfjax.interop import hf
     from lfjax.sampling.text import sample_texts
 
-    loaded = hf.load(folder)
+    loaded = hf.load(folder, base=arguments.base)
     if loaded.tokenizer is None:
         raise InputError(f"{folder}: no tokenizer in the folder; sampling needs one: put its files there")
     hf.check_language_model(loaded, folder)
@@ -465,7 +473,7 @@ def _eval(arguments: argparse.Namespace, _) -> int:
 
     texts = [scoring.read_text(path) if path else None for path in (arguments.text, arguments.train_text)]
     records = [] if arguments.text else list(read_records(arguments.completions, feedback=False))
-    loaded = hf.load(folder)
+    loaded = hf.load(folder, base=arguments.base)
     if loaded.tokenizer is None:
         raise InputError(f"{folder}: no tokenizer in the folder; scoring text needs one: put its files there")
     hf.check_language_model(loaded, folder)
@@ -502,12 +510,15 @@ def _convert(arguments: argparse.Namespace, _) -> int:
 
     import jax
 
-    from lfjax.interop import hf
+    from lfjax.interop import hf, merge
 
-    loaded = hf.convert(folder, arguments.target, task=arguments.task, dtype=arguments.dtype, shard_bytes=size)
+    options = {"base": arguments.base, "task": arguments.task, "dtype": arguments.dtype, "shard_bytes": size}
+    loaded = hf.convert(folder, arguments.target, **options)
     count = sum(x.size for x in jax.tree.leaves(loaded.params))
     tokens = "no tokenizer" if loaded.tokenizer is None else f"a tokenizer of {loaded.tokenizer.vocab_size} tokens"
-    print(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}")
+    place = merge.locate(folder, arguments.base)
+    merged = "".join(f", the adapter in {adapter.folder} merged into {place.folder}" for adapter in place.adapters)
+    print(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}{merged}")
     return 0
 
 

@@ -7,7 +7,7 @@ Adding a family is adding a table to KNOWN.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from lfjax.config import InputError
@@ -854,3 +854,47 @@ def _write_rope(config: TransformerConfig, keys: Rope) -> dict[str, Any]:
         written[keys.local] = config.window_theta or config.rope_theta
         rope = {LAYER_TYPES[0]: rope, LAYER_TYPES[1]: {"rope_type": "default", "rope_theta": written[keys.local]}}
     return written | {"rope_parameters": rope}
+
+
+def flat_shapes(config: Form) -> dict[str, tuple[int, ...]]:
+    """Our parameters: path -> shape."""
+    flat: dict[str, tuple[int, ...]] = {}
+
+    def visit(prefix: str, node: dict) -> None:
+        for name, value in node.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{name}/", value)
+            else:
+                flat[prefix + name] = value[0]
+
+    visit("", config.parameters())
+    return flat
+
+
+def active(family: Family, config: Form) -> Iterator[tuple[Tensor, dict[str, int]]]:
+    """The lines of the family's table whose parameters this model has, each with the sizes of its axes."""
+    shapes = flat_shapes(config)
+    for tensor in (*family.tensors, *family.heads[task_of(config)][1]):
+        if all(path in shapes for path in tensor.ours):
+            shape = shapes[tensor.ours[0]]
+            yield tensor, tensor.sizes(shape[1:] if tensor.stacked else shape, config.vocab_size)
+
+
+def stored_name(name: str, family: Family, names: Collection[str]) -> str | None:
+    """What a file with these names calls a tensor: files of the bare trunk (GPT-2's own, for one) leave the family's
+    prefix out, old files end some names in another way; None where it is not there.
+    """
+    old = [name.removesuffix(new) + old for new, old in family.renamed if name.endswith(new)]
+    for candidate in (name, *old):
+        for stored in (candidate, candidate.removeprefix(family.base)):
+            if stored in names:
+                return stored
+    return None
+
+
+def input_output_axes(tensor: Tensor) -> tuple[list[str], list[str], bool]:
+    """(input axes, output axes) of a matrix as ours has them, and whether theirs is stored [D_in D_out]."""
+    axes = [axis for axis in tensor.axes.split("->")[1].split() if axis != "J"]
+    cut = 2 if tensor.ours[0].endswith("/o") else 1
+    ones = dict.fromkeys([*axes, "J"], 1)
+    return axes[:cut], axes[cut:], tensor.their_shape(ones | {axes[0]: 2})[0] == 2

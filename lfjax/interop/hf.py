@@ -14,7 +14,8 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,19 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from lfjax import tokenizers
 from lfjax.config import InputError
-from lfjax.interop import peft
+from lfjax.interop import merge, peft
 from lfjax.interop.families import (
     Family,
     Form,
+    active,
     as_stored,
     family_of,
+    flat_shapes,
     is_encoder,
     read_config,
     same_function,
+    stored_name,
     task_of,
     write_config,
 )
@@ -45,19 +48,30 @@ from lfjax.interop.tensors import (
     SINGLE,
     Tensor,
     TensorFolder,
+    Tensors,
     lossless_dtype,
     read_json,
+    write_file,
     write_safetensors,
 )
 from lfjax.models.network import Network
 from lfjax.models.transformer import CHOICES, TransformerConfig
 from lfjax.sharding import DEFAULT_RULES, shardings_for
 
-CONFIG, ADAPTER = "config.json", "adapter"
+CONFIG, ADAPTER, ADAPTER_CONFIG = "config.json", "adapter", peft.CONFIG
 GENERATION = "generation_config.json"
 # all that `save` may find in a folder that it replaces, beside the files that an index names
 WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, ADAPTER, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
+TOKENIZER = "tokenizer_config.json"
+# Keys by which transformers finds code of the model's own, and those that may name kernels to fetch.
+CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"}
+KERNELS = {
+    f"{prefix}{kind}_implementation{suffix}"
+    for prefix in ("", "_")
+    for kind in ("attn", "experts")
+    for suffix in ("", "_internal")
+}
 
 
 class Loaded(NamedTuple):
@@ -76,6 +90,7 @@ class Loaded(NamedTuple):
 def load(
     path: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | None = None,
     dtype: str = "float32",
     task: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -84,8 +99,11 @@ def load(
 ) -> Loaded:
     """Reads a model folder. Only safetensors are read, one file or several with an index; never pickle.
 
+    Of a LoRA adapter in PEFT's format, alone or beside its base, the merged model is read (`lfjax.interop.merge`).
+
     Args:
       path: the folder.
+      base: the folder of an adapter's base; None: the model beside it, or the folder that its config names.
       dtype: of the computation; parameters are float32.
       task: "lm", "sequence" (a head on the last real token) or "token" (a head with a bias on every position); None
         takes it from `architectures`. Of an encoder without labels the trunk is read, whatever head it has.
@@ -104,12 +122,14 @@ def load(
             raise InputError(f"{folder}: {name}={value!r}; allowed are {', '.join(map(str, allowed))}")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a model is a folder with {CONFIG} and {SINGLE}")
-    shape, config, tokenizer = load_form(folder, task)
+    place = merge.locate(folder, base)
+    shape, config, tokenizer = _read_form(place, task)
     if vocab_multiple is None:
         split = 1 if mesh is None else mesh.shape.get("tensor", 1)
         vocab_multiple = math.lcm(128, split) if split > 1 else 1
     shape = dataclasses.replace(shape, dtype=dtype, vocab_multiple=vocab_multiple)
-    family, tensors = family_of(config, str(folder / CONFIG)), TensorFolder(folder)
+    family = family_of(config, str(place.folder / CONFIG))
+    tensors = place.open(family, shape)
     config, shape = as_stored(config, shape, tensors.names(), family)
     params = _import_params(tensors, family, shape, mesh, rules)
     return Loaded(shape.build(), params, config, tokenizer)
@@ -117,15 +137,35 @@ def load(
 
 def load_form(path: str | os.PathLike[str], task: str | None = None) -> tuple[Form, dict[str, Any], Any]:
     """(form, config.json, tokenizer or None) of a model folder: what `load` reads but for the tensors, and raises."""
-    folder = pathlib.Path(path)
-    config = read_json(folder / CONFIG)
-    form = read_config(config, str(folder / CONFIG), task)
-    return form, config, _load_tokenizer(folder, form.vocab_size)
+    return _read_form(merge.locate(path), task)
+
+
+def _read_form(place: merge.Place, task: str | None) -> tuple[Form, dict[str, Any], Any]:
+    config, own = place.describe()
+    form = read_config(config, str(place.folder / CONFIG), task or own)
+    return form, config, _load_tokenizer(place, form.vocab_size)
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a model folder; of an adapter that of the merged model."""
+    return merge.locate(path).describe()[0]
+
+
+def folders(path: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The folders that a model is read from: its own, of an adapter its base's before it."""
+    return merge.locate(path).folders
+
+
+def tokenizer_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder that a model's tokenizer is read from: of an adapter its own, or where it has none its base's."""
+    *bases, last = merge.locate(path).folders
+    return next((folder for folder in (last, *bases[::-1]) if tokenizers.find(folder) is not None), last)
 
 
 def names_encoder(path: str | os.PathLike[str]) -> bool:
-    """Whether the folder's config.json is that of an encoder; reads nothing else."""
-    return is_encoder(read_json(pathlib.Path(path) / CONFIG))
+    """Whether the folder's config.json (of an adapter its base's) is there and an encoder's; reads nothing else."""
+    file = merge.locate(path).folder / CONFIG
+    return file.is_file() and is_encoder(read_json(file))
 
 
 def check_language_model(loaded: Loaded, name: object) -> None:
@@ -187,7 +227,7 @@ def save(
     A folder that is already there is replaced if it holds only such a model. What a killed save left beside `path`
     (`.NAME.new-PID`, `.NAME.old-PID`) is removed, an older model only once this one is in its place. With several
     processes all call it (parameters may be spread over them) and process 0 writes; whoever reads the folder next
-    synchronises first.
+    synchronises first. Settings that make other tools fetch or run code are left out, with a note on stderr.
 
     Args:
       dtype: of the stored tensors, rounded to it; None is the config's where that holds every value exactly, else
@@ -228,14 +268,16 @@ def save(
             generation = _generation(loaded, fresh / GENERATION)
         if generation:
             _write_json(fresh / GENERATION, generation)
+        _leave_out_code(fresh, target)
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
             _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
-            save_file(adapter.tensors, fresh / ADAPTER / peft.TENSORS, metadata={"format": "pt"})
+            write_file(fresh / ADAPTER / peft.TENSORS, adapter.tensors)
             if _names_its_class(fresh):
                 _save_tokenizer(fresh / ADAPTER, loaded)
             if generation:
                 _write_json(fresh / ADAPTER / GENERATION, generation)
+            _leave_out_code(fresh / ADAPTER, target)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -257,6 +299,38 @@ def _names_its_class(folder: pathlib.Path) -> bool:
     """Whether other tools read the tokenizer's files without a config.json beside them."""
     file = folder / "tokenizer_config.json"
     return (folder / "tokenizer.json").exists() or (file.exists() and "tokenizer_class" in read_json(file))
+
+
+_told: set[tuple[str, str]] = set()  # (file, key) of what `_leave_out_code` has told this process's user
+
+
+def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Takes out of a folder's settings what makes transformers fetch or run code; says so, of a key once."""
+    found = []
+    for name in (CONFIG, GENERATION, TOKENIZER):
+        if (folder / name).is_file():
+            value = read_json(folder / name)
+            kept, keys = _without_code(value)
+            if keys:
+                _write_json(folder / name, kept)
+                found += [(name, key) for key in sorted(keys) if (name, key) not in _told]
+    if found:
+        _told.update(found)
+        shown = ", ".join(f"{key} ({name})" for name, key in found)
+        print(f"note: {target}: left out what makes other tools fetch or run code: {shown}", file=sys.stderr)
+
+
+def _without_code(value: Any) -> tuple[Any, set[str]]:
+    """A JSON value without such keys, at any depth, and the keys."""
+    if isinstance(value, list):
+        parts = [_without_code(item) for item in value]
+        return [item for item, _ in parts], {key for _, keys in parts for key in keys}
+    if not isinstance(value, dict):
+        return value, set()
+    # a kernel of the hub is named as owner/repository, where transformers' own are single words
+    found = {key for key, x in value.items() if key in CODE or (key in KERNELS and "/" in json.dumps(x))}
+    parts = {key: _without_code(x) for key, x in value.items() if key not in found}
+    return {key: x for key, (x, _) in parts.items()}, found.union(*(keys for _, keys in parts.values()))
 
 
 def _generation(loaded: Loaded, file: pathlib.Path) -> dict[str, Any]:
@@ -287,6 +361,7 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | None = None,
     task: str | None = None,
     dtype: str | None = None,
     shard_bytes: int | None = None,
@@ -296,7 +371,7 @@ def convert(
     Tensors keep the type they are stored in where all have one and config.json names none.
 
     Args:
-      task, dtype, shard_bytes: as in `load` (task) and `save`.
+      base, task, dtype, shard_bytes: as in `load` (the first two) and `save`.
     Returns:
       The model.
     Raises:
@@ -306,14 +381,15 @@ def convert(
     if source.resolve() == target.resolve():
         raise InputError(f"{target}: is the folder to read as well; name another to write")
     _check_replaceable(target.resolve())
-    loaded = load(source, task=task)
+    loaded = load(source, base=base, task=task)
+    described = merge.locate(source, base).folder
     config = dict(loaded.config)
-    stored = TensorFolder(source).dtypes()
+    stored = TensorFolder(described).dtypes()
     if not (config.get("dtype") or config.get("torch_dtype")) and len(stored) == 1:
         config |= {"dtype": NAMES[min(stored)], "torch_dtype": NAMES[min(stored)]}
     if task is not None:
         config["architectures"] = [family_of(config, CONFIG).heads[task][0]]
-    generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
+    generation = read_json(described / GENERATION) if (described / GENERATION).is_file() else None
     try:
         save(target, loaded._replace(config=config), dtype=dtype, shard_bytes=shard_bytes, generation=generation)
     except SafetensorError as error:
@@ -356,28 +432,16 @@ def _remove_leftovers(target: pathlib.Path, kind: str) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _load_tokenizer(folder: pathlib.Path, vocab_size: int):
-    tokenizer = tokenizers.find(folder)
-    if tokenizer is not None and tokenizers.least_rows(tokenizer) > vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; 'vocab_size' in {CONFIG} is {vocab_size}"
-        )
-    return tokenizer
-
-
-def _flat_shapes(config: Form) -> dict[str, tuple[int, ...]]:
-    """Our parameters: path -> shape."""
-    flat: dict[str, tuple[int, ...]] = {}
-
-    def visit(prefix: str, node: dict) -> None:
-        for name, value in node.items():
-            if isinstance(value, dict):
-                visit(f"{prefix}{name}/", value)
-            else:
-                flat[prefix + name] = value[0]
-
-    visit("", config.parameters())
-    return flat
+def _load_tokenizer(place: merge.Place, vocab_size: int):
+    for folder in place.folders[::-1]:
+        tokenizer = tokenizers.find(folder)
+        if tokenizer is not None and tokenizers.least_rows(tokenizer) > vocab_size:
+            raise InputError(
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; 'vocab_size' in {CONFIG} is {vocab_size}"
+            )
+        if tokenizer is not None:
+            return tokenizer
+    return None
 
 
 def _unflatten(flat: dict[str, Any]) -> dict:
@@ -391,25 +455,16 @@ def _unflatten(flat: dict[str, Any]) -> dict:
     return tree
 
 
-def _active(family: Family, config: Form) -> Iterator[tuple[Tensor, dict[str, int]]]:
-    """The lines of the family's table whose parameters this model has, each with the sizes of its axes."""
-    shapes = _flat_shapes(config)
-    for tensor in (*family.tensors, *family.heads[task_of(config)][1]):
-        if all(path in shapes for path in tensor.ours):
-            shape = shapes[tensor.ours[0]]
-            yield tensor, tensor.sizes(shape[1:] if tensor.stacked else shape, config.vocab_size)
-
-
-def _import_params(folder: TensorFolder, family: Family, config: Form, mesh, rules) -> dict:
+def _import_params(folder: Tensors, family: Family, config: Form, mesh, rules) -> dict:
     """Their tensors -> our parameter tree; every tensor of the folder must be used, and all are checked first."""
-    shapes = _flat_shapes(config)
+    shapes = flat_shapes(config)
     sharding = {}
     if mesh is not None:
         abstract = _unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
         tree = shardings_for(abstract, mesh, DEFAULT_RULES if rules is None else rules)
         sharding = {path: _at(tree, path) for path in shapes}
     unused, sources = folder.names(), {}
-    for tensor, sizes in _active(family, config):
+    for tensor, sizes in active(family, config):
         their_shape = tensor.their_shape(sizes)
         last = _stored_name(tensor.name.format(i=config.layers - 1), family, folder)
         folder.check(last, their_shape)  # before so many names are gone through as config.json says
@@ -429,7 +484,7 @@ def _import_params(folder: TensorFolder, family: Family, config: Form, mesh, rul
 class _Source(NamedTuple):
     """Where one of our parameters is read from: a tensor, or where ours is stacked one for each layer."""
 
-    folder: TensorFolder
+    folder: Tensors
     tensor: Tensor
     sizes: dict[str, int]
     names: tuple[str, ...]
@@ -505,22 +560,16 @@ def _from_slices(shape: tuple[int, ...], sharding, read: Callable[[Any], np.ndar
     return jax.make_array_from_callback(shape, sharding, once)
 
 
-def _stored_name(name: str, family: Family, folder: TensorFolder) -> str:
-    """The name in the file: files of the bare trunk (GPT-2's own, for one) leave the family's prefix out.
-
-    Old files end some names in another way.
-    """
-    old = [name.removesuffix(new) + old for new, old in family.renamed if name.endswith(new)]
-    for candidate in (name, *old):
-        for stored in (candidate, candidate.removeprefix(family.base)):
-            if stored in folder.names():
-                return stored
-    raise InputError(f"{folder.file}: tensor {name!r} is missing, which config.json asks for")
+def _stored_name(name: str, family: Family, folder: Tensors) -> str:
+    found = stored_name(name, family, folder.names())
+    if found is None:
+        raise InputError(f"{folder.file}: tensor {name!r} is missing, which config.json asks for")
+    return found
 
 
-def _check_unused(unused: set[str], folder: TensorFolder, family: Family, config: Form) -> None:
+def _check_unused(unused: set[str], folder: Tensors, family: Family, config: Form) -> None:
     """Refuses tensors that no parameter took, but for buffers and a second copy of a tied embedding."""
-    left = {name for name in unused if not name.endswith(family.ignored)}
+    left = {name for name in unused if name in folder.changed or not name.endswith(family.ignored)}
     head = family.heads["lm"][1][0].name if "lm" in family.heads else ""
     if head in left and isinstance(config, TransformerConfig) and config.num_labels == 0 and config.tied:
         embedding = _stored_name(family.tensors[0].name, family, folder)
@@ -537,10 +586,10 @@ def _check_unused(unused: set[str], folder: TensorFolder, family: Family, config
 def _export_tensors(loaded: Loaded) -> dict[str, np.ndarray]:
     """Our parameters -> their tensors, float32; the inverse of `_import_params`."""
     config, tensors = loaded.model.config, {}
-    shapes = _flat_shapes(config)
+    shapes = flat_shapes(config)
     family = family_of(loaded.config, CONFIG)
     bare = family.base if task_of(config) == "trunk" else ""  # a file without a head has no prefix
-    for tensor, sizes in _active(family, config):
+    for tensor, sizes in active(family, config):
         arrays = [_host(_at(loaded.params, path)) for path in tensor.ours]
         for path, array in zip(tensor.ours, arrays, strict=True):
             if array.shape != shapes[path]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lfjax.interop.families import family_of, task_of
+from lfjax.interop.families import family_of, input_output_axes, task_of
 from lfjax.interop.tensors import Tensor
 from lfjax.models.lora import LoRA
 from lfjax.models.transformer import TransformerConfig
@@ -96,9 +96,8 @@ def _side_by_side(tensor: Tensor, sizes: dict[str, int], pairs) -> tuple[np.ndar
       sizes: of the axes of the matrix.
       pairs: for each of our matrices (a [D_in r], b [r D_out]), or None.
     """
-    axes = [axis for axis in tensor.axes.split("->")[1].split() if axis != "J"]
-    cut = 2 if tensor.ours[0].endswith("/o") else 1  # how many of them are input axes
-    ins, outs = axes[:cut], axes[cut:]
+    ins, outs, transposed = input_output_axes(tensor)
+    axes = ins + outs
     given = [a for a, _ in filter(None, pairs)]
     rank = sum(a.shape[1] for a in given)
 
@@ -116,8 +115,6 @@ def _side_by_side(tensor: Tensor, sizes: dict[str, int], pairs) -> tuple[np.ndar
             row += len(pair[1])
         blocks.append(block.reshape([b_sizes[x] for x in axes]))
     b = tensor.to_theirs(blocks, b_sizes)
-    ones = dict.fromkeys(sizes, 1)
-    transposed = tensor.their_shape(ones | {ins[0]: 2})[0] == 2
     return (a.T.copy(), b.T.copy(), True) if transposed else (a, b, False)
 
 

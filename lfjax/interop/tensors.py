@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import mmap
 import pathlib
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from lfjax.config import InputError
+from lfjax.files import inside
 
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {kind: dtype.name for kind, dtype in STORED.items()}  # as config.json calls them
@@ -88,40 +91,101 @@ def _groups(axes: str) -> list[list[str]]:
     return groups
 
 
-class TensorFolder:
-    """The tensors of a model folder, memory-mapped: `model.safetensors`, or the files that its index names."""
+class Tensors(abc.ABC):
+    """The tensors of a model, by name.
 
-    def __init__(self, folder: pathlib.Path):
-        """Opens and checks the headers; raises InputError naming the file that is absent or damaged."""
+    Attributes:
+      file: where they are, for messages.
+      changed: names of those that are not as the model's own files hold them; each has to be of use.
+    """
+
+    file: pathlib.Path
+    changed: frozenset[str] = frozenset()
+
+    @abc.abstractmethod
+    def names(self) -> set[str]:
+        """All tensor names."""
+
+    @abc.abstractmethod
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InputError if the tensor has another shape; reads nothing."""
+
+    @abc.abstractmethod
+    def dtypes(self) -> set[str]:
+        """The types that the tensors are stored in, as safetensors calls them."""
+
+    @abc.abstractmethod
+    def read(
+        self, name: str, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> np.ndarray:
+        """The tensor as float32, or of it what `part` (views alone) takes.
+
+        Raises:
+          InputError: it has another shape, an unsupported type, or NaN or infinity in this part.
+        """
+
+    def equal(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
+        """Whether two tensors of this shape hold the same values; a block of rows of each is read at a time."""
+        rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+        for begin in range(0, shape[0], rows):
+            x, y = (self.read(n, shape, lambda t, begin=begin: t[begin : begin + rows]) for n in (name, other))
+            if not np.array_equal(x, y):
+                return False
+        return True
+
+
+class TensorFolder(Tensors):
+    """The tensors of a folder, memory-mapped: those of one file, or of the files that its index names."""
+
+    def __init__(self, folder: pathlib.Path, single: str = SINGLE, shapes: str = "config.json asks"):
+        """Opens and checks the headers.
+
+        Args:
+          single: the one file; its index is called SINGLE.index.json.
+          shapes: who asks for a tensor's shape, for messages.
+
+        Raises:
+          InputError: a file is absent, damaged or a link out of the folder; a tensor is not where the index says.
+        """
         self._tensors: dict[str, tuple[pathlib.Path, mmap.mmap, int, dict]] = {}
+        self._shapes = shapes
         index: dict[str, str] = {}
-        if (folder / SINGLE).is_file():
-            files = [folder / SINGLE]
-        elif (folder / INDEX).is_file():
-            index = _read_index(folder / INDEX)
-            files = [folder / name for name in sorted(set(index.values()))]
+        one, several = inside(folder, single), inside(folder, f"{single}.index.json")
+        if one.is_file():
+            files = [one]
+        elif several.is_file():
+            index = _read_index(several)
+            files = [inside(folder, name) for name in sorted(set(index.values()))]
         else:
-            pickled = " (a pickled pytorch_model.bin is never read)" if any(folder.glob("*.bin")) else ""
-            raise InputError(f"{folder}: no {SINGLE} and no {INDEX}{pickled}; save the model as safetensors")
+            pickled = "".join(f" (a pickled {file.name} is never read)" for file in sorted(folder.glob("*.bin"))[:1])
+            raise InputError(f"{folder}: no {single} and no {several.name}{pickled}; save the model as safetensors")
         for file in files:
             for name, entry in _open_safetensors(file):
                 if name in self._tensors:
                     raise InputError(f"{file}: tensor {name!r} is also in {self._tensors[name][0].name}")
                 self._tensors[name] = (file, *entry)
-        for name in index:
+        for name, file in index.items():
             if name not in self._tensors:
-                raise InputError(f"{folder / index[name]}: tensor {name!r} is missing, which {INDEX} says is here")
-        self.file = files[0] if len(files) == 1 else folder / INDEX
+                raise InputError(f"{folder / file}: tensor {name!r} is missing, which {several.name} says is here")
+            found = self._tensors[name][0].name
+            if found != file:
+                fix = "fetch or export the model again"
+                raise InputError(f"{several}: tensor {name!r}: said to be in {file}, found in {found}; {fix}")
+        self.file = files[0] if len(files) == 1 else several
 
     def names(self) -> set[str]:
         """All tensor names."""
         return set(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; (0,) of a single number."""
+        return tuple(self._tensors[name][3]["shape"]) or (0,)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises InputError if the tensor has another shape; reads nothing."""
         file, _, _, entry = self._tensors[name]
         if tuple(entry["shape"]) != shape:
-            found = f"found shape {entry['shape']}; config.json asks for {list(shape)}"
+            found = f"found shape {entry['shape']}; {self._shapes} for {list(shape)}"
             raise InputError(f"{file}: tensor {name!r}: {found}")
 
     def dtypes(self) -> set[str]:
@@ -143,15 +207,6 @@ class TensorFolder:
             where = f"{self._tensors[name][0]}: tensor {name!r}"
             raise InputError(f"{where}: holds NaN or infinity; the file is damaged or its training diverged")
         return x
-
-    def equal(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
-        """Whether two tensors of this shape hold the same values; a block of rows of each is read at a time."""
-        rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
-        for begin in range(0, shape[0], rows):
-            x, y = (self.read(n, shape, lambda t, begin=begin: t[begin : begin + rows]) for n in (name, other))
-            if not np.array_equal(x, y):
-                return False
-        return True
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A view of the file."""
@@ -203,9 +258,13 @@ def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[mmap.mmap
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """A JSON object from a file; raises InputError naming the file, and the line where it is damaged."""
+    """A JSON object from a file of a model folder.
+
+    Raises:
+      InputError: naming the file, and the line where it is damaged; also where it is a link out of its folder.
+    """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(inside(file.parent, file.name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}") from error
     except json.JSONDecodeError as error:
@@ -254,7 +313,15 @@ def write_safetensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, shard in zip(names, shards, strict=True):
         converted = {name: _converted(name, tensors[name], dtype) for name in shard}
-        safetensors.numpy.save_file(converted, folder / file, metadata={"format": "pt"})
+        write_file(folder / file, converted)
+
+
+def write_file(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file, with the mode that a new file gets here (save_file gives it to nobody else)."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _converted(name: str, x: np.ndarray, dtype: str) -> np.ndarray:

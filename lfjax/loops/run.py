@@ -174,8 +174,9 @@ class Run:
         encoders = {}
         for stage in self.stages:
             for key, name in configs.model_sources(self.config, stage).items():
-                if name not in configs.STAGES and (Path(name) / hf.CONFIG).is_file() and hf.names_encoder(name):
-                    encoders[key] = name
+                if name not in configs.STAGES:
+                    with starts.naming(key):
+                        encoders |= {key: name} if hf.names_encoder(name) else {}
         for key in ("model.init_from", "sft.init_from", "ppo.init_from"):
             if key in encoders:
                 raise InputError(f"config.{key}: {encoders[key]} is an encoder, not a language model; name another")
@@ -264,7 +265,9 @@ class Run:
     @property
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer is read from."""
-        return Path(self.config.tokenizer.path or self.config.model.init_from or self.models("tokenizer"))
+        if self.config.model.init_from and not self.config.tokenizer.path:
+            return hf.tokenizer_folder(self.config.model.init_from)
+        return Path(self.config.tokenizer.path or self.models("tokenizer"))
 
     def models(self, stage: str) -> Path:
         """models/<stage>: the stage's result in Hugging Face layout."""
@@ -357,7 +360,7 @@ class Run:
             params = jax.jit(merge, out_shardings=shardings_for(shapes, self.mesh, self.rules))(base, trained)
         key, name = self.start_of(stage)
         start = self.source(key, name) if name else None  # its family and further keys are kept
-        config = None if start is None else read_json(start / hf.CONFIG)
+        config = None if start is None else hf.describe(start)
         loaded = hf.loaded_from(model, params, self.tokenizer, config=config, labels=labels)
         if how is not None:
             host = jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(trained))

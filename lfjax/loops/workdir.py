@@ -193,8 +193,10 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What a model is read from: its tensors, config.json and tokenizer."""
-    return [*sorted(folder.glob("*.safetensors*")), *tokenizer_files(folder)]
+    """What a model is read from: its tensors, config.json and tokenizer; of an adapter also its base's."""
+    parts = hf.folders(folder)
+    settings = [file for part in parts if (file := part / hf.ADAPTER_CONFIG).is_file()]
+    return [*settings, *(x for part in parts for x in (*sorted(part.glob("*.safetensors*")), *tokenizer_files(part)))]
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lfjax.config import InputError
+from lfjax.files import inside
 from lfjax.tokenizers import chat, huggingface, sentencepiece
 from lfjax.tokenizers.files import BPE, KINDS, NAMES, pad_token, present, with_keys, write
 
@@ -123,7 +124,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         )
     for pair in BPE:
         if path.name in pair:
-            return huggingface.load_bpe(*(path.with_name(name) for name in pair))
+            return huggingface.load_bpe(*(path if name == path.name else inside(path.parent, name) for name in pair))
     readers = {".json": huggingface.load, ".txt": huggingface.load_wordpiece}
     return readers.get(path.suffix, sentencepiece.load)(path)
 

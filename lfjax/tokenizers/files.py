@@ -11,6 +11,7 @@ from collections.abc import Container
 from typing import Any, NamedTuple
 
 from lfjax.config import InputError
+from lfjax.files import inside
 
 MODEL, LIBRARY = "tokenizer.model", "tokenizer.json"
 BPE = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the second pair is GPT-2's as published
@@ -173,7 +174,11 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
 
 
 def present(file: pathlib.Path) -> bool:
-    """Whether a file that may be left out is there; raises InputError where something else has its name."""
+    """Whether a file that may be left out is there; raises InputError where something else has its name.
+
+    So it does where it is a link that leads out of its folder.
+    """
+    inside(file.parent, file.name)
     if not file.is_file() and os.path.lexists(file):
         raise InputError(f"{file}: a folder, or a link that leads to no file; remove it or put the file there")
     return file.is_file()

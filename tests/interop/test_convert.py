@@ -1,6 +1,9 @@
 """`lfjax import` and `lfjax export`: what goes in comes out, in the files and types asked for, or nothing does."""
 
 import json
+import os
+import shutil
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from lfjax import cli
-from lfjax.interop import hf
+from lfjax.interop import hf, peft
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 
@@ -128,6 +131,47 @@ def test_files_are_no_larger_than_asked_and_one_model_again(tmp_path, run):
     assert stored(tmp_path / "again") == stored(tmp_path / "parts")
     command("export", run, tmp_path / "parts")  # of the older files none is left
     assert {file.name for file in (tmp_path / "parts").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_what_makes_other_tools_run_code_is_left_out_and_told_once(tmp_path, shared, capfd):
+    source = shutil.copytree(shared / "data" / "stories260K_hf", tmp_path / "source", copy_function=shutil.copyfile)
+    code = {
+        "config.json": {"auto_map": {"AutoModel": "o/m--x.Y"}, "custom_pipelines": {}, "_attn_implementation": "o/k"},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "bos_token": "<s>"},
+        "generation_config.json": {"custom_generate": "o/g", "eos_token_id": 2},
+    }
+    for name, keys in code.items():
+        own = json.loads((source / name).read_text()) if (source / name).exists() else {}
+        own |= {"quirk": {"auto_map": {}, "kept": [1]}, "attn_implementation": "sdpa"} if name == "config.json" else {}
+        (source / name).write_text(json.dumps(own | keys))
+    command("import", source, tmp_path / "new")
+    command("import", source, tmp_path / "newer")
+    notes = capfd.readouterr().err.splitlines()
+    assert len(notes) == 1 and notes[0].startswith(
+        f"note: {tmp_path}/new: left out what makes other tools fetch or run"
+    )
+    for name, keys in code.items():
+        written = json.loads((tmp_path / "newer" / name).read_text())
+        assert not written.keys() & (keys.keys() - {"eos_token_id", "bos_token"})
+        assert all(f"{key} ({name})" in notes[0] for key in keys.keys() - {"eos_token_id", "bos_token"})
+    written = json.loads((tmp_path / "newer" / "config.json").read_text())
+    assert written["quirk"] == {"kept": [1]} and written["attn_implementation"] == "sdpa"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_every_file_has_the_mode_that_the_umask_leaves(tmp_path, run, umask):
+    loaded = hf.load(run / "models" / "sft")
+    adapter = peft.Adapter({}, {"x": np.zeros(2, np.float32)})
+    before = os.umask(umask)
+    try:
+        hf.save(tmp_path / "new", loaded, shard_bytes=20_000, adapter=adapter)
+        hf.save(tmp_path / "one", loaded)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.glob("[no]*/**/*") if file.is_file()]
+    assert {"model.safetensors", "adapter_model.safetensors"} <= {file.name for file in files}
+    assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 def test_the_generation_config_says_what_begins_ends_and_pads_a_text(shared, tmp_path):

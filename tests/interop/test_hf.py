@@ -281,6 +281,10 @@ def test_several_files_with_an_index_are_one_model(saved):
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
     with pytest.raises(InputError, match=r"a\.safetensors: tensor 'x' is missing"):
         hf.load(saved)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors") | {names[0]: "b.safetensors"}}))
+    wrong = rf"index\.json: tensor '{names[0]}': said to be in b\.safetensors, found in a\.safetensors; fetch or"
+    with pytest.raises(InputError, match=wrong):
+        hf.load(saved)
 
 
 def test_task_says_which_head_when_the_config_does_not(saved):

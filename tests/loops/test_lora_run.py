@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from lfjax.loops import ppo, reward, supervised, training
+from lfjax.loops.workdir import model_files
 from lfjax.sharding import Step
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -111,6 +112,18 @@ def test_every_stage_leaves_its_adapter_beside_the_merged_model(finished, straig
         assert said["r"] == RANK and said["base_model_name_or_path"] == str(starts.get(stage, starts["reward"]))
         low = safetensors.numpy.load_file(workdir / "models" / stage / "adapter" / "adapter_model.safetensors")
         assert len(low) == 2 * 7 + (stage == "reward")
+
+
+def test_a_run_starts_from_an_adapter_as_from_the_model_it_makes(finished, straight, train, tmp_path):
+    sft = finished[0] / "models" / "sft"
+    options = ("sft.steps=1", "sft.init_from=pretrain", "optim.learning_rate=1e-9", f"model.init_from={sft}/adapter")
+    assert train(tmp_path / "adapter", "--config.stages=sft", *(f"--config.{option}" for option in options)) == 0
+    found, merged = (tensors(folder) for folder in (tmp_path / "adapter" / "models" / "sft", sft))
+    for name, x in merged.items():
+        np.testing.assert_allclose(found[name], x, rtol=0, atol=1e-6, err_msg=name)
+    inputs = json.loads((tmp_path / "adapter" / "inputs.json").read_text())
+    base = model_files(straight / "models" / "pretrain")
+    assert set(base) < set(model_files(sft / "adapter")) and "config.model.init_from" in inputs
 
 
 @pytest.mark.slow
