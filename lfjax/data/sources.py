@@ -38,8 +38,8 @@ def load_records(data: Any) -> Splits:
 
     A record's split depends on its normalised text alone (see `duplicates.record_key`), so near-identical texts never
     straddle two splits and a seed never moves one. With explicit `validation_path` and `test_path`, training records
-    that are near-identical to a held-out one are left out and counted (`train_also_held_out`), and so are validation
-    records that are near-identical to a test one (`validation_also_test`).
+    of a held-out one's prompt or text (see `duplicates.overlap_keys`) are left out and counted (`train_also_held_out`),
+    and so are validation records of a test one's (`validation_also_test`).
 
     Args:
       data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction and
@@ -70,7 +70,7 @@ def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any
         other = "held-out" if name == "train" else "test"
         return (
             f"config.data: the {name} split is empty: {counts[left_out]} records of {_path(data, name)} are left out"
-            f" because they are near-identical to {other} ones (by the prompt, where there is one); give others"
+            f" because {other} ones have the same prompt, or the same text where there is none; give others"
         )
     cut = [record for split in splits.values() for record in split]
     prompts = {text_key(record.prompt_text) for record in cut}
@@ -128,7 +128,7 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     return splits, counts
 
 
-def _keys(splits: dict[str, list[Record]]) -> dict[str, list[str]]:
+def _keys(splits: dict[str, list[Record]]) -> dict[str, list[tuple[str, ...]]]:
     """`overlap_keys` of the records of all the files together, a list for each."""
     keys = iter(overlap_keys([record for name in SPLITS for record in splits[name]]))
     return {name: list(itertools.islice(keys, len(splits[name]))) for name in SPLITS}
