@@ -36,6 +36,7 @@ def classify_stage(run: Run) -> dict[str, float]:
     rows = {"batch_size": section.batch_size, "buckets": tuple(section.buckets), "seed": run.config.seed}
     sets = {s: RewardBatches(found[s], max_candidates=1, pad_id=run.tokenizer.pad_id, **rows) for s in splits}
     batches = sets["train"]
+    cut_share = run.cut_share("classify", sum(example.cut for example in found["train"]), len(found["train"]))
     total = total_steps(section, batches.steps_per_epoch)
 
     loaded = run.load_model("classify.init_from", init_from(run.config, "classify"))
@@ -66,6 +67,7 @@ def classify_stage(run: Run) -> dict[str, float]:
     )
     run.save_model("classify", model, state.params, base, labels=names)
     out["classify/train_accuracy"] = out.pop("classify/accuracy", 0.0)
+    out["classify/cut_share"] = cut_share
     truth = classes_of(found["test"])
     often = int(np.bincount(classes_of(found["train"])).argmax())
     always = class_figures(truth, [often] * len(truth), names, "")

@@ -52,7 +52,8 @@ def reward_stage(run: Run) -> dict[str, float]:
     options = {"max_length": section.seq_len, "scale": run.rating_scale or (0.0, 1.0)}
     splits = ("train", "validation", "test")
     sets = {split: reward_examples(getattr(run.records, split), run.tokenizer, **options) for split in splits}
-    cut = sum(example.cut for example in sets["train"]) / sum(len(example.candidates) for example in sets["train"])
+    answers = sum(len(example.candidates) for example in sets["train"])
+    cut_share = run.cut_share("reward", sum(example.cut for example in sets["train"]), answers)
     label_scale = rating_span(sets["train"])
     mean = rating_mean(sets["train"]) if section.center_ratings else None
     sets = {split: shifted(found, mean or 0.0) for split, found in sets.items()}
@@ -92,7 +93,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     )
     run.save_model("reward", model, model_params(state.params), base)
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
-    out["reward/cut_share"] = cut  # of the training answers: longer, with their prompt, than seq_len
+    out["reward/cut_share"] = cut_share
     if mean is not None:
         out["reward/rating_mean"] = mean
     return out | figures(state, "test", "reward/") | reward_baselines(run)

@@ -382,6 +382,14 @@ class Run:
         """A model whose activations are pinned to the run's mesh."""
         return model_config.build(constrain=constrainer(self.mesh, self.rules))
 
+    def cut_share(self, stage: str, cut: int, whole: int) -> float:
+        """The share of a stage's training texts that are longer, with their prompt, than its seq_len; said in a note."""
+        if cut and jax.process_index() == 0:
+            length = f"config.{stage}.seq_len = {self.config[stage].seq_len}"
+            note = f"{cut} of {whole} training texts are longer, with their prompt, than {length} and are cut"
+            print(f"note: stage {stage}: {note}", file=sys.stderr)
+        return cut / whole
+
     def place(self, tree):
         """Host arrays onto the mesh by the run's rules."""
         return place(tree, shardings_for(tree, self.mesh, self.rules))

@@ -147,7 +147,10 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     function = functools.partial(run.steps["sft"], tx=tx, **section.step.to_dict())
     step = compiled_step(run, stage, function, model, base, state, shardings, [packed.batch_at(0)])
     evaluate = held_out(run, stage, model, base, validation)
-    before = {"sft/perplexity_before": perplexity(evaluate(trained)[0])} if stage == "sft" else {}
+    before = {}
+    if stage == "sft":
+        before["sft/perplexity_before"] = perplexity(evaluate(trained)[0])
+        before["sft/cut_share"] = run.cut_share(stage, packed.cut, len(documents["train"]))
     del params, trained  # the state has its own
     text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
 
