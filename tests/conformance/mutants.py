@@ -764,8 +764,8 @@ MUTANTS = {
     ),
     "SFT's weights in half precision": Mutant(
         "sft",
-        "state.apply_gradients(grads, tx, loss=loss.value)",
-        "in_type_of(model, state.apply_gradients(grads, tx, loss=loss.value))",
+        "state.apply_gradients(grads, tx, loss=loss.value, weight=loss.weight)",
+        "in_type_of(model, state.apply_gradients(grads, tx, loss=loss.value, weight=loss.weight))",
         ("half_precision_ends_at_the_hidden_states",),
         "sft_loss_is_the_mean_over_all_counted_tokens",
     ),
