@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from lfjax.config import InputError, init_from
+from lfjax.config import init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import class_examples, class_names
 from lfjax.loops.reward import one_of_each, scorer, with_head
@@ -26,11 +26,6 @@ def classify_stage(run: Run) -> dict[str, float]:
     """Trains on the labels of the training split, whose values are the classes; figures are on the test split."""
     section, records = run.config.classify, run.records
     names = class_names(records.train)
-    if len(names) < 2:
-        raise InputError(
-            f"stage classify: {run.data_file('train')}: every label of the training split is {', '.join(names)!r};"
-            " give records of a second class"
-        )
     splits = ("train", "validation", "test")
     found = {s: class_examples(getattr(records, s), run.tokenizer, names, max_length=section.seq_len) for s in splits}
     rows = {"batch_size": section.batch_size, "buckets": tuple(section.buckets), "seed": run.config.seed}

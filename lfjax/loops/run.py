@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from lfjax import config as configs
 from lfjax import tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
-from lfjax.data.examples import teaches
-from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
+from lfjax.data.duplicates import SPLITS
+from lfjax.data.examples import class_labels, class_names, prompts_from_records, reward_examples, teaches
+from lfjax.data.sources import label_scale, load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
 from lfjax.loops.workdir import Workdir, forks_of
@@ -202,20 +203,68 @@ class Run:
         return forks_of(functions)
 
     def _check_data(self) -> None:
-        """Every stage finds something to learn from in the splits that it reads."""
-        if "reward" in self.stages and self.rating_scale:  # which has to be one, with classes for an ordinal loss
-            ordinal_bounds(self.config.reward.step, self.rating_scale)
+        """Every stage can learn from the splits that it reads, and a given tokenizer makes of them what it can use."""
         reads = {"pretrain": "text", "sft": "`edit` feedback, and no record without feedback,"}
         reads["reward"] = "rating, ranking, preference, edit or label"
         reads["classify"] = "`label` feedback"
+        if "reward" in self.stages:  # ratings are on one scale, with classes for an ordinal loss
+            ordinal_bounds(self.config.reward.step, self.rating_scale or label_scale(self.records.train))
         for stage, what in reads.items():
             for split in ("train", "validation", *(("test",) if stage in ("reward", "classify") else ())):
-                if stage in self.stages and not any(teaches(r, stage) for r in getattr(self.records, split)):
+                if stage in self.stages and not any(teaches(r, stage) for r in self.records[split]):
                     raise InputError(
                         f"stage {stage}: {self.data_file(split)}: the {split} split holds no {what} to learn from; add"
                         f' some, or leave "{stage}" out of config.stages'
                     )
-        _ = self.records
+        if "classify" in self.stages:
+            self._check_classes()
+        if self.config.tokenizer.path or self.config.model.init_from:
+            self.check_texts(self.tokenizer)
+
+    def _check_classes(self) -> None:
+        """Training has two classes or more, and all those of the other splits."""
+        names = class_names(self.records.train)
+        if len(names) < 2:
+            raise InputError(
+                f"stage classify: {self.data_file('train')}: every label of the training split is {', '.join(names)!r};"
+                " give records of a second class"
+            )
+        for split in ("validation", "test"):
+            deque(class_labels(self.records[split], names), maxlen=0)
+
+    def check_texts(self, tokenizer) -> None:
+        """What stages could not use of the records once they are tokens: better known before anything is trained.
+
+        Raises:
+          InputError: a prompt of PPO or the evaluation is too long, `ppo.stop` is no token, or all pairs of answers
+            that the reward stage could learn from are equal in their first tokens.
+        """
+        if {"ppo", "evaluate"} & {*self.stages}:
+            self.prompts([*self.records.train, *self.records.test], tokenizer)
+            stop_ids(tokenizer, self.config.ppo.stop, "config.ppo.stop")
+        length = self.config.reward.seq_len
+        for split in SPLITS if "reward" in self.stages else ():
+            if not any(reward_examples([record], tokenizer, max_length=length) for record in self.records[split]):
+                raise InputError(
+                    f"config.reward.seq_len: {length}; cut to so many tokens the answers of every pair of the {split}"
+                    " split are equal; raise it (with config.reward.buckets and config.model.context)"
+                )
+
+    def prompts(self, records, tokenizer=None) -> list[list[int]]:
+        """The prompts of PPO and the evaluation, one a record.
+
+        Raises:
+          InputError: one is longer than the largest of `config.ppo.prompt_buckets`.
+        """
+        section = self.config.ppo
+        return prompts_from_records(
+            records,
+            tokenizer or self.tokenizer,
+            min_tokens=section.prompt_min,
+            max_tokens=section.prompt_max,
+            max_length=max(section.prompt_buckets),
+            remedy="raise config.ppo.prompt_buckets (with config.model.context), or shorten the prompt",
+        )
 
     def close(self) -> None:
         """Closes the logs and leaves the directory to others."""
@@ -383,7 +432,7 @@ class Run:
         return model_config.build(constrain=constrainer(self.mesh, self.rules))
 
     def cut_share(self, stage: str, cut: int, whole: int) -> float:
-        """The share of a stage's training texts that are longer, with their prompt, than its seq_len; said in a note."""
+        """The share of a stage's training texts that are longer, with their prompt, than its seq_len; also a note."""
         if cut and jax.process_index() == 0:
             length = f"config.{stage}.seq_len = {self.config[stage].seq_len}"
             note = f"{cut} of {whole} training texts are longer, with their prompt, than {length} and are cut"

@@ -78,8 +78,9 @@ def reward_step(
     def batch_loss(values, cutpoints=cutpoints):
         pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
         terms, metrics = reward_terms(values, batch, **pairs, cutpoints=cutpoints, ordinal_bounds=ordinal_bounds)
-        loss = sum(weights[name] * mean.value for name, mean in terms.items() if weights[name])
-        counted = sum(mean.weight for name, mean in terms.items() if weights[name])
+        used = {name: mean for name, mean in terms.items() if weights[name]}
+        loss = sum((weights[name] * mean.value for name, mean in used.items()), jnp.float32(0.0))
+        counted = sum((mean.weight for mean in used.values()), jnp.float32(0.0))
         return loss, ({"reward/loss": Mean.over(loss, counted > 0), **metrics}, values, counted)
 
     rows = (batch.tokens, batch.mask)

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of, text_key
-from lfjax.data.sources import load_records, rating_scale, read_text
+from lfjax.data.sources import label_scale, load_records, rating_scale, read_text
 from lfjax.records import Label, Rating, Record, write_records
 
 
@@ -255,6 +255,23 @@ def test_one_scale_for_a_run():
     records.append(Record("", ["c"], [Rating(0, 1.0, (1.0, 5.0))], where="f:3"))
     with pytest.raises(InputError, match=r"f:3: field 'scale': found \[1.0, 5.0\], but f:1 has \[-4.0, 4.0\]"):
         rating_scale(records)
+
+
+def test_a_number_that_is_a_label_lies_on_the_ratings_scale_where_it_counts_as_one():
+    records = [rated("a", where="f:1"), Record("", ["b", "c"], [Rating(0, 2.0, (-4.0, 4.0)), Label(0, 77.0)])]
+    records.append(Record("", ["d"], [Label(0, True), Label(0, "word"), Label(0, 4.0)]))
+    assert rating_scale(records) == (-4.0, 4.0)  # a response's rating comes before its labels
+    message = r"^f:9: field 'feedback\[1\].value': found 77; allowed: .* a number in \[-4, 4\], .*\(f:1\)"
+    with pytest.raises(InputError, match=message):
+        rating_scale([*records, Record("", ["d"], [Label(0, True), Label(0, 77.0)], where="f:9")])
+    assert rating_scale([Record("", ["d"], [Label(0, 77.0)])]) is None
+
+
+def test_labels_without_ratings_are_on_a_scale_of_their_own():
+    votes = [Record("", ["d"], [Label(0, True), Label(0, False), Label(0, False)])]
+    assert label_scale(votes) == (0.0, 1.0)  # not that of their means
+    assert label_scale([*votes, Record("", ["e"], [Label(0, 5.0), Label(0, "word")])]) == (0.0, 5.0)
+    assert label_scale([Record("", ["f"], [Label(0, "word")])]) == (0.0, 1.0)
 
 
 def test_a_file_of_somebody_s_own_ratings_loads_like_the_built_in_source(tmp_path, shared):
