@@ -54,6 +54,8 @@ def reward_stage(run: Run) -> dict[str, float]:
     splits = ("train", "validation", "test")
     left_out = {split: Counter() for split in splits}
     sets = {s: reward_examples(run.records[s], run.tokenizer, **options, left_out=left_out[s]) for s in splits}
+    if equal := left_out["train"]["equal_pairs"]:
+        run.note("reward", f"{equal} pairs of training answers are equal, or equal once cut, and are left out")
     answers = sum(len(example.candidates) for example in sets["train"])
     cut_share = run.cut_share("reward", sum(example.cut for example in sets["train"]), answers)
     mean = rating_mean(sets["train"]) if section.center_ratings else None

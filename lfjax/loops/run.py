@@ -433,11 +433,18 @@ class Run:
 
     def cut_share(self, stage: str, cut: int, whole: int) -> float:
         """The share of a stage's training texts that are longer, with their prompt, than its seq_len; also a note."""
-        if cut and jax.process_index() == 0:
+        if cut:
             length = f"config.{stage}.seq_len = {self.config[stage].seq_len}"
-            note = f"{cut} of {whole} training texts are longer, with their prompt, than {length} and are cut"
-            print(f"note: stage {stage}: {note}", file=sys.stderr)
+            self.note(
+                stage, f"{cut} of {whole} training texts are longer, with their prompt, than {length} and are cut"
+            )
         return cut / whole
+
+    @staticmethod
+    def note(stage: str, what: str) -> None:
+        """One line on what a stage makes of its data."""
+        if jax.process_index() == 0:
+            print(f"note: stage {stage}: {what}", file=sys.stderr)
 
     def place(self, tree):
         """Host arrays onto the mesh by the run's rules."""
