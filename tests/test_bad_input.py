@@ -770,6 +770,28 @@ def test_answers_that_a_reward_model_could_not_tell_apart_are_named_before_train
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "off, on, found",
+    [
+        (("bradley_terry",), (), "learns from orders of answers, "),  # the regression has nothing to learn
+        (("bradley_terry", "regression"), ("plackett_luce",), "learns from ratings, "),
+    ],
+)
+def test_reward_losses_that_learn_nothing_from_the_feedback_are_refused(off, on, found, command, tmp_path):
+    rows = [
+        {**row, "responses": [f"a {row['id']}", "b"], "feedback": row["feedback"][:1]} for row in smallest.records()
+    ]
+    if "orders" in found:
+        rows = [{**row, "feedback": [{"kind": "preference", "chosen": 1, "rejected": 0}]} for row in rows]
+    records = smallest.write_records(tmp_path / "data.jsonl", rows)
+    options = ["--config.stages=tokenizer,pretrain,reward", "--config.reward.init_from=pretrain"]
+    options += [f"--config.reward.step.{name}={float(name in on)}" for name in (*off, *on)]
+    line = command(*arguments(tmp_path / "w", records, *options))
+    assert line.startswith("config.reward.step: no loss of weight above 0 ") and found in line
+    assert "set one of bradley_terry, " in line
+    assert not (tmp_path / "w").exists()
+
+
 CLASS_FILES = {
     "one class": (("a", "a", "a"), "stage classify: ", "give records of a second class"),
     "a class of the test file alone": (("ab", "ab", "bc"), "test.jsonl:2: ", "found the label 'c', which no training"),

@@ -29,7 +29,7 @@ from lfjax import tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.data.duplicates import SPLITS
-from lfjax.data.examples import class_labels, class_names, prompts_from_records, reward_examples, teaches
+from lfjax.data.examples import class_labels, class_names, prompt_tokens, prompts_from_records, reward_examples, teaches
 from lfjax.data.sources import label_scale, load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
@@ -39,9 +39,15 @@ from lfjax.models import lora
 from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
+from lfjax.records import Edit, Preference, Ranking, mean_values
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.signals import handled
 from lfjax.tokenizers import least_rows, stop_ids
+
+# What the losses of the reward step learn from: the values of ratings, pairs by either, the order of answers.
+RATING_LOSSES = ("regression", "every_token", "ordinal")
+PAIR_LOSSES = ("bradley_terry", "hinge")
+ORDER_LOSSES = ("listwise_hinge", "plackett_luce", "softmax")
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -216,10 +222,26 @@ class Run:
                         f"stage {stage}: {self.data_file(split)}: the {split} split holds no {what} to learn from; add"
                         f' some, or leave "{stage}" out of config.stages'
                     )
+        if "reward" in self.stages:
+            self._check_losses()
         if "classify" in self.stages:
             self._check_classes()
         if self.config.tokenizer.path or self.config.model.init_from:
             self.check_texts(self.tokenizer)
+
+    def _check_losses(self) -> None:
+        """lfjax's own reward step has a loss that learns from what training holds: values, or orders of answers."""
+        if self.config.steps.reward != configs.base_config().steps.reward:
+            return
+        values = any(mean_values(record, (0.0, 1.0)) for record in self.records.train)
+        orders = any(isinstance(e, (Ranking, Preference, Edit)) for r in self.records.train for e in r.feedback)
+        fit = {*PAIR_LOSSES, *(RATING_LOSSES if values else ()), *(ORDER_LOSSES if orders else ())}
+        if not any(self.config.reward.step.get(name) for name in fit):
+            held = " and ".join(["ratings"] * values + ["orders of answers"] * orders)
+            raise InputError(
+                f"config.reward.step: no loss of weight above 0 learns from {held}, and {self.data_file('train')} holds"
+                f" nothing else for training; set one of {', '.join(sorted(fit))} above 0"
+            )
 
     def _check_classes(self) -> None:
         """Training has two classes or more, and all those of the other splits."""
@@ -236,9 +258,13 @@ class Run:
         """What stages could not use of the records once they are tokens: better known before anything is trained.
 
         Raises:
-          InputError: a prompt of PPO or the evaluation is too long, `ppo.stop` is no token, or all pairs of answers
-            that the reward stage could learn from are equal in their first tokens.
+          InputError: a chat template refuses a prompt, one of PPO or the evaluation is too long, `ppo.stop` is no
+            token, or all pairs of answers that the reward stage could learn from are equal once cut.
         """
+        for split in SPLITS:
+            for record in self.records[split]:
+                if not isinstance(record.prompt, str):
+                    prompt_tokens(record, tokenizer)
         if {"ppo", "evaluate"} & {*self.stages}:
             self.prompts([*self.records.train, *self.records.test], tokenizer)
             stop_ids(tokenizer, self.config.ppo.stop, "config.ppo.stop")
