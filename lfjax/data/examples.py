@@ -168,7 +168,7 @@ def reward_examples(
     max_length: int,
     truncate: bool = True,
     scale: tuple[float, float] = (0.0, 1.0),
-    left_out: Counter[str] | None = None,
+    counts: Counter[str] | None = None,
 ) -> list[RewardExample]:
     """What a reward model can learn from, one example a judgement, in the records' order.
 
@@ -184,7 +184,7 @@ def reward_examples(
       max_length: of a complete sequence, in tokens.
       scale: of the run's ratings, for labels true and false.
       truncate: cut longer ones (first the prompt's start, then the response's end; the EOS stays), else refuse.
-      left_out: counts as "equal_pairs" the pairs of answers that people put in an order and whose sequences are equal.
+      counts: gets "answers" (judged), "cut" (of them) and "equal_pairs" (put in an order, with equal sequences).
     Raises:
       InputError: a sequence is too long and truncate is False; names the record.
     """
@@ -194,8 +194,9 @@ def reward_examples(
             made = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
             whole = RewardExample([tokens for tokens, _ in made], ratings, ranks, margin, index)
             kept, example = _distinct(whole)
-            if left_out is not None:
-                left_out["equal_pairs"] += _equal_pairs(whole)
+            if counts is not None:
+                cut = sum(is_cut for _, is_cut in made)
+                counts.update({"answers": len(made), "cut": cut, "equal_pairs": _equal_pairs(whole)})
             if example is not None:
                 examples.append(dataclasses.replace(example, cut=sum(made[i][1] for i in kept)))
     return examples

@@ -52,12 +52,11 @@ def reward_stage(run: Run) -> dict[str, float]:
     }
     options = {"max_length": section.seq_len, "scale": run.rating_scale or (0.0, 1.0)}
     splits = ("train", "validation", "test")
-    left_out = {split: Counter() for split in splits}
-    sets = {s: reward_examples(run.records[s], run.tokenizer, **options, left_out=left_out[s]) for s in splits}
-    if equal := left_out["train"]["equal_pairs"]:
+    counts = {split: Counter() for split in splits}
+    sets = {s: reward_examples(run.records[s], run.tokenizer, **options, counts=counts[s]) for s in splits}
+    if equal := counts["train"]["equal_pairs"]:
         run.note("reward", f"{equal} pairs of training answers are equal, or equal once cut, and are left out")
-    answers = sum(len(example.candidates) for example in sets["train"])
-    cut_share = run.cut_share("reward", sum(example.cut for example in sets["train"]), answers)
+    cut_share = run.cut_share("reward", counts["train"]["cut"], counts["train"]["answers"])
     mean = rating_mean(sets["train"]) if section.center_ratings else None
     sets = {split: shifted(found, mean or 0.0) for split, found in sets.items()}
     most = section.max_candidates or max(len(e.candidates) for found in sets.values() for e in found)
@@ -98,7 +97,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
     out["reward/cut_share"] = cut_share
     for split, prefix in zip(splits, ("train_", "validation_", ""), strict=True):
-        out[f"reward/{prefix}equal_pairs"] = float(left_out[split]["equal_pairs"])
+        out[f"reward/{prefix}equal_pairs"] = float(counts[split]["equal_pairs"])
     if mean is not None:
         out["reward/rating_mean"] = mean
     return out | figures(state, "test", "reward/") | reward_baselines(run)

@@ -124,11 +124,12 @@ def test_a_pair_of_equal_sequences_is_left_out_and_counted_also_where_only_the_c
         (12, [[4, 0], ["new", 2]], 4),
         (40, [[0, 1], [4, 0], [LONG + "s", 1], ["new", 2]], 2),
     ):
-        left_out = Counter()
-        found = reward_examples([Record("", responses, entries)], LETTERS, max_length=length, left_out=left_out)
+        counts = Counter()
+        found = reward_examples([Record("", responses, entries)], LETTERS, max_length=length, counts=counts)
         texts = [[responses[i] if isinstance(i, int) else i for i in pair] for pair in judged]
         assert [e.candidates for e in found] == [[[1, *ids(t)[: length - 2], 2] for t in pair] for pair in texts]
-        assert left_out["equal_pairs"] == equal and all(e.ranks == [0, 1] for e in found)
+        assert counts["equal_pairs"] == equal and all(e.ranks == [0, 1] for e in found)
+        assert (counts["answers"], counts["cut"]) == (12, 5 if length == 12 else 0)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +144,11 @@ def test_a_pair_of_equal_sequences_is_left_out_and_counted_also_where_only_the_c
     ],
 )
 def test_a_ranking_keeps_the_candidates_that_are_not_equal(order, kept, ranks, equal):
-    record, left_out = Record("", [LONG + "ning", LONG + "ner", "b", "c"], [Ranking(order)]), Counter()
-    found = reward_examples([record], LETTERS, max_length=12, left_out=left_out)
+    record, counts = Record("", [LONG + "ning", LONG + "ner", "b", "c"], [Ranking(order)]), Counter()
+    found = reward_examples([record], LETTERS, max_length=12, counts=counts)
     expected = [[1, *ids(record.responses[i])[:10], 2] for i in kept]
     assert [(e.candidates, e.ranks) for e in found] == ([(expected, ranks)] if kept else [])
-    assert left_out["equal_pairs"] == equal
+    assert counts["equal_pairs"] == equal
 
 
 def test_equal_responses_of_one_record_are_one_candidate_with_their_mean_rating():
