@@ -778,8 +778,8 @@ MUTANTS = {
     ),
     "microbatches averaged in reward training": Mutant(
         "reward",
-        "= coupled_grads(forward",
-        "= averaged_coupled_grads(forward",
+        "= coupled_grads(",
+        "= averaged_coupled_grads(",
         ("accumulation_is_the_big_batch",),
         "the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs",
     ),
