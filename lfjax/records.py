@@ -478,8 +478,32 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
 
 def mean_ratings(record: Record) -> dict[int, float]:
     """The mean of the ratings of each rated response, by the response's index."""
+    return _means((entry.response, entry.value) for entry in record.feedback if isinstance(entry, Rating))
+
+
+def mean_values(record: Record, scale: tuple[float, float]) -> dict[int, float]:
+    """`mean_ratings`, and the mean of the labels of each response that has labels in place of ratings.
+
+    A label true counts as the top of `scale`, false as its bottom, a number as it is.
+    """
+    labels = rating_labels(record).values()
+    return mean_ratings(record) | _means((entry.response, label_value(entry, scale)) for entry in labels)
+
+
+def rating_labels(record: Record) -> dict[int, Label]:
+    """The labels that count as ratings, by their place in `feedback`: no words, and of responses without a rating."""
+    rated = mean_ratings(record)
+    labels = {i: entry for i, entry in enumerate(record.feedback) if isinstance(entry, Label)}
+    return {i: e for i, e in labels.items() if not isinstance(e.value, str) and e.response not in rated}
+
+
+def label_value(entry: Label, scale: tuple[float, float]) -> float:
+    """What a label that is no word counts as on `scale`."""
+    return scale[bool(entry.value)] if isinstance(entry.value, bool) else float(entry.value)
+
+
+def _means(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
     values: dict[int, list[float]] = {}
-    for entry in record.feedback:
-        if isinstance(entry, Rating):
-            values.setdefault(entry.response, []).append(entry.value)
+    for response, value in pairs:
+        values.setdefault(response, []).append(value)
     return {response: math.fsum(given) / len(given) for response, given in values.items()}

@@ -26,11 +26,20 @@ class TrainState(struct.PyTreeNode):
             step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), skipped=jnp.zeros((), jnp.int32)
         )
 
-    def apply_gradients(self, grads, tx: optax.GradientTransformation, *, loss: Array | None = None, step=None) -> Self:
+    def apply_gradients(
+        self,
+        grads,
+        tx: optax.GradientTransformation,
+        *,
+        loss: Array | None = None,
+        weight: Array | float = 1.0,
+        step=None,
+    ) -> Self:
         """The state after one optimiser update; a non-finite loss or gradient changes neither parameters nor moments.
 
         Args:
           loss: scalar; when given it has to be finite as well.
+          weight: scalar, of what the loss is a mean over: where nothing counts, nothing is changed or skipped either.
           step: what the learning-rate schedule sees and the new state's step follows; `self.step` unless given.
         """
         finite = jnp.isfinite(optax.tree.norm(grads))
@@ -40,13 +49,15 @@ class TrainState(struct.PyTreeNode):
         at = self.step if step is None else step
         updates, opt_state = optax.with_extra_args_support(tx).update(grads, self.opt_state, self.params, step=at)
 
-        def keep_if_finite(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        learns = finite & (jnp.asarray(weight) > 0)
+
+        def if_it_learns(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(learns, n, o), new, old)
 
         return self.replace(
             step=at + 1,
-            params=keep_if_finite(optax.apply_updates(self.params, updates), self.params),
-            opt_state=keep_if_finite(opt_state, self.opt_state),
+            params=if_it_learns(optax.apply_updates(self.params, updates), self.params),
+            opt_state=if_it_learns(opt_state, self.opt_state),
             skipped=jnp.where(finite, 0, self.skipped + 1),
         )
 

@@ -308,6 +308,15 @@ DATA = {
     "an unknown kind": (broken(feedback=[{"kind": "star"}]), ":7: field 'feedback[0].kind'", "rating | ranking"),
     "an id twice": (broken(id=5), ":7: field 'id': found 5, as on line 6", "each id once"),
     "another scale": (broken(feedback=rating(scale=[1, 5])), "field 'scale'", "one scale"),
+    "a label off the ratings' scale": (
+        broken(feedback=[{"kind": "label", "response": 0, "value": v} for v in (True, 77)]),
+        ":7: field 'feedback[1].value': found 77", "a number in [-4, 4]",
+    ),
+    "labels without classes": (
+        [row | {"feedback": [{"kind": "label", "response": 0, "value": 0.2 + row["id"] / 1000}]}
+         for row in smallest.records()],
+        "config.reward.step.ordinal_bounds: (); the rating scale [0.20", "give the bounds",
+    ),
     "not JSON": (b"\n{]\n", ":2: not JSON", "one JSON object a line"),
     "a field twice": (
         b'{"prompt": "", "prompt": "a", "responses": ["b"], "feedback": []}\n', ":1: not JSON", '"prompt" stands twice',
@@ -736,13 +745,75 @@ def test_a_stage_that_has_nothing_to_learn_from_is_named_before_any_other_runs(s
     assert not (tmp_path / "w").exists()
 
 
-def test_prompts_that_an_evaluation_cannot_use_are_named_before_training(command, tmp_path):
+def test_prompts_that_an_evaluation_cannot_use_are_named_before_training(command, tmp_path, trained):
+    """With a tokenizer that is there, before anything is written."""
     rows = [{**row, "prompt": f"{row['id']} " * 30} for row in smallest.records()]
     records = smallest.write_records(tmp_path / "long.jsonl", rows)
-    options = ["--config.stages=tokenizer,pretrain,sft,evaluate", "--config.ppo.prompt_buckets=(16,)"]
+    for name, given in (("a", ()), ("b", (f"--config.tokenizer.path={trained}/models/tokenizer",))):
+        stages = f"--config.stages={'' if given else 'tokenizer,'}pretrain,sft,evaluate"
+        options = (stages, "--config.ppo.prompt_buckets=(16,)", *given)
+        line = command(*arguments(tmp_path / name, records, *options), progress=not given)
+        assert "field 'prompt'" in line and "raise config.ppo.prompt_buckets" in line
+        assert not (tmp_path / name / "checkpoints").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_answers_that_a_reward_model_could_not_tell_apart_are_named_before_training(command, tmp_path):
+    rows = [{**row, "responses": [f"{row['id']} {'so ' * 60}{end}" for end in "ab"]} for row in smallest.records()]
+    for row in rows:
+        row["feedback"] = [{"kind": "preference", "chosen": 0, "rejected": 1}]
+    records = smallest.write_records(tmp_path / "long.jsonl", rows)
+    options = ["--config.stages=tokenizer,pretrain,reward", "--config.reward.init_from=pretrain"]
+    options += ["--config.tokenizer.vocab_size=276"]
     line = command(*arguments(tmp_path / "w", records, *options), progress=True)
-    assert "field 'prompt'" in line and "raise config.ppo.prompt_buckets" in line
+    assert line.startswith("config.reward.seq_len: 48; cut to so many tokens the answers of every pair of the train ")
     assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "off, on, found",
+    [
+        (("bradley_terry",), (), "learns from orders of answers, "),  # the regression has nothing to learn
+        (("bradley_terry", "regression"), ("plackett_luce",), "learns from ratings, "),
+    ],
+)
+def test_reward_losses_that_learn_nothing_from_the_feedback_are_refused(off, on, found, command, tmp_path):
+    rows = [
+        {**row, "responses": [f"a {row['id']}", "b"], "feedback": row["feedback"][:1]} for row in smallest.records()
+    ]
+    if "orders" in found:
+        rows = [{**row, "feedback": [{"kind": "preference", "chosen": 1, "rejected": 0}]} for row in rows]
+    records = smallest.write_records(tmp_path / "data.jsonl", rows)
+    options = ["--config.stages=tokenizer,pretrain,reward", "--config.reward.init_from=pretrain"]
+    options += [f"--config.reward.step.{name}={float(name in on)}" for name in (*off, *on)]
+    line = command(*arguments(tmp_path / "w", records, *options))
+    assert line.startswith("config.reward.step: no loss of weight above 0 ") and found in line
+    assert "set one of bradley_terry, " in line
+    assert not (tmp_path / "w").exists()
+
+
+CLASS_FILES = {
+    "one class": (("a", "a", "a"), "stage classify: ", "give records of a second class"),
+    "a class of the test file alone": (("ab", "ab", "bc"), "test.jsonl:2: ", "found the label 'c', which no training"),
+    "a class of the validation file": (("ab", "bd", "ab"), "validation.jsonl:2: ", "found the label 'd', which no"),
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_FILES)
+def test_classes_that_cannot_be_learnt_are_named_before_any_other_stage_runs(kind, command, tmp_path):
+    splits, place, found = CLASS_FILES[kind]
+    names = ("train", "validation", "test")
+    for name, classes in zip(names, splits, strict=True):
+        rows = [{"prompt": "", "responses": [f"{name} {i}"], "feedback": []} for i in range(12)]
+        for i, row in enumerate(rows):
+            row["feedback"] = [{"kind": "label", "response": 0, "value": classes[i % len(classes)]}]
+        smallest.write_records(tmp_path / f"{name}.jsonl", rows)
+    files = [f"--config.data.{name}_path={tmp_path}/{name}.jsonl" for name in names[1:]]
+    options = ["--config.stages=tokenizer,pretrain,classify", "--config.classify.seq_len=24"]
+    options += ["--config.classify.buckets=(24,)", "--config.classify.batch_size=8", *files]
+    line = command(*arguments(tmp_path / "w", tmp_path / "train.jsonl", *options))
+    assert place in line and found in line
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_run_that_has_only_its_vocabulary_takes_the_mended_config(command, tmp_path, records):

@@ -39,14 +39,17 @@ class PackedRows:
     """Documents packed into rows of `seq_len` targets, none cut that fits, no target across two documents.
 
     A document longer than seq_len + 1 tokens is split into pieces that share one token, so each of its targets counts
-    once. Packing is best-fit inside windows of the epoch's shuffled documents; the rows are then shuffled too. The
-    number of batches is the first epoch's; in every epoch the rows beyond the last full batch sit out, other ones each
-    time, and rows that are missing to fill it (another packing may have one fewer) are repeated.
+    once; pieces without a target (of a long prompt) are left out, so every row has one. Packing is best-fit inside
+    windows of the epoch's shuffled documents; the rows are then shuffled too. The number of batches is the first
+    epoch's; in every epoch the rows beyond the last full batch sit out, other ones each time, and rows that are missing
+    to fill it (another packing may have one fewer) are repeated.
 
     Args:
       documents: token lists, or (tokens, flags): a flag says whether the token counts as a target.
       seq_len: T; rows hold T + 1 tokens.
       packed: False puts one document (or piece) in each row: the padded form, with the same targets.
+    Attributes:
+      cut: how many documents are split.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class PackedRows:
     ):
         self.seq_len, self.batch_size, self.pad_id, self._packed = seq_len, batch_size, pad_id, packed
         self._tokens, self._flags, self._starts, self._lengths = _flatten(documents, seq_len)
+        self.cut = sum(len(_ids(document)) > seq_len + 1 for document in documents)
         self._epochs = _Epochs(seed)
         self.targets = int(np.count_nonzero(self._flags))  # of an epoch that leaves no row out
         rows = len(self._epochs.order(0, self._pack))
@@ -105,6 +109,10 @@ class PackedRows:
             yield self._build(rows[start : start + self.batch_size])
 
 
+def _ids(document: list[int] | Document) -> list[int]:
+    return document[0] if isinstance(document, tuple) else document
+
+
 def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """All tokens in one array, which of them are targets, and the start and length of each piece."""
     if not documents:
@@ -114,15 +122,14 @@ def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     starts, lengths = [], []
     for document in documents:
         ids, counts = document if isinstance(document, tuple) else (document, [True] * len(document))
-        if len(ids) < 2:
-            continue  # no target
         for first in range(0, len(ids) - 1, seq_len):
-            starts.append(len(tokens) + first)
-            lengths.append(min(seq_len + 1, len(ids) - first))
+            if any(counts[first + 1 : first + seq_len + 1]):
+                starts.append(len(tokens) + first)
+                lengths.append(min(seq_len + 1, len(ids) - first))
         tokens.extend(ids)
         flags.extend([False, *counts[1:]])  # the first token is nobody's target
     if not starts:
-        raise InputError("no document to train on: each has fewer than 2 tokens")
+        raise InputError("no document to train on: each has fewer than 2 tokens, or none that counts")
     return np.array(tokens, np.int32), np.array(flags, bool), np.array(starts), np.array(lengths)
 
 

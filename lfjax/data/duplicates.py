@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import unicodedata
+from collections import Counter
 
 from lfjax.records import Rating, Record
 
 SPLITS = ("train", "validation", "test")
+MANY = 20  # records that share a prompt: from here on it is a heading, no question with several answers
 
 
 def text_key(text: str) -> str:
     """Lower-cased letters (with their marks) and digits of any script; texts of one key are near-identical.
 
-    A text without any, such as ":-)", is its own key.
+    A text without any, such as ":-)", is its own key. It decides splits alone: what differs in signs may differ in all.
     """
     kept = (c for c in text.lower() if c.isalnum() or unicodedata.category(c).startswith("M"))
     return "".join(kept) or text.strip()
+
+
+def exact_text(text: str) -> str:
+    """The text with composed characters (Unicode NFC) and line feeds for line ends."""
+    return unicodedata.normalize("NFC", text).replace("\r\n", "\n")
+
+
+def spaced_text(text: str) -> str:
+    """`exact_text` with one space for every run of white space, and none at the ends."""
+    return " ".join(exact_text(text).split())
 
 
 def record_key(record: Record) -> str:
@@ -26,16 +39,20 @@ def record_key(record: Record) -> str:
     return text_key(record.prompt_text) or text_key(" ".join(record.responses))
 
 
-def overlap_keys(records: list[Record]) -> list[str]:
+def overlap_keys(records: list[Record]) -> list[tuple[str, ...]]:
     """The key of each record by which files given as training, validation and test data must not overlap.
 
-    It is `record_key`, as for the split; but where all of several records answer one prompt, that tells nothing, and
-    it is the responses'.
+    It is the prompt, or the responses where the prompt is empty; white space may differ, nothing else. A prompt that
+    `MANY` of the records share, or all of them, is a heading ("Film review: ") and tells nothing: there it is prompt
+    and responses.
     """
-    prompts = {text_key(record.prompt_text) for record in records}
-    if len(records) > 1 and len(prompts) == 1:
-        return [text_key(" ".join(record.responses)) for record in records]
-    return [record_key(record) for record in records]
+    prompts = [spaced_text(record.prompt_text) for record in records]
+    shared = Counter(prompts)
+    headings = {prompt for prompt, count in shared.items() if count >= MANY or len(shared) == 1} | {""}
+    return [
+        (prompt, *sorted(map(spaced_text, record.responses))) if prompt in headings else (prompt,)
+        for prompt, record in zip(prompts, records, strict=True)
+    ]
 
 
 def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
@@ -47,7 +64,10 @@ def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> s
 
 
 def merge_rated_duplicates(records: list[Record]) -> tuple[list[Record], int, float]:
-    """Records of near-identical prompt and single response whose feedback is ratings on one scale become one record.
+    """Records of the same prompt and single response whose feedback is ratings on one scale become one record.
+
+    Characters may be composed or not, line ends of either kind, and a response end in white space; letters, case,
+    signs, digits and indents differ in none of them.
 
     The first stays, with one rating, the mean of all; its `extra["duplicates"]` counts the ones merged into it.
 
@@ -59,7 +79,7 @@ def merge_rated_duplicates(records: list[Record]) -> tuple[list[Record], int, fl
         ratings = [entry for entry in record.feedback if isinstance(entry, Rating)]
         scales = {entry.scale for entry in ratings}
         mergeable = len(record.responses) == 1 and len(scales) == 1 and len(ratings) == len(record.feedback)
-        same = (text_key(record.prompt_text), text_key(record.responses[0]), *scales) if mergeable else (i,)
+        same = (_exact_prompt(record), exact_text(record.responses[0]).rstrip(), *scales) if mergeable else (i,)
         groups.setdefault(same, []).append(record)
     spread = 0.0
     merged = []
@@ -74,3 +94,7 @@ def merge_rated_duplicates(records: list[Record]) -> tuple[list[Record], int, fl
         else:
             merged.append(group[0])
     return merged, len(records) - len(merged), spread
+
+
+def _exact_prompt(record: Record) -> str:
+    return exact_text(record.prompt) if isinstance(record.prompt, str) else json.dumps(record.prompt, sort_keys=True)

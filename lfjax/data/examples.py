@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from lfjax.config import InputError
-from lfjax.records import Edit, Label, Preference, Ranking, Record, mean_ratings
+from lfjax.records import Edit, Label, Preference, Ranking, Record, mean_values
 from lfjax.tokenizers import Tokenizer, chat
 
+T = TypeVar("T")
 Document = tuple[list[int], list[bool]]  # tokens, and whether each counts as a target
 
 
@@ -105,7 +109,8 @@ def teaches(record: Record, stage: str) -> bool:
     if stage == "classify":
         return any(isinstance(entry, Label) for entry in record.feedback)
     if stage == "reward":
-        return any(True for _ in _judgements(record, (0.0, 1.0)))
+        found = ((texts, _given(ranks)) for texts, _, ranks, _ in _judgements(record))
+        return any(not ranks or len(_apart(texts, ranks)) > 1 for texts, ranks in found)
     return bool(sft_texts(record)) if stage == "sft" else any(record.responses)
 
 
@@ -138,15 +143,10 @@ def _start(prompt: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
 
 
 def _judgements(
-    record: Record, scale: tuple[float, float]
+    record: Record, scale: tuple[float, float] = (0.0, 1.0)
 ) -> Iterator[tuple[list[str], list[float | None], list[int | None], float]]:
     """(texts, ratings, ranks, margin) of every judgement that compares or scores responses."""
-    values = mean_ratings(record)
-    for entry in record.feedback:
-        if isinstance(entry, Label) and isinstance(entry.value, bool):
-            values.setdefault(entry.response, scale[1] if entry.value else scale[0])
-        elif isinstance(entry, Label) and not isinstance(entry.value, str):
-            values.setdefault(entry.response, float(entry.value))
+    values = mean_values(record, scale)
     if values:
         yield [record.responses[i] for i in values], list(values.values()), [None] * len(values), 0.0
     for entry in record.feedback:
@@ -157,7 +157,7 @@ def _judgements(
         elif isinstance(entry, Preference):
             pair = [record.responses[entry.chosen], record.responses[entry.rejected]]
             yield pair, [None, None], [0, 1], entry.margin or 0.0
-        elif isinstance(entry, Edit) and entry.text != record.responses[entry.response]:
+        elif isinstance(entry, Edit):
             yield [entry.text, record.responses[entry.response]], [None, None], [0, 1], 0.0
 
 
@@ -168,18 +168,23 @@ def reward_examples(
     max_length: int,
     truncate: bool = True,
     scale: tuple[float, float] = (0.0, 1.0),
+    counts: Counter[str] | None = None,
 ) -> list[RewardExample]:
     """What a reward model can learn from, one example a judgement, in the records' order.
 
-    All ratings of a record make one example (several of one response are averaged; labels that are true, false or
-    numbers count as the top of `scale`, its bottom or the number where a response has no rating); every ranking makes
-    one; every preference a pair; every edit the pair edit > original. Critiques, word labels and implicit signals say
-    nothing here.
+    All ratings of a record make one example (of several of one response their mean counts; labels that are true, false
+    or numbers count likewise, as the top of `scale`, its bottom or the number, where a response has no rating); every
+    ranking makes one; every preference a pair; every edit the pair edit > original. Critiques, word labels and implicit
+    signals say nothing here.
+
+    Sequences that are equal, in the file or once cut, are one candidate: rated with their mean; in a ranking at their
+    rank, or left out where another answer stands between them. What compares nothing any more makes no example.
 
     Args:
       max_length: of a complete sequence, in tokens.
       scale: of the run's ratings, for labels true and false.
       truncate: cut longer ones (first the prompt's start, then the response's end; the EOS stays), else refuse.
+      counts: gets "answers" (judged), "cut" (of them) and "equal_pairs" (put in an order, with equal sequences).
     Raises:
       InputError: a sequence is too long and truncate is False; names the record.
     """
@@ -187,9 +192,61 @@ def reward_examples(
     for index, record in enumerate(records):
         for texts, ratings, ranks, margin in _judgements(record, scale):
             made = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
-            candidates, cut = [tokens for tokens, _ in made], sum(cut for _, cut in made)
-            examples.append(RewardExample(candidates, ratings, ranks, margin, index, cut))
+            whole = RewardExample([tokens for tokens, _ in made], ratings, ranks, margin, index)
+            kept, example = _distinct(whole)
+            if counts is not None:
+                cut = sum(is_cut for _, is_cut in made)
+                counts.update({"answers": len(made), "cut": cut, "equal_pairs": _equal_pairs(whole)})
+            if example is not None:
+                examples.append(dataclasses.replace(example, cut=sum(made[i][1] for i in kept)))
     return examples
+
+
+def _distinct(example: RewardExample) -> tuple[list[int], RewardExample | None]:
+    """(places of the candidates that stay, the example with these; None where it compares nothing any more)."""
+    groups, ranks = _equals(example.candidates), _given(example.ranks)
+    if len(groups) == len(example.candidates):
+        return list(range(len(example.candidates))), example
+    if ranks:
+        kept = _apart(example.candidates, ranks)
+        order = sorted({ranks[i] for i in kept})
+        changes: dict[str, Any] = {"ratings": [None] * len(kept), "ranks": [order.index(ranks[i]) for i in kept]}
+    else:
+        kept = [places[0] for places in groups]
+        values = [_given([example.ratings[i] for i in places]) for places in groups]
+        changes = {"ratings": [math.fsum(v) / len(v) for v in values], "ranks": [None] * len(kept)}
+    found = dataclasses.replace(example, candidates=[example.candidates[i] for i in kept], **changes)
+    return (kept, found) if len(kept) > 1 or not ranks else ([], None)
+
+
+def _given(values: Iterable[T | None]) -> list[T]:
+    """Those that are there."""
+    return [value for value in values if value is not None]
+
+
+def _equals(candidates: Sequence[Any]) -> list[list[int]]:
+    """The places of each distinct candidate."""
+    groups: dict[Any, list[int]] = {}
+    for place, candidate in enumerate(candidates):
+        groups.setdefault(tuple(candidate), []).append(place)
+    return list(groups.values())
+
+
+def _apart(candidates: Sequence[Any], ranks: Sequence[int]) -> list[int]:
+    """Of a ranking, a place of each distinct candidate; none of equal ones that another one is ranked between."""
+    kept = []
+    for places in _equals(candidates):
+        own = [ranks[i] for i in places]
+        others = [rank for i, rank in enumerate(ranks) if i not in places]
+        if min(own) == max(own) or not any(min(own) <= rank <= max(own) for rank in others):
+            kept.append(places[0])
+    return kept
+
+
+def _equal_pairs(example: RewardExample) -> int:
+    """How many pairs of equal candidates have different ranks."""
+    pairs = (pair for places in _equals(example.candidates) for pair in itertools.combinations(places, 2))
+    return sum(example.ranks[i] != example.ranks[j] for i, j in pairs)
 
 
 def class_name(value: bool | float | str) -> str:
@@ -204,15 +261,13 @@ def class_names(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(sorted(plain, key=lambda name: (plain[name], name)))
 
 
-def class_examples(
-    records: Iterable[Record], tokenizer: Tokenizer, classes: tuple[str, ...], *, max_length: int
-) -> list[RewardExample]:
-    """One example a label: its sequence, cut as a reward's, with the index of its class as the rating.
+def class_labels(records: Iterable[Record], classes: tuple[str, ...]) -> Iterator[tuple[int, Record, Label, int]]:
+    """(index of the record, record, label, index of its class) of every label.
 
     Raises:
       InputError: a label is none of `classes`; names the record.
     """
-    number, examples = {name: i for i, name in enumerate(classes)}, []
+    number = {name: i for i, name in enumerate(classes)}
     for index, record in enumerate(records):
         for entry in record.feedback:
             if isinstance(entry, Label):
@@ -222,9 +277,24 @@ def class_examples(
                         f"{record.where}: field 'value': found the label {name!r}, which no training record has;"
                         " leave the record out, or put more of its kind into training"
                     )
-                text = record.responses[entry.response]
-                tokens, cut = _complete(record, text, tokenizer, max_length, truncate=True)
-                examples.append(RewardExample([tokens], [float(number[name])], [None], 0.0, index, int(cut)))
+                yield index, record, entry, number[name]
+
+
+def class_examples(
+    records: Iterable[Record], tokenizer: Tokenizer, classes: tuple[str, ...], *, max_length: int
+) -> list[RewardExample]:
+    """One example a label: its sequence, cut as a reward's, with the index of its class as the rating.
+
+    Where people disagree about a text, it is learnt (and judged) with the label of each.
+
+    Raises:
+      InputError: as `class_labels`.
+    """
+    examples = []
+    for index, record, entry, number in class_labels(records, classes):
+        text = record.responses[entry.response]
+        tokens, cut = _complete(record, text, tokenizer, max_length, truncate=True)
+        examples.append(RewardExample([tokens], [float(number)], [None], 0.0, index, int(cut)))
     return examples
 
 

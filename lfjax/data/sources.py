@@ -14,7 +14,7 @@ from typing import Any
 from lfjax.config import InputError
 from lfjax.data import vader
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, overlap_keys, record_key, split_of, text_key
-from lfjax.records import Rating, Record, read_records
+from lfjax.records import Rating, Record, label_value, rating_labels, read_records
 
 SOURCES = ("vader", "jsonl", "text")
 MOST_BOUNDS = 1000  # between classes of ratings
@@ -38,8 +38,8 @@ def load_records(data: Any) -> Splits:
 
     A record's split depends on its normalised text alone (see `duplicates.record_key`), so near-identical texts never
     straddle two splits and a seed never moves one. With explicit `validation_path` and `test_path`, training records
-    that are near-identical to a held-out one are left out and counted (`train_also_held_out`), and so are validation
-    records that are near-identical to a test one (`validation_also_test`).
+    of a held-out one's prompt or text (see `duplicates.overlap_keys`) are left out and counted (`train_also_held_out`),
+    and so are validation records of a test one's (`validation_also_test`).
 
     Args:
       data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction and
@@ -70,7 +70,7 @@ def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any
         other = "held-out" if name == "train" else "test"
         return (
             f"config.data: the {name} split is empty: {counts[left_out]} records of {_path(data, name)} are left out"
-            f" because they are near-identical to {other} ones (by the prompt, where there is one); give others"
+            f" because {other} ones have the same prompt, or the same text where there is none; give others"
         )
     cut = [record for split in splits.values() for record in split]
     prompts = {text_key(record.prompt_text) for record in cut}
@@ -128,7 +128,7 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     return splits, counts
 
 
-def _keys(splits: dict[str, list[Record]]) -> dict[str, list[str]]:
+def _keys(splits: dict[str, list[Record]]) -> dict[str, list[tuple[str, ...]]]:
     """`overlap_keys` of the records of all the files together, a list for each."""
     keys = iter(overlap_keys([record for name in SPLITS for record in splits[name]]))
     return {name: list(itertools.islice(keys, len(splits[name]))) for name in SPLITS}
@@ -188,7 +188,8 @@ def rating_scale(records: list[Record]) -> tuple[float, float] | None:
     """The one scale of all the ratings; None where there are no ratings.
 
     Raises:
-      InputError: two scales, whose raw values would not compare.
+      InputError: two scales, whose raw values would not compare, or a number outside of the scale as a label of a
+        response that has no rating, where it would count as one.
     """
     first: tuple[tuple[float, float], str] | None = None
     for record in records:
@@ -198,7 +199,23 @@ def rating_scale(records: list[Record]) -> tuple[float, float] | None:
                 if entry.scale != first[0]:
                     found = f"found {list(entry.scale)}, but {first[1]} has {list(first[0])}"
                     raise InputError(f"{record.where}: field 'scale': {found}; allowed: one scale for all of a run")
-    return None if first is None else first[0]
+    if first is None:
+        return None
+    (low, high), where = first
+    for record in records:
+        for i, label in rating_labels(record).items():
+            if not low <= label_value(label, (low, high)) <= high:
+                raise InputError(
+                    f"{record.where}: field 'feedback[{i}].value': found {label.value:g}; allowed: true, false, a word"
+                    f" or a number in [{low:g}, {high:g}], the scale of the ratings ({where}): it counts as one"
+                )
+    return low, high
+
+
+def label_scale(records: list[Record]) -> tuple[float, float]:
+    """The lowest and the highest label that counts as a rating, true as 1, false as 0; (0, 1) where there is none."""
+    values = [label_value(entry, (0.0, 1.0)) for record in records for entry in rating_labels(record).values()]
+    return (min(values), max(values)) if values else (0.0, 1.0)
 
 
 def rating_classes(scale: tuple[float, float]) -> tuple[float, ...]:

@@ -53,7 +53,7 @@ _FILES = {
     "tweet": "tweets_GroundTruth.txt",
 }
 _SUMS = "sha256.json"
-_DATASET_VERSION = "1.0.0"  # goes up whenever cleaning, merging or splitting changes: caches are keyed by it
+_DATASET_VERSION = "1.1.0"  # goes up whenever cleaning, merging or splitting changes: caches are keyed by it
 
 
 # pip asks a source package's build backend for its name before it hands the file over. This one knows the answer, so
@@ -170,7 +170,7 @@ def clean(text: str) -> str:
 
 
 def read_package(path: str | os.PathLike[str]) -> tuple[list[Record], dict[str, Any]]:
-    """All the rated sentences of the package, cleaned, near-identical ones merged to one with the mean rating.
+    """All the rated sentences of the package, cleaned, copies of one text merged to one with the mean rating.
 
     Returns:
       The records in the files' order, each with one `rating`, and counts: rows, rows/<source>, empty (no letter or

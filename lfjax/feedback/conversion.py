@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ class LeftOut(Exception):
 def hh(row: dict[str, str]) -> dict[str, Any]:
     """Anthropic's helpful and harmless pairs: `chosen` and `rejected`, dialogues with "\\\n\\\nHuman:" and so on.
 
-    Both begin with the same turns, the prompt, and end in two answers, a preference.
+    Both begin with the same turns, the prompt, and end in two answers, a preference. Chat templates ask for speakers
+    that take turns: two turns running of one speaker in the prompt become one, with a blank line between.
     Source: Bai et al. 2022, arXiv:2204.05862.
     """
     chosen, rejected = (_dialogue(row[name]) for name in ("chosen", "rejected"))
@@ -33,8 +35,11 @@ def hh(row: dict[str, str]) -> dict[str, Any]:
         raise LeftOut("a dialogue does not end in an answer")
     if answers[0] == answers[1]:
         raise LeftOut("the two answers are the same")
+    prompt = _in_turns(chosen[:-1])
+    if prompt[0]["role"] != "user" or prompt[-1]["role"] != "user":
+        raise LeftOut("the prompt does not begin and end with the human")
     preference = {"kind": "preference", "chosen": 0, "rejected": 1}
-    return {"prompt": chosen[:-1], "responses": answers, "feedback": [preference]}
+    return {"prompt": prompt, "responses": answers, "feedback": [preference]}
 
 
 def _dialogue(text: str) -> list[dict[str, str]]:
@@ -43,6 +48,13 @@ def _dialogue(text: str) -> list[dict[str, str]]:
         raise LeftOut("not a dialogue of a human and an assistant")
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in pairs]
+
+
+def _in_turns(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages with what a speaker says in several running as one."""
+    turns = itertools.groupby(messages, key=lambda message: message["role"])
+    said = ((role, filter(None, (message["content"] for message in turn))) for role, turn in turns)
+    return [{"role": role, "content": "\n\n".join(contents)} for role, contents in said]
 
 
 def gsm8k(row: dict[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from lfjax.config import InputError, init_from
+from lfjax.config import init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import class_examples, class_names
 from lfjax.loops.reward import one_of_each, scorer, with_head
@@ -26,16 +26,12 @@ def classify_stage(run: Run) -> dict[str, float]:
     """Trains on the labels of the training split, whose values are the classes; figures are on the test split."""
     section, records = run.config.classify, run.records
     names = class_names(records.train)
-    if len(names) < 2:
-        raise InputError(
-            f"stage classify: {run.data_file('train')}: every label of the training split is {', '.join(names)!r};"
-            " give records of a second class"
-        )
     splits = ("train", "validation", "test")
     found = {s: class_examples(getattr(records, s), run.tokenizer, names, max_length=section.seq_len) for s in splits}
     rows = {"batch_size": section.batch_size, "buckets": tuple(section.buckets), "seed": run.config.seed}
     sets = {s: RewardBatches(found[s], max_candidates=1, pad_id=run.tokenizer.pad_id, **rows) for s in splits}
     batches = sets["train"]
+    cut_share = run.cut_share("classify", sum(example.cut for example in found["train"]), len(found["train"]))
     total = total_steps(section, batches.steps_per_epoch)
 
     loaded = run.load_model("classify.init_from", init_from(run.config, "classify"))
@@ -66,6 +62,7 @@ def classify_stage(run: Run) -> dict[str, float]:
     )
     run.save_model("classify", model, state.params, base, labels=names)
     out["classify/train_accuracy"] = out.pop("classify/accuracy", 0.0)
+    out["classify/cut_share"] = cut_share
     truth = classes_of(found["test"])
     often = int(np.bincount(classes_of(found["train"])).argmax())
     always = class_figures(truth, [often] * len(truth), names, "")

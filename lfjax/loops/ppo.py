@@ -14,7 +14,7 @@ import numpy as np
 from lfjax.config import InputError, cause_of, is_function
 from lfjax.data.batching import PromptBatches
 from lfjax.loops.run import Run
-from lfjax.loops.supervised import compute_settings, passes, run_prompts, total_steps, training_parts
+from lfjax.loops.supervised import compute_settings, passes, total_steps, training_parts
 from lfjax.loops.training import train
 from lfjax.models import lora
 from lfjax.models.encoder import EncoderConfig
@@ -138,7 +138,7 @@ def texts(run: Run, generation: Generation | Rollout) -> tuple[list[str], list[s
 def prompt_batches(run: Run, records, batch_size: int) -> PromptBatches:
     """One prompt a record; a batch's rows are `indices_at(step)` into the records."""
     options = {"buckets": run.config.ppo.prompt_buckets, "seed": run.config.seed, "pad_id": run.tokenizer.pad_id}
-    return PromptBatches(run_prompts(run, records), batch_size=batch_size, **options)
+    return PromptBatches(run.prompts(records), batch_size=batch_size, **options)
 
 
 def prompt_shapes(run: Run) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from lfjax.config import init_from
 from lfjax.data.batching import RewardBatches
 from lfjax.data.examples import RewardExample, reward_examples
-from lfjax.data.sources import ordinal_bounds
+from lfjax.data.sources import label_scale, ordinal_bounds
 from lfjax.loops.run import Run
 from lfjax.loops.supervised import (
     compiled_step,
@@ -51,9 +52,11 @@ def reward_stage(run: Run) -> dict[str, float]:
     }
     options = {"max_length": section.seq_len, "scale": run.rating_scale or (0.0, 1.0)}
     splits = ("train", "validation", "test")
-    sets = {split: reward_examples(getattr(run.records, split), run.tokenizer, **options) for split in splits}
-    cut = sum(example.cut for example in sets["train"]) / sum(len(example.candidates) for example in sets["train"])
-    label_scale = rating_span(sets["train"])
+    counts = {split: Counter() for split in splits}
+    sets = {s: reward_examples(run.records[s], run.tokenizer, **options, counts=counts[s]) for s in splits}
+    if equal := counts["train"]["equal_pairs"]:
+        run.note("reward", f"{equal} pairs of training answers are equal, or equal once cut, and are left out")
+    cut_share = run.cut_share("reward", counts["train"]["cut"], counts["train"]["answers"])
     mean = rating_mean(sets["train"]) if section.center_ratings else None
     sets = {split: shifted(found, mean or 0.0) for split, found in sets.items()}
     most = section.max_candidates or max(len(e.candidates) for found in sets.values() for e in found)
@@ -63,7 +66,7 @@ def reward_stage(run: Run) -> dict[str, float]:
 
     model, params = reward_model(run)
     keywords = section.step.to_dict()
-    if bounds := ordinal_bounds(section.step, run.rating_scale or label_scale):
+    if bounds := ordinal_bounds(section.step, run.rating_scale or label_scale(run.records.train)):
         keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
         params = with_cutpoints(run, params, keywords["ordinal_bounds"])
     tx, rate = training_parts(run, "reward", total)
@@ -92,7 +95,9 @@ def reward_stage(run: Run) -> dict[str, float]:
     )
     run.save_model("reward", model, model_params(state.params), base)
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
-    out["reward/cut_share"] = cut  # of the training answers: longer, with their prompt, than seq_len
+    out["reward/cut_share"] = cut_share
+    for split, prefix in zip(splits, ("train_", "validation_", ""), strict=True):
+        out[f"reward/{prefix}equal_pairs"] = float(counts[split]["equal_pairs"])
     if mean is not None:
         out["reward/rating_mean"] = mean
     return out | figures(state, "test", "reward/") | reward_baselines(run)
@@ -113,12 +118,6 @@ def rating_mean(examples: list[RewardExample]) -> float | None:
     """The mean over every rated answer; None where nothing is rated."""
     ratings = [r for example in examples for r in example.ratings if r is not None]
     return math.fsum(ratings) / len(ratings) if ratings else None
-
-
-def rating_span(examples: list[RewardExample]) -> tuple[float, float]:
-    """The lowest and the highest rating, (0, 1) where nothing is rated: the scale of labels, which state none."""
-    ratings = [r for example in examples for r in example.ratings if r is not None]
-    return (min(ratings), max(ratings)) if ratings else (0.0, 1.0)
 
 
 def shifted(examples: list[RewardExample], mean: float) -> list[RewardExample]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from lfjax import config as configs
 from lfjax import tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
-from lfjax.data.examples import teaches
-from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
+from lfjax.data.duplicates import SPLITS
+from lfjax.data.examples import class_labels, class_names, prompt_tokens, prompts_from_records, reward_examples, teaches
+from lfjax.data.sources import label_scale, load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
 from lfjax.loops.workdir import Workdir, forks_of
@@ -38,9 +39,15 @@ from lfjax.models import lora
 from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
+from lfjax.records import Edit, Preference, Ranking, mean_values
 from lfjax.sharding import DEFAULT_RULES, Step, batch_shards, constrainer, make_mesh, place, replicated, shardings_for
 from lfjax.signals import handled
 from lfjax.tokenizers import least_rows, stop_ids
+
+# What the losses of the reward step learn from: the values of ratings, pairs by either, the order of answers.
+RATING_LOSSES = ("regression", "every_token", "ordinal")
+PAIR_LOSSES = ("bradley_terry", "hinge")
+ORDER_LOSSES = ("listwise_hinge", "plackett_luce", "softmax")
 
 # The keywords of a step that are not in its config section.
 FROM_THE_LOOP = {
@@ -203,20 +210,88 @@ class Run:
         return forks_of(functions)
 
     def _check_data(self) -> None:
-        """Every stage finds something to learn from in the splits that it reads."""
-        if "reward" in self.stages and self.rating_scale:  # which has to be one, with classes for an ordinal loss
-            ordinal_bounds(self.config.reward.step, self.rating_scale)
+        """Every stage can learn from the splits that it reads, and a given tokenizer makes of them what it can use."""
         reads = {"pretrain": "text", "sft": "`edit` feedback, and no record without feedback,"}
         reads["reward"] = "rating, ranking, preference, edit or label"
         reads["classify"] = "`label` feedback"
+        if "reward" in self.stages:  # ratings are on one scale, with classes for an ordinal loss
+            ordinal_bounds(self.config.reward.step, self.rating_scale or label_scale(self.records.train))
         for stage, what in reads.items():
             for split in ("train", "validation", *(("test",) if stage in ("reward", "classify") else ())):
-                if stage in self.stages and not any(teaches(r, stage) for r in getattr(self.records, split)):
+                if stage in self.stages and not any(teaches(r, stage) for r in self.records[split]):
                     raise InputError(
                         f"stage {stage}: {self.data_file(split)}: the {split} split holds no {what} to learn from; add"
                         f' some, or leave "{stage}" out of config.stages'
                     )
-        _ = self.records
+        if "reward" in self.stages:
+            self._check_losses()
+        if "classify" in self.stages:
+            self._check_classes()
+        if self.config.tokenizer.path or self.config.model.init_from:
+            self.check_texts(self.tokenizer)
+
+    def _check_losses(self) -> None:
+        """lfjax's own reward step has a loss that learns from what training holds: values, or orders of answers."""
+        if self.config.steps.reward != configs.base_config().steps.reward:
+            return
+        values = any(mean_values(record, (0.0, 1.0)) for record in self.records.train)
+        orders = any(isinstance(e, (Ranking, Preference, Edit)) for r in self.records.train for e in r.feedback)
+        fit = {*PAIR_LOSSES, *(RATING_LOSSES if values else ()), *(ORDER_LOSSES if orders else ())}
+        if not any(self.config.reward.step.get(name) for name in fit):
+            held = " and ".join(["ratings"] * values + ["orders of answers"] * orders)
+            raise InputError(
+                f"config.reward.step: no loss of weight above 0 learns from {held}, and {self.data_file('train')} holds"
+                f" nothing else for training; set one of {', '.join(sorted(fit))} above 0"
+            )
+
+    def _check_classes(self) -> None:
+        """Training has two classes or more, and all those of the other splits."""
+        names = class_names(self.records.train)
+        if len(names) < 2:
+            raise InputError(
+                f"stage classify: {self.data_file('train')}: every label of the training split is {', '.join(names)!r};"
+                " give records of a second class"
+            )
+        for split in ("validation", "test"):
+            deque(class_labels(self.records[split], names), maxlen=0)
+
+    def check_texts(self, tokenizer) -> None:
+        """What stages could not use of the records once they are tokens: better known before anything is trained.
+
+        Raises:
+          InputError: a chat template refuses a prompt, one of PPO or the evaluation is too long, `ppo.stop` is no
+            token, or all pairs of answers that the reward stage could learn from are equal once cut.
+        """
+        for split in SPLITS:
+            for record in self.records[split]:
+                if not isinstance(record.prompt, str):
+                    prompt_tokens(record, tokenizer)
+        if {"ppo", "evaluate"} & {*self.stages}:
+            self.prompts([*self.records.train, *self.records.test], tokenizer)
+            stop_ids(tokenizer, self.config.ppo.stop, "config.ppo.stop")
+        length = self.config.reward.seq_len
+        for split in SPLITS if "reward" in self.stages else ():
+            if not any(reward_examples([record], tokenizer, max_length=length) for record in self.records[split]):
+                raise InputError(
+                    f"config.reward.seq_len: {length}; cut to so many tokens the answers of every pair of the {split}"
+                    " split are equal; raise it (with config.reward.buckets and config.model.context)"
+                )
+
+    def prompts(self, records, tokenizer=None) -> list[list[int]]:
+        """The prompts of PPO and the evaluation, one a record.
+
+        Raises:
+          InputError: one is longer than the largest of `config.ppo.prompt_buckets`.
+        """
+        section = self.config.ppo
+        return prompts_from_records(
+            records,
+            tokenizer or self.tokenizer,
+            min_tokens=section.prompt_min,
+            max_tokens=section.prompt_max,
+            max_length=max(section.prompt_buckets),
+            remedy="raise config.ppo.prompt_buckets (with config.model.context), or shorten the prompt",
+        )
 
     def close(self) -> None:
         """Closes the logs and leaves the directory to others."""
@@ -384,6 +459,21 @@ class Run:
     def network(self, model_config) -> Network:
         """A model whose activations are pinned to the run's mesh."""
         return model_config.build(constrain=constrainer(self.mesh, self.rules))
+
+    def cut_share(self, stage: str, cut: int, whole: int) -> float:
+        """The share of a stage's training texts that are longer, with their prompt, than its seq_len; also a note."""
+        if cut:
+            length = f"config.{stage}.seq_len = {self.config[stage].seq_len}"
+            self.note(
+                stage, f"{cut} of {whole} training texts are longer, with their prompt, than {length} and are cut"
+            )
+        return cut / whole
+
+    @staticmethod
+    def note(stage: str, what: str) -> None:
+        """One line on what a stage makes of its data."""
+        if jax.process_index() == 0:
+            print(f"note: stage {stage}: {what}", file=sys.stderr)
 
     def place(self, tree):
         """Host arrays onto the mesh by the run's rules."""

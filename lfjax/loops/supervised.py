@@ -12,7 +12,7 @@ import numpy as np
 
 from lfjax.config import optim_section
 from lfjax.data.batching import PackedRows
-from lfjax.data.examples import pretraining_documents, prompts_from_records, sft_documents
+from lfjax.data.examples import pretraining_documents, sft_documents
 from lfjax.loops.run import Run
 from lfjax.loops.training import train
 from lfjax.metrics import Window, perplexity
@@ -21,7 +21,7 @@ from lfjax.models.flops import forward_flops
 from lfjax.optim import make_optimizer, schedule
 from lfjax.sharding import abstract, global_batch, jit_step, replicated, shardings_for
 from lfjax.state import LMState
-from lfjax.tokenizers import sentencepiece, stop_ids
+from lfjax.tokenizers import sentencepiece
 
 
 def tokenizer_stage(run: Run) -> dict[str, float]:
@@ -36,10 +36,8 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
             vocab_size=options.vocab_size,
             model_type=options.model_type,
         )
+        run.check_texts(tokenizer)
     run.sync("saved tokenizer")
-    if {"ppo", "evaluate"} & {*run.stages}:  # what they could not use is better known before hours of training
-        run_prompts(run, [*run.records.train, *run.records.test], tokenizer)
-        stop_ids(tokenizer, run.config.ppo.stop, "config.ppo.stop")
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
     counts = {f"data/{name}": float(value) for name, value in run.records.counts.items()}
     return {
@@ -47,23 +45,6 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
         "tokenizer/tokens_per_text": float(np.mean(lengths)) if lengths else 0.0,
         **counts,
     }
-
-
-def run_prompts(run: Run, records, tokenizer=None) -> list[list[int]]:
-    """The prompts of PPO and the evaluation, one a record.
-
-    Raises:
-      InputError: one is longer than the largest of `config.ppo.prompt_buckets`.
-    """
-    section = run.config.ppo
-    return prompts_from_records(
-        records,
-        tokenizer or run.tokenizer,
-        min_tokens=section.prompt_min,
-        max_tokens=section.prompt_max,
-        max_length=max(section.prompt_buckets),
-        remedy="raise config.ppo.prompt_buckets (with config.model.context), or shorten the prompt",
-    )
 
 
 def new_or_loaded(run: Run, stage: str):
@@ -147,7 +128,10 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
     function = functools.partial(run.steps["sft"], tx=tx, **section.step.to_dict())
     step = compiled_step(run, stage, function, model, base, state, shardings, [packed.batch_at(0)])
     evaluate = held_out(run, stage, model, base, validation)
-    before = {"sft/perplexity_before": perplexity(evaluate(trained)[0])} if stage == "sft" else {}
+    before = {}
+    if stage == "sft":
+        before["sft/perplexity_before"] = perplexity(evaluate(trained)[0])
+        before["sft/cut_share"] = run.cut_share(stage, packed.cut, len(documents["train"]))
     del params, trained  # the state has its own
     text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
 

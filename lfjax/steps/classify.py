@@ -40,4 +40,4 @@ def classify_step(
 
     (loss, metrics), grads = weighted_grads(loss_fn, state.params, batch, num_microbatches, rng=rng, has_aux=True)
     metrics = {"classify/loss": loss, **metrics, "optim/grad_norm": Mean.of(optax.tree.norm(grads))}
-    return state.apply_gradients(grads, tx, loss=loss.value), metrics
+    return state.apply_gradients(grads, tx, loss=loss.value, weight=loss.weight), metrics

@@ -78,16 +78,20 @@ def reward_step(
     def batch_loss(values, cutpoints=cutpoints):
         pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
         terms, metrics = reward_terms(values, batch, **pairs, cutpoints=cutpoints, ordinal_bounds=ordinal_bounds)
-        loss = sum(weights[name] * mean.value for name, mean in terms.items() if weights[name])
-        return loss, ({"reward/loss": Mean.of(loss), **metrics}, values)
+        used = {name: mean for name, mean in terms.items() if weights[name]}
+        loss = sum((weights[name] * mean.value for name, mean in used.items()), jnp.float32(0.0))
+        counted = sum((mean.weight for mean in used.values()), jnp.float32(0.0))
+        return loss, ({"reward/loss": Mean.over(loss, counted > 0), **metrics}, values, counted)
 
     rows = (batch.tokens, batch.mask)
-    (loss, (metrics, values)), grads = coupled_grads(forward, batch_loss, state.params, rows, num_microbatches, rng=rng)
+    (loss, (metrics, values, counted)), grads = coupled_grads(
+        forward, batch_loss, state.params, rows, num_microbatches, rng=rng
+    )
     if ordinal:  # no row's forward pass holds the cutpoints: their gradient is that of the loss at these values
         by_cutpoints = jax.grad(lambda c: batch_loss(values, c)[0])(cutpoints)
         grads = {**grads, "head": {**grads["head"], "cutpoints": by_cutpoints}}
     metrics["optim/grad_norm"] = Mean.of(optax.tree.norm(grads))
-    return state.apply_gradients(grads, tx, loss=loss), metrics
+    return state.apply_gradients(grads, tx, loss=loss, weight=counted), metrics
 
 
 def model_params(params):

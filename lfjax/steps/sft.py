@@ -42,4 +42,4 @@ def sft_step(
 
     loss, grads = weighted_grads(loss_fn, state.params, batch, num_microbatches, rng=rng)
     metrics = {"sft/loss": loss, "optim/grad_norm": Mean.of(optax.tree.norm(grads))}
-    return state.apply_gradients(grads, tx, loss=loss.value), metrics
+    return state.apply_gradients(grads, tx, loss=loss.value, weight=loss.weight), metrics

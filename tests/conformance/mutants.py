@@ -764,8 +764,8 @@ MUTANTS = {
     ),
     "SFT's weights in half precision": Mutant(
         "sft",
-        "state.apply_gradients(grads, tx, loss=loss.value)",
-        "in_type_of(model, state.apply_gradients(grads, tx, loss=loss.value))",
+        "state.apply_gradients(grads, tx, loss=loss.value, weight=loss.weight)",
+        "in_type_of(model, state.apply_gradients(grads, tx, loss=loss.value, weight=loss.weight))",
         ("half_precision_ends_at_the_hidden_states",),
         "sft_loss_is_the_mean_over_all_counted_tokens",
     ),
@@ -778,8 +778,8 @@ MUTANTS = {
     ),
     "microbatches averaged in reward training": Mutant(
         "reward",
-        "= coupled_grads(forward",
-        "= averaged_coupled_grads(forward",
+        "= coupled_grads(",
+        "= averaged_coupled_grads(",
         ("accumulation_is_the_big_batch",),
         "the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs",
     ),

@@ -79,6 +79,19 @@ def test_flags_decide_what_counts():
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_row_has_a_target_however_long_the_prompts_and_none_is_lost(packed):
+    long = [([1, *range(4, 104), 200 + i, 2], [i > 100 for i in range(103)]) for i in range(20)]
+    short = [([1, 4, 300 + i, 2], [False, False, True, True]) for i in range(4)]
+    rows = PackedRows([*long, *short], seq_len=16, batch_size=2, seed=0, pad_id=PAD, packed=packed)
+    assert rows.cut == 20
+    batches = [*epoch(rows), *rows.evaluation()]
+    assert all(batch.loss_mask.any(axis=1)[batch.segment_ids.any(axis=1)].all() for batch in batches)
+    assert all(batch.loss_mask.any() for batch in batches)
+    counted = [int(t) for b in rows.evaluation() for t in b.tokens[:, 1:][b.loss_mask]]
+    assert sorted(counted) == sorted([*range(200, 220), *range(300, 304), *[2] * 24])
+
+
 def test_rows_of_33_token_sentences_are_more_than_99_percent_full():
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.gamma(2.6, 13.5, 8000), 4, 65).astype(int)
@@ -317,7 +330,7 @@ def test_dtypes_are_those_of_the_model(make):
 
 
 def test_documents_without_a_target_are_no_documents():
-    for nothing in ([], [[1]]):
+    for nothing in ([], [[1]], [([1, 7, 2], [True, False, False])]):
         with pytest.raises(InputError, match="no document to train on"):
             PackedRows(nothing, seq_len=8, batch_size=1, seed=0, pad_id=PAD)
 

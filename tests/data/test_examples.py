@@ -1,3 +1,6 @@
+import dataclasses
+from collections import Counter
+
 import pytest
 
 from lfjax.config import InputError
@@ -7,6 +10,7 @@ from lfjax.data.examples import (
     prompts_from_records,
     reward_examples,
     sft_documents,
+    teaches,
 )
 from lfjax.records import Critique, Edit, Implicit, Label, Preference, Ranking, Rating, Record
 
@@ -89,6 +93,74 @@ def test_true_and_false_labels_count_as_ratings_one_and_zero():
     record = Record("", ["a", "b"], [Label(0, True), Label(1, False)])
     (example,) = reward_examples([record], LETTERS, max_length=8)
     assert example.ratings == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("values", [(True, False, False), (False, False, True), (4.0, 1.0, 1.0), (1.0, True, 1.0)])
+def test_several_labels_of_one_response_count_as_their_mean_in_any_order(values):
+    record = Record(
+        "", ["a", "b"], [*(Label(0, value) for value in values), Label(1, False), Rating(1, 3.0, (1.0, 4.0))]
+    )
+    (example,) = reward_examples([record], LETTERS, max_length=8, scale=(1.0, 4.0))
+    assert dict(zip(map(tuple, example.candidates), example.ratings, strict=True)) == {
+        (1, *ids("a"), 2): 2.0,
+        (1, *ids("b"), 2): 3.0,  # its rating
+    }
+
+
+LONG = "the same begin"
+
+
+def test_a_pair_of_equal_sequences_is_left_out_and_counted_also_where_only_the_cut_makes_them_equal():
+    responses = [LONG + "ning", LONG + "ner", "same", "same", "other"]
+    entries = [
+        Preference(0, 1),
+        Preference(2, 3),
+        Preference(4, 0),
+        Edit(1, LONG + "s"),
+        Edit(2, "same"),
+        Edit(2, "new"),
+    ]
+    for length, judged, equal in (
+        (12, [[4, 0], ["new", 2]], 4),
+        (40, [[0, 1], [4, 0], [LONG + "s", 1], ["new", 2]], 2),
+    ):
+        counts = Counter()
+        found = reward_examples([Record("", responses, entries)], LETTERS, max_length=length, counts=counts)
+        texts = [[responses[i] if isinstance(i, int) else i for i in pair] for pair in judged]
+        assert [e.candidates for e in found] == [[[1, *ids(t)[: length - 2], 2] for t in pair] for pair in texts]
+        assert counts["equal_pairs"] == equal and all(e.ranks == [0, 1] for e in found)
+        assert (counts["answers"], counts["cut"]) == (12, 5 if length == 12 else 0)
+
+
+@pytest.mark.parametrize(
+    "order, kept, ranks, equal",
+    [
+        ([[0], [1], [2]], [0, 2], [0, 1], 1),  # the equal ones are neighbours: one of them stays
+        ([[0, 1], [2], [3]], [0, 2, 3], [0, 1, 2], 0),  # they tie
+        ([[0], [2], [1], [3]], [2, 3], [0, 1], 1),  # both above and below another one
+        ([[0, 2], [1], [3]], [2, 3], [0, 1], 1),  # tied with one and below it
+        ([[0], [2], [1]], [], [], 1),
+        ([[2], [0], [1], [3]], [2, 0, 3], [0, 1, 2], 1),
+    ],
+)
+def test_a_ranking_keeps_the_candidates_that_are_not_equal(order, kept, ranks, equal):
+    record, counts = Record("", [LONG + "ning", LONG + "ner", "b", "c"], [Ranking(order)]), Counter()
+    found = reward_examples([record], LETTERS, max_length=12, counts=counts)
+    expected = [[1, *ids(record.responses[i])[:10], 2] for i in kept]
+    assert [(e.candidates, e.ranks) for e in found] == ([(expected, ranks)] if kept else [])
+    assert counts["equal_pairs"] == equal
+
+
+def test_equal_responses_of_one_record_are_one_candidate_with_their_mean_rating():
+    ratings = [Rating(i, value, (0.0, 4.0)) for i, value in enumerate((4.0, 0.0, 3.0))]
+    (example,) = reward_examples([Record("Q", ["a", "a", "b"], ratings)], LETTERS, max_length=8)
+    assert example == RewardExample([[1, *ids("Qa"), 2], [1, *ids("Qb"), 2]], [2.0, 3.0], [None, None])
+
+
+def test_what_compares_a_text_with_itself_teaches_no_reward_model():
+    record = Record("", ["a", "a", "b"], [Preference(0, 1), Edit(0, "a"), Ranking([[0], [2], [1]])])
+    assert not teaches(record, "reward")
+    assert teaches(dataclasses.replace(record, feedback=[Ranking([[0], [1], [2]])]), "reward")
 
 
 @pytest.mark.parametrize("length", range(3, 12))

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of, text_key
-from lfjax.data.sources import load_records, rating_scale, read_text
+from lfjax.data.sources import label_scale, load_records, rating_scale, read_text
 from lfjax.records import Label, Rating, Record, write_records
 
 
@@ -61,15 +61,32 @@ def test_near_identical_texts_share_a_key_and_different_words_do_not():
 
 
 def test_duplicates_become_one_record_with_the_mean_rating():
-    records = [rated("Good!", 1.0, id=1), rated("other", 0.0), rated("good", 4.0, id=3), rated("GOOD.", 1.0)]
+    texts = ("Caf\u00e9!\nBon", "other", "Cafe\u0301!\r\nBon", "Caf\u00e9!\nBon \n")
+    records = [
+        rated(text, value, id=i) for i, text, value in zip(range(1, 5), texts, (1.0, 0.0, 4.0, 1.0), strict=True)
+    ]
     merged, removed, gap = merge_rated_duplicates(records)
-    assert [record.responses[0] for record in merged] == ["Good!", "other"]
+    assert [record.responses[0] for record in merged] == list(texts[:2])
     assert merged[0].feedback == [Rating(0, 2.0, (-4.0, 4.0))] and merged[0].extra == {"duplicates": 2}
     assert merged[0].id == 1 and (removed, gap) == (2, 3.0)
     assert merged[1] is records[1] and records[0].feedback[0].value == 1.0
 
 
+@pytest.mark.parametrize(
+    "one, other",
+    [("a + b", "a - b"), ("5", "-5"), ("1.5", "15"), ("x < y", "x > y"), (":)", ":("), ("\U0001f44d", "\U0001f44e"),
+     ("do NOT", "do not"), ("  return 1", "return 1"), ("if x:\n  y", "if x:\n    y"), ("'a  b'", "'a b'")],
+)  # fmt: skip
+def test_texts_that_differ_in_a_sign_in_case_or_in_an_indent_keep_their_own_ratings(one, other):
+    records = [rated(f"{one} end", 4.0), rated(f"{other} end", -4.0)]
+    records += [rated("yes", 4.0, prompt=f"{one} end"), rated("yes", -4.0, prompt=f"{other} end")]
+    assert merge_rated_duplicates(records) == (records, 0, 0.0)
+
+
 def test_what_says_different_things_is_not_merged():
+    chat = [{"role": "user", "content": "Hi"}]
+    same_words = [rated("good", prompt=chat), rated("good", prompt="user: Hi\nassistant: ")]
+    assert merge_rated_duplicates(same_words) == (same_words, 0, 0.0)  # a chat template writes one of them otherwise
     other_scale = Record("", ["good"], [Rating(0, 1.0, (0.0, 5.0))])
     labelled = Record("", ["good"], [Label(0, True)])
     records = [rated("good"), rated("good", prompt="Is it?"), other_scale, labelled, Record("", ["good", "good"])]
@@ -78,23 +95,23 @@ def test_what_says_different_things_is_not_merged():
 
 def test_explicit_splits_are_kept_and_training_loses_what_is_held_out(tmp_path):
     paths = {
-        "path": write(tmp_path / "train.jsonl", [*TEXTS[:50], "Held OUT"]),
+        "path": write(tmp_path / "train.jsonl", [*TEXTS[:50], "held  out\n", "Held out"]),
         "validation_path": write(tmp_path / "validation.jsonl", TEXTS[60:70]),
-        "test_path": write(tmp_path / "test.jsonl", ["held out!", *TEXTS[70:75]]),
+        "test_path": write(tmp_path / "test.jsonl", ["held out", *TEXTS[70:75]]),
     }
     splits = load_records(section(**paths))
-    assert [record.responses[0] for record in splits.train] == TEXTS[:50]
+    assert [record.responses[0] for record in splits.train] == [*TEXTS[:50], "Held out"]
     assert (len(splits.validation), len(splits.test)) == (10, 6)
     assert splits.counts["train_also_held_out"] == 1
 
 
 def test_what_validation_and_test_file_share_stays_in_the_test_file_alone(tmp_path):
     paths = {
-        "path": write(tmp_path / "train.jsonl", [*TEXTS[:50], "In BOTH!"]),
+        "path": write(tmp_path / "train.jsonl", [*TEXTS[:50], "in both"]),
         "validation_path": write(
-            tmp_path / "validation.jsonl", ["in both", *TEXTS[60:70], "In both, twice", "in both"]
+            tmp_path / "validation.jsonl", ["in both", *TEXTS[60:70], "in both, twice", "in both"]
         ),
-        "test_path": write(tmp_path / "test.jsonl", ["In both.", *TEXTS[70:75], "in both: twice"]),
+        "test_path": write(tmp_path / "test.jsonl", ["in both", *TEXTS[70:75], "in both,  twice"]),
     }
     splits = load_records(section(**paths))
     assert [record.responses[0] for record in splits.validation] == TEXTS[60:70]
@@ -104,10 +121,10 @@ def test_what_validation_and_test_file_share_stays_in_the_test_file_alone(tmp_pa
 
 def test_a_validation_file_that_is_the_test_file_is_said(tmp_path):
     paths = {"path": write(tmp_path / "a.jsonl", TEXTS[:50]), "test_path": write(tmp_path / "b.jsonl", TEXTS[60:70])}
-    message = r"validation split is empty: 10 records of data.validation_path=.*b.jsonl .* near-identical to test ones"
+    message = r"validation split is empty: 10 records of data.validation_path=.*b.jsonl .* test ones have the same"
     with pytest.raises(InputError, match=message):
         load_records(section(**paths, validation_path=paths["test_path"]))
-    message = r"train split is empty: 50 records of data.path=.*a.jsonl .* near-identical to held-out ones"
+    message = r"train split is empty: 50 records of data.path=.*a.jsonl .* held-out ones have the same prompt"
     with pytest.raises(InputError, match=message):
         load_records(section(**(paths | {"test_path": paths["path"]})))
 
@@ -127,7 +144,7 @@ def test_answers_to_too_few_prompts_cannot_be_split_and_the_message_says_why(pro
 
 def test_answers_to_one_prompt_in_three_files_are_compared_by_the_answers(tmp_path):
     paths = {
-        "path": one_prompt(tmp_path / "train.jsonl", [*TEXTS[:50], TEXTS[60].upper(), TEXTS[70]]),
+        "path": one_prompt(tmp_path / "train.jsonl", [*TEXTS[:50], f" {TEXTS[60]}", TEXTS[70]]),
         "validation_path": one_prompt(tmp_path / "validation.jsonl", [*TEXTS[60:70], TEXTS[71]]),
         "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:75]),
     }
@@ -137,14 +154,31 @@ def test_answers_to_one_prompt_in_three_files_are_compared_by_the_answers(tmp_pa
 
 
 def test_with_several_prompts_files_are_compared_by_the_prompt(tmp_path):
+    """Seven answers a question: it stays a question."""
+    asked = ["What is 2 + 3?", "What is 2 - 3?"]
     paths = {
-        "path": one_prompt(tmp_path / "train.jsonl", TEXTS[:50], ("A", "B")),
-        "validation_path": one_prompt(tmp_path / "validation.jsonl", TEXTS[60:70], ("C",)),
-        "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:80], ("D", "B")),
+        "path": one_prompt(tmp_path / "train.jsonl", TEXTS[:14], asked),
+        "validation_path": one_prompt(tmp_path / "validation.jsonl", TEXTS[60:65], ("C",)),
+        "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:75], ("D", asked[1])),
     }
     splits = load_records(section(**paths))
-    assert [len(splits[name]) for name in SPLITS] == [25, 10, 10]
-    assert {record.prompt for record in splits.train} == {"A"} and splits.counts["train_also_held_out"] == 25
+    assert [len(splits[name]) for name in SPLITS] == [7, 5, 5]
+    assert {record.prompt for record in splits.train} == {asked[0]} and splits.counts["train_also_held_out"] == 7
+
+
+def test_under_each_heading_that_many_records_share_files_are_compared_by_the_answers(tmp_path):
+    headings, texts = ("Film review: ", "Hotel review: "), [*TEXTS[:60], TEXTS[100], TEXTS[110], TEXTS[111]]
+    records = [rated(text, prompt=headings[i % 2]) for i, text in enumerate(texts)]
+    write_records(tmp_path / "train.jsonl", [*records, rated("x", prompt="Why?"), rated("y", prompt="Where?")])
+    held_out = [rated("z", prompt="Why?"), *(rated(text, prompt=headings[0]) for text in TEXTS[100:110])]
+    write_records(tmp_path / "validation.jsonl", [*held_out, rated(TEXTS[110], prompt=headings[0])])
+    paths = {name: str(tmp_path / f"{name.removesuffix('_path')}.jsonl") for name in ("validation_path", "test_path")}
+    one_prompt(tmp_path / "test.jsonl", TEXTS[110:120], headings[1:])
+    splits = load_records(section(path=str(tmp_path / "train.jsonl"), **paths))
+    left_out = {(headings[0], TEXTS[100]), (headings[1], TEXTS[110]), ("Why?", "x")}
+    kept = [(record.prompt, record.responses[0]) for record in [*records, rated("y", prompt="Where?")]]
+    assert [(record.prompt, record.responses[0]) for record in splits.train] == [k for k in kept if k not in left_out]
+    assert [len(splits[name]) for name in SPLITS] == [62, 12, 10] and splits.counts["train_also_held_out"] == 3
 
 
 def test_one_explicit_split_leaves_the_other_to_be_cut_from_the_training_file(tmp_path):
@@ -166,7 +200,7 @@ def test_max_records_keeps_every_splits_share_in_order(tmp_path):
 
 
 def test_empty_texts_and_duplicates_are_counted(tmp_path):
-    splits = load_records(section(path=write(tmp_path / "a.jsonl", [*TEXTS, "", " ", TEXTS[0].upper()])))
+    splits = load_records(section(path=write(tmp_path / "a.jsonl", [*TEXTS, "", " ", f"{TEXTS[0]}\n"])))
     assert (splits.counts["rows"], splits.counts["empty"], splits.counts["duplicates"]) == (203, 2, 1)
     assert sum(len(splits[name]) for name in SPLITS) == 200
     with pytest.raises(InputError, match=r"split is empty \(3 records in all, 3 of them empty\)"):
@@ -221,6 +255,23 @@ def test_one_scale_for_a_run():
     records.append(Record("", ["c"], [Rating(0, 1.0, (1.0, 5.0))], where="f:3"))
     with pytest.raises(InputError, match=r"f:3: field 'scale': found \[1.0, 5.0\], but f:1 has \[-4.0, 4.0\]"):
         rating_scale(records)
+
+
+def test_a_number_that_is_a_label_lies_on_the_ratings_scale_where_it_counts_as_one():
+    records = [rated("a", where="f:1"), Record("", ["b", "c"], [Rating(0, 2.0, (-4.0, 4.0)), Label(0, 77.0)])]
+    records.append(Record("", ["d"], [Label(0, True), Label(0, "word"), Label(0, 4.0)]))
+    assert rating_scale(records) == (-4.0, 4.0)  # a response's rating comes before its labels
+    message = r"^f:9: field 'feedback\[1\].value': found 77; allowed: .* a number in \[-4, 4\], .*\(f:1\)"
+    with pytest.raises(InputError, match=message):
+        rating_scale([*records, Record("", ["d"], [Label(0, True), Label(0, 77.0)], where="f:9")])
+    assert rating_scale([Record("", ["d"], [Label(0, 77.0)])]) is None
+
+
+def test_labels_without_ratings_are_on_a_scale_of_their_own():
+    votes = [Record("", ["d"], [Label(0, True), Label(0, False), Label(0, False)])]
+    assert label_scale(votes) == (0.0, 1.0)  # not that of their means
+    assert label_scale([*votes, Record("", ["e"], [Label(0, 5.0), Label(0, "word")])]) == (0.0, 5.0)
+    assert label_scale([Record("", ["f"], [Label(0, "word")])]) == (0.0, 1.0)
 
 
 def test_a_file_of_somebody_s_own_ratings_loads_like_the_built_in_source(tmp_path, shared):

@@ -30,18 +30,20 @@ def test_every_row_is_accounted_for(loaded):
     """These counts change only with _DATASET_VERSION, or caches keep what an older program made."""
     splits, counts = loaded
     assert counts["rows"] == 10605 + 3708 + 5190 + 4200 == sum(counts[f"rows/{source}"] for source in vader._FILES)
-    assert (counts["empty"], counts["duplicates"]) == (7, 263)
+    assert (counts["empty"], counts["duplicates"]) == (7, 84)
     assert sum(map(len, splits.values())) == counts["rows"] - counts["empty"] - counts["duplicates"]
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 21096, "validation": 1159, "test": 1178}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 21253, "validation": 1179, "test": 1180}
     merged = sum(record.extra.get("duplicates", 0) for rows in splits.values() for record in rows)
     assert merged == counts["duplicates"]
-    assert vader._DATASET_VERSION == "1.0.0"
+    assert vader._DATASET_VERSION == "1.1.0"
 
 
-def test_near_identical_sentences_never_straddle_two_splits_and_never_repeat(loaded):
+def test_near_identical_sentences_never_straddle_two_splits_and_none_repeats(loaded):
     splits, _ = loaded
-    keys = [text_key(record.responses[0]) for name in SPLITS for record in splits[name]]
-    assert len(set(keys)) == len(keys) and all(keys)
+    texts = [record.responses[0] for name in SPLITS for record in splits[name]]
+    homes = {(text_key(record.responses[0]), name) for name in SPLITS for record in splits[name]}
+    assert len(set(texts)) == len(texts) > len(homes) == len({key for key, _ in homes}) == 23433
+    assert all(key for key, _ in homes)
 
 
 def test_every_record_is_a_mean_rating_on_the_scale_with_its_provenance(loaded):
@@ -254,7 +256,7 @@ def test_processes_that_start_together_build_the_dataset_once(tmp_path):
     cache = vader_package.fill_cache(tmp_path)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         counts = pool.map(_count, [cache] * 2)
-    assert counts == [23433, 23433]
+    assert counts == [23612, 23612]
 
 
 def _count(cache):

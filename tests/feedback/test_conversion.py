@@ -40,6 +40,18 @@ def test_a_pair_of_dialogues_is_a_prompt_of_turns_and_a_preference(tmp_path):
     assert record.source == "hh" and not left_out
 
 
+def test_two_turns_running_of_one_speaker_are_one_turn(tmp_path):
+    start = "\n\nHuman: Hello.\n\nHuman: Still there?\n\nAssistant: \n\nAssistant: Hi!\n\nHuman: Why?"
+    start += "\n\nAssistant:"
+    row = {"chosen": start + " Because.", "rejected": start + " No idea."}
+    (record,), left_out = converted(tmp_path, "hh", row)
+    said = ["Hello.\n\nStill there?", "Hi!", "Why?"]
+    assert record.prompt == [
+        {"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), said, strict=True)
+    ]
+    assert list(record.responses) == ["Because.", "No idea."] and not left_out
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [
@@ -48,6 +60,14 @@ def test_a_pair_of_dialogues_is_a_prompt_of_turns_and_a_preference(tmp_path):
         (pair(chosen=" Because.\n\nHuman: Oh.", rejected=" No.\n\nHuman: Oh."), "differ before their last turn"),
         (pair(rejected=" Because."), "the two answers are the same"),
         ({"chosen": "Hi!", "rejected": "Hey!"}, "not a dialogue"),
+        (
+            {name: "\n\nAssistant: Hi!" + DIALOGUE + name for name in ("chosen", "rejected")},
+            "begin and end with the human",
+        ),
+        (
+            {name: DIALOGUE + f" So.\n\nAssistant: {name}" for name in ("chosen", "rejected")},
+            "begin and end with the human",
+        ),
         ({"chosen": "So:" + DIALOGUE + " a", "rejected": "So:" + DIALOGUE + " b"}, "not a dialogue"),
     ],
 )
@@ -141,6 +161,9 @@ def test_published_files_are_read(shared):
         left_out = collections.Counter()
         records = list(convert(shared / "data" / files[name], name, left_out))
         assert len(records) + sum(left_out.values()) == rows[name] and len(records) > 0.95 * rows[name]
+        for record in records if name == "hh" else ():  # what chat templates ask for
+            roles = [message["role"] for message in record.prompt]
+            assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))] and roles[-1] == "user"
 
 
 def test_a_file_of_which_nothing_can_be_made_writes_nothing(tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import smallest
 
 from lfjax.config import InputError, apply_override, base_config, validate
+from lfjax.data.duplicates import SPLITS
 from lfjax.data.sources import load_records, rating_classes
 from lfjax.interop import hf
 from lfjax.records import mean_ratings
@@ -73,6 +74,26 @@ def test_a_zero_head_is_wrong_by_the_variance_and_not_by_the_mean(train_reward, 
     assert as_given["reward/mse"] == pytest.approx(np.mean(ratings["test"] ** 2), rel=1e-5)
     for name in ("reward/pairs", "reward/pair_accuracy_ridge", "reward/pair_accuracy_lexicon"):
         assert centred[name] == as_given[name]
+
+
+def test_pairs_that_are_equal_once_cut_are_in_no_figure_and_counted(train_reward, tmp_path, capfd):
+    rows = smallest.records()
+    for row in rows:
+        start = row["responses"][0] + " as before" * (40 * (row["id"] % 3 == 0))
+        row["responses"] = [f"{start}, yes", f"{start}, no"]
+        row["feedback"] = [{"kind": "preference", "chosen": 0, "rejected": 1}]
+    path = smallest.write_records(tmp_path / "pairs.jsonl", rows)
+    data = base_config().data
+    data.update(smallest.get_config().data.to_dict(), path=str(path))
+    splits = load_records(data)
+    equal = {name: sum(record.id % 3 == 0 for record in splits[name]) for name in SPLITS}
+    given = (f"--config.data.path={path}", "--config.reward.steps=2", "--config.reward.step.regression=0")
+    summary = train_reward(tmp_path / "w", *given)
+    for name, prefix in (("train", "train_"), ("validation", "validation_"), ("test", "")):
+        assert summary[f"reward/{prefix}equal_pairs"] == equal[name] > 0
+        if name != "train":
+            assert summary[f"reward/{prefix}ranked_pairs"] == len(splits[name]) - equal[name] > 0
+    assert f"note: stage reward: {equal['train']} pairs of training answers are equal" in capfd.readouterr().err
 
 
 def test_the_ordinal_loss_trains_from_a_config_and_its_cutpoints_stay_out_of_the_model(ordinal):

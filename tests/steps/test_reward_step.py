@@ -287,13 +287,14 @@ def test_microbatches_are_one_big_batch_though_pairs_cross_them(candidates):
         np.testing.assert_allclose(a[name].value, b[name].value, rtol=1e-5)
 
 
-def test_a_batch_in_which_nobody_said_anything_has_zero_loss_and_changes_nothing():
-    batch, tx = tiny.reward_batch(candidates=2), make_optimizer(0.1)
+def test_a_batch_in_which_nobody_said_anything_changes_nothing_and_has_no_loss():
+    batch, tx = tiny.reward_batch(candidates=2), make_optimizer(0.1, weight_decay=0.1)
     silent = batch._replace(rated=np.zeros_like(batch.rated), ranked=np.zeros_like(batch.ranked))
-    state = tiny.reward_state(MODEL, tx)
-    after, metrics = compiled(tx=tx)(state, silent, KEY)
-    assert metrics["reward/loss"].value == 0 and after.skipped == 0
-    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    step = compiled(tx=tx)
+    state, _ = step(tiny.reward_state(MODEL, tx), batch, KEY)
+    after, metrics = step(state, silent, KEY)
+    assert metrics["reward/loss"].weight == 0 and (after.step, after.skipped) == (2, 0)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
 
 
 def test_learns_ratings_by_heart():

@@ -112,12 +112,14 @@ def test_dropout_follows_the_key_and_is_off_without_a_rate():
     assert plain[0] == plain[1] != losses[0]
 
 
-def test_a_batch_without_targets_changes_nothing():
-    batch, tx = tiny.sft_batch(), make_optimizer(0.02)
-    state = tiny.lm_state(MODEL, tx)
-    after, metrics = compiled(tx=tx)(state, batch._replace(loss_mask=np.zeros_like(batch.loss_mask)), KEY)
+def test_a_batch_without_targets_changes_nothing_whatever_momentum_and_decay_there_are():
+    batch, tx = tiny.sft_batch(), make_optimizer(0.02, weight_decay=0.1)
+    step = compiled(tx=tx)
+    state, _ = step(tiny.lm_state(MODEL, tx), batch, KEY)
+    after, metrics = step(state, batch._replace(loss_mask=np.zeros_like(batch.loss_mask)), KEY)
     assert metrics["sft/loss"].value == 0 and metrics["sft/loss"].weight == 0
-    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    assert (after.step, after.skipped) == (2, 0)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
 
 
 def test_a_misspelt_keyword_is_named():
