@@ -872,6 +872,26 @@ def test_a_nul_character_in_an_argument_is_named(kind, command, tmp_path, record
     assert not (tmp_path / "w").exists()
 
 
+def test_what_a_chat_template_refuses_is_said_before_a_run_directory_is_made(command, tmp_path, trained):
+    folder, rows = tmp_path / "vocabulary", []
+    shutil.copytree(trained / "models" / "tokenizer", folder)
+    for i in range(40):
+        prompt = [{"role": "user", "content": f"{i}: how was the film?"}]
+        rows.append({"prompt": prompt, "responses": ["<think>so</think> lovely"], "feedback": []})
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--config.stages=tokenizer,pretrain,sft", f"--config.tokenizer.path={folder}")
+    turn = "{{ m.role + ': ' + (%s) + eos_token }}"
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    line = command(*arguments(tmp_path / "w", data, *given))
+    assert line.startswith(f"{data}:") and "field 'prompt': " in line and "no system role" in line
+    shown = turn % "m.content.split('</think>')[-1]"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}" + shown + "{% endfor %}")
+    line = command(*arguments(tmp_path / "w", data, *given))
+    assert line.startswith(f"{data}:") and "field 'responses': " in line and "leaves out a part of the answer" in line
+    assert untouched(tmp_path / "w")
+
+
 @pytest.mark.parametrize("key", ["data.path", "data.test_path", "tokenizer.path", "model.init_from", "sft.init_from"])
 def test_a_nul_character_in_a_path_of_the_config_is_named(key, command, tmp_path, records):
     file = tmp_path / "nul.py"

@@ -104,6 +104,21 @@ def sft_texts(record: Record) -> list[str]:
     return [e.text for e in record.feedback if isinstance(e, Edit)] if record.feedback else list(record.responses)
 
 
+def read_texts(record: Record, stage: str) -> list[str]:
+    """The responses to the record's prompt that a stage makes tokens of, each once."""
+    if stage == "pretrain":
+        texts = [*filter(None, record.responses)]
+    elif stage == "sft":
+        texts = sft_texts(record)
+    elif stage == "reward":
+        texts = [text for texts, *_ in _judgements(record) for text in texts]
+    elif stage == "classify":
+        texts = [record.responses[entry.response] for entry in record.feedback if isinstance(entry, Label)]
+    else:
+        texts = []
+    return list(dict.fromkeys(texts))
+
+
 def teaches(record: Record, stage: str) -> bool:
     """Whether a stage, "pretrain", "sft", "reward" or "classify", can learn something from the record."""
     if stage == "classify":

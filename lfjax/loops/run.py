@@ -29,7 +29,16 @@ from lfjax import tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.data.duplicates import SPLITS
-from lfjax.data.examples import class_labels, class_names, prompt_tokens, prompts_from_records, reward_examples, teaches
+from lfjax.data.examples import (
+    class_labels,
+    class_names,
+    prompt_tokens,
+    prompts_from_records,
+    read_texts,
+    response_tokens,
+    reward_examples,
+    teaches,
+)
 from lfjax.data.sources import label_scale, load_records, ordinal_bounds, rating_scale
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
@@ -259,13 +268,15 @@ class Run:
         """What stages could not use of the records once they are tokens: better known before anything is trained.
 
         Raises:
-          InputError: a chat template refuses a prompt, one of PPO or the evaluation is too long, `ppo.stop` is no
-            token, or all pairs of answers that the reward stage could learn from are equal once cut.
+          InputError: a chat template refuses a prompt or an answer, a prompt of PPO or the evaluation is too long,
+            `ppo.stop` is no token, or all pairs of answers that the reward stage could learn from are equal once cut.
         """
         for split in SPLITS:
             for record in self.records[split]:
                 if not isinstance(record.prompt, str):
                     prompt_tokens(record, tokenizer)
+                    for text in dict.fromkeys(text for stage in self.stages for text in read_texts(record, stage)):
+                        response_tokens(record, text, tokenizer)
         if {"ppo", "evaluate"} & {*self.stages}:
             self.prompts([*self.records.train, *self.records.test], tokenizer)
             stop_ids(tokenizer, self.config.ppo.stop, "config.ppo.stop")
