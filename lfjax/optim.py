@@ -196,7 +196,8 @@ def _adafactor():
     Source: Shazeer and Stern 2018, arXiv:1804.04235.
     """
     each = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
-    axes = optax.FactoredState(count=None, v_row=0, v_col=0, v=0), optax.EmptyState(), optax.EmptyState()
+    shared: Any = None
+    axes = optax.FactoredState(count=shared, v_row=0, v_col=0, v=0), optax.EmptyState(), optax.EmptyState()
 
     def by_layer(params):
         def shaped(name, x):
