@@ -114,7 +114,7 @@ def base_config() -> Config:
         eps=1e-8,
         weight_decay=0.0,
         clip_norm=1.0,  # 0: no clipping
-        groups=((r"norm\d?/|bias$|positions$|cutpoints$", 1.0, 0.0),),  # (regex, learning-rate x, weight-decay x)
+        groups=((r"norm\d?/|bias$|positions$|token_types$|cutpoints$", 1.0, 0.0),),  # (regex, rate x, weight decay x)
     )
     lm = {"num_microbatches": 1, "chunk_size": 64, "z_loss": 0.0}
     config.pretrain = _section(**_training(seq_len=64, dropout=0.0, step=_section(**lm)))

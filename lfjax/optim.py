@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +18,16 @@ Optimizer = optax.GradientTransformationExtraArgs
 Schedule = Callable[[Any], Any]
 
 # (regex on the parameter path, learning-rate multiplier, weight-decay multiplier); the first match wins, else (1, 1).
-DEFAULT_GROUPS = ((r"norm\d?/|bias$|positions$", 1.0, 0.0),)
+DEFAULT_GROUPS = ((r"norm\d?/|bias$|positions$|token_types$|cutpoints$", 1.0, 0.0),)
 
-# Muon orthogonalises matrices of hidden layers: (regex, input axes, output axes); axis 0 stacks the layers.
+# Matrices of hidden layers: (regex, input axes, output axes); axis 0 stacks the layers.
 MUON_MATRICES = (
     (r"layers/attention/[qkv]$", (1,), (2, 3)),
     (r"layers/attention/o$", (1, 2), (3,)),
     (r"layers/mlp/(up|gate|down)$", (1,), (2,)),
 )
+_STACKED = re.compile(r"(^|/)layers/")  # leaves [L ...]
+_BIAS = re.compile(r"bias$")  # a vector a layer, also where it is [L N H]
 
 
 def weighted_grads(
@@ -157,9 +160,7 @@ def make_optimizer(
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     precondition = {
         "adamw": lambda: adam,
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-        ),
+        "adafactor": _adafactor,
         "lion": lambda: optax.scale_by_lion(b1=b1, b2=b2),
         "muon": lambda: _muon(adam, beta=b1),
     }
@@ -188,6 +189,55 @@ def make_optimizer(
     return optax.chain(*links, precondition[name](), last)
 
 
+def _adafactor():
+    """Adafactor of each layer's matrices [inputs, outputs] and vectors alone, as if no leaf were stacked over layers.
+
+    Second moments that are not factored have their parameter's shape, and so its sharding.
+    Source: Shazeer and Stern 2018, arXiv:1804.04235.
+    """
+    each = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+    shared: Any = None
+    axes = optax.FactoredState(count=shared, v_row=0, v_col=0, v=0), optax.EmptyState(), optax.EmptyState()
+
+    def by_layer(params):
+        def shaped(name, x):
+            if _BIAS.search(name):
+                return x.reshape(x.shape[0], -1)
+            sizes = [math.prod(x.shape[axis] for axis in axes) for axes in _matrix(name) if axes]
+            return x.reshape(x.shape[0], *sizes) if sizes else x
+
+        return map_named(shaped, params)
+
+    def shaped_as(tree, like):
+        return jax.tree.map(lambda x, y: x.reshape(y.shape) if x.size == y.size else x, tree, like)
+
+    def with_moments_as(state, like):
+        return (state[0]._replace(v=shaped_as(state[0].v, like)), *state[1:])
+
+    def layers(params) -> int:
+        return next((x.shape[0] for x in jax.tree.leaves(params)), 1)
+
+    def init(params):
+        state = jax.vmap(each.init, out_axes=axes, axis_size=layers(params))(by_layer(params))
+        return with_moments_as(state, params)
+
+    def update(updates, state, params=None):
+        flat = by_layer(params)
+        apply = jax.vmap(each.update, in_axes=(0, axes, 0), out_axes=(0, axes), axis_size=layers(params))
+        updates, state = apply(shaped_as(updates, flat), with_moments_as(state, flat), flat)
+        return shaped_as(updates, params), with_moments_as(state, params)
+
+    return optax.partition(
+        {"stacked": optax.GradientTransformation(init, update), "single": each},
+        lambda params: map_named(lambda n, _: "stacked" if _STACKED.search(n) else "single", params),
+    )
+
+
+def _matrix(leaf: str) -> tuple:
+    """Input and output axes by MUON_MATRICES; none where the leaf is not one of them."""
+    return next((row[1:] for row in MUON_MATRICES if re.search(row[0], leaf)), ((), ()))
+
+
 def _muon(adam, beta: float):
     """Muon for MUON_MATRICES, Adam for the rest.
 
@@ -195,12 +245,9 @@ def _muon(adam, beta: float):
     not matrices of a hidden layer and stay with Adam.
     """
 
-    def row(leaf: str):
-        return next((r for r in MUON_MATRICES if re.search(r[0], leaf)), ("", (), ()))
-
     def dimension_numbers(params):
         return map_named(
-            lambda name, p: p if isinstance(p, optax.MaskedNode) else MuonDimensionNumbers(row(name)[1], row(name)[2]),
+            lambda name, p: p if isinstance(p, optax.MaskedNode) else MuonDimensionNumbers(*_matrix(name)),
             params,
         )
 
@@ -208,17 +255,12 @@ def _muon(adam, beta: float):
         del params
 
         def leaf(name, u):
-            fan_in = 1
-            fan_out = 1
-            for axis in row(name)[1]:
-                fan_in *= u.shape[axis]
-            for axis in row(name)[2]:
-                fan_out *= u.shape[axis]
+            fan_in, fan_out = (math.prod(u.shape[axis] for axis in axes) for axes in _matrix(name))
             return u * max(1.0, fan_out / fan_in) ** 0.5
 
         return map_named(leaf, updates)
 
     muon = optax.chain(scale_by_muon(beta=beta, weight_dimension_numbers=dimension_numbers), optax.stateless(scale))
     return optax.partition(
-        {"muon": muon, "adam": adam}, lambda params: map_named(lambda n, _: "muon" if row(n)[0] else "adam", params)
+        {"muon": muon, "adam": adam}, lambda params: map_named(lambda n, _: "muon" if _matrix(n)[0] else "adam", params)
     )

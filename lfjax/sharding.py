@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,8 +52,11 @@ ACTIVATIONS = {
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
     """A (data, fsdp, tensor) mesh; one axis may be -1 and takes what is left.
 
+    Devices are in process order, tensor innermost; on TPUs an axis lies along the torus' links, and one of the torus'
+    axes is shared by two of the mesh's only where these sizes leave no other way.
+
     Raises:
-      InputError: the sizes don't multiply to the number of devices.
+      InputError: the sizes don't multiply to the number of devices, or these are of several TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -70,7 +74,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
             f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not multiply to {len(devices)} devices;"
             " change one of them, or set one to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    if devices[0].platform != "tpu":  # jax.make_mesh refuses the GPUs of several hosts
+        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES, axis_types=types)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise InputError(f"config.mesh: the devices are of {len(slices)} TPU slices; a run takes the devices of one")
+    try:
+        return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+    except NotImplementedError:
+        layout = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(layout, AXES, axis_types=types)
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules=DEFAULT_RULES) -> P:

@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import math
 import re
 
@@ -8,6 +10,10 @@ import optax
 import pytest
 import tiny
 
+from lfjax.config import base_config
+from lfjax.models import presets
+from lfjax.models.encoder import EncoderConfig
+from lfjax.models.lstm import LSTMConfig
 from lfjax.optim import DEFAULT_GROUPS, coupled_grads, make_optimizer, schedule, weighted_grads
 from lfjax.types import Mean, leaf_name, map_named
 
@@ -35,7 +41,7 @@ def train(tx, params, steps, *, at=lambda i: i, grads=gradients):
         updates, state = tx.update(grads, state, params, step=step)
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
+    state = tiny.jit(tx.init)(params)
     for i in range(steps):
         params, state = update(params, state, jnp.int32(at(i)), grads(params, i))
     return params
@@ -105,19 +111,102 @@ def test_every_optimiser_reduces_a_loss(name, peak, params):
     assert loss(after) < 0.5 * loss(params)
 
 
-def test_norms_biases_and_positions_do_not_decay(params):
-    params = params | {"embed": params["embed"] | {"positions": jnp.ones((3, 2))}}
+SIZE = {"vocab_size": 130, "width": 128, "layers": LAYERS, "heads": 4}
+GPT2 = presets.gpt2(**SIZE, context=130)
+LLAMA = presets.llama(**SIZE, kv_heads=2, mlp_width=192, context=16, tied=False)
+TABLES = {
+    "gpt2": GPT2.parameters(),
+    "llama": dataclasses.replace(LLAMA, qk_norm=True, post_norm=True).parameters(),
+    "reward": dataclasses.replace(LLAMA, num_labels=1, head_bias=True).parameters(),
+    "lstm": LSTMConfig(vocab_size=130, width=128, layers=LAYERS).parameters(),
+    "encoder": EncoderConfig(**SIZE, num_labels=3).parameters(),
+}
+ATTENTION_AND_MLP = {f"layers/attention/{n}" for n in "qkvo"} | {f"layers/mlp/{n}" for n in ("up", "down")}
+DECAYED = {
+    "gpt2": {"embed/tokens"} | ATTENTION_AND_MLP,
+    "llama": {"embed/tokens", "unembed/kernel", "layers/mlp/gate"} | ATTENTION_AND_MLP,
+    "reward": {"embed/tokens", "head/kernel", "layers/mlp/gate"} | ATTENTION_AND_MLP,
+    "lstm": {"embed/tokens", "layers/lstm/input", "layers/lstm/recurrent"},
+    "encoder": {"embed/tokens", "pooler/kernel", "head/kernel"} | ATTENTION_AND_MLP,
+    "adapters": {f"lora/layers/attention/{n}/{part}" for n in "qo" for part in "ab"} | {"head/kernel"},
+}
+
+
+@functools.cache
+def every_form():
+    """Parameters of all forms in one tree, of many scales."""
+    is_entry = lambda x: isinstance(x, tuple)  # noqa: E731
+    trees = {form: jax.tree.map(lambda entry: entry[0], table, is_leaf=is_entry) for form, table in TABLES.items()}
+    adapters = {n: {"a": (LAYERS, 128, 8), "b": (LAYERS, 8, 128)} for n in "qo"}
+    trees["adapters"] = {"lora": {"layers": {"attention": adapters}}, "head": {"kernel": (128, 1), "cutpoints": (4,)}}
+    leaves, structure = jax.tree.flatten(trees, is_leaf=is_entry)
+    rng = np.random.default_rng(0)
+    scales = [10.0 ** rng.uniform(-2, 2, (shape[0],) + (1,) * (len(shape) - 1)) for shape in leaves]
+    draws = [s * rng.normal(size=shape) for s, shape in zip(scales, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in draws])
+
+
+def decays(name):
+    form, _, leaf = name.partition("/")
+    return leaf in DECAYED[form]
+
+
+def test_matrices_decay_and_nothing_else_does_in_any_form():
+    params = every_form()
     zero = jax.tree.map(jnp.zeros_like, params)
     updates = change(make_optimizer(0.5, weight_decay=0.1), params, zero)
+    found = {n for n, u in named(updates).items() if np.any(u)}
+    assert found == {f"{form}/{leaf}" for form, leaves in DECAYED.items() for leaf in leaves}
+    expected = map_named(lambda name, p: -0.5 * 0.1 * p if decays(name) else jnp.zeros_like(p), params)
+    jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=1e-6), updates, expected)
+    assert base_config().optim.groups == DEFAULT_GROUPS
 
-    def expected(name, p):
-        decays = name in {
-            "embed/tokens", "unembed/kernel", *(f"layers/attention/{n}" for n in "qkvo"),
-            *(f"layers/mlp/{n}" for n in ("up", "gate", "down")),
-        }  # fmt: skip
-        return -0.5 * 0.1 * p if decays else jnp.zeros_like(p)
 
-    tiny.close_trees(updates, map_named(expected, params), rtol=1e-6)
+def named(tree):
+    return {leaf_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def apart(tree):
+    """Every leaf of a layer on its own: matrices [inputs, outputs], vectors, and what no layer has as it is."""
+    found = {}
+    for name, x in named(tree).items():
+        if "/layers/" not in name:
+            found[name] = x
+            continue
+        for index, own in enumerate(x):
+            if re.search(r"attention/[qkv]$", name):
+                own = own.reshape(own.shape[0], -1)
+            elif name.endswith("attention/o"):
+                own = own.reshape(-1, own.shape[-1])
+            elif name.endswith("bias"):
+                own = own.reshape(-1)
+            found[f"{name}/{index}"] = own
+    return found
+
+
+def test_adafactor_is_optaxs_on_each_layers_matrices_alone():
+    params, steps = {form: every_form()[form] for form in ("llama", "encoder", "lstm", "adapters")}, 2
+    lone = {name: jnp.asarray(x) for name, x in apart(params).items()}
+    mask = {name: decays(re.sub(r"/\d+$", "", name)) for name in lone}
+    theirs = optax.with_extra_args_support(optax.adafactor(0.01, weight_decay_rate=0.001, weight_decay_mask=mask))
+    rng = np.random.default_rng(1)
+    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(steps)]
+    expected = train(theirs, lone, steps, grads=lambda _, i: apart(grads[i]))
+    ours = train(make_optimizer(0.01, name="adafactor", weight_decay=0.1), params, steps, grads=lambda _, i: grads[i])
+    for name, x in apart(ours).items():
+        moved, exact = x - np.asarray(lone[name]), np.asarray(expected[name] - lone[name])
+        np.testing.assert_allclose(moved, exact, rtol=1e-4, atol=3e-7 * np.abs(lone[name]).max(), err_msg=name)
+
+
+def test_adafactors_state_is_a_row_and_a_column_a_matrix():
+    model = presets.gpt2(vocab_size=50257, width=768, layers=12, heads=12)
+    is_entry = lambda x: isinstance(x, tuple)  # noqa: E731
+    shapes = jax.tree.map(lambda e: jax.ShapeDtypeStruct(e[0], jnp.float32), model.parameters(), is_leaf=is_entry)
+    state = jax.eval_shape(make_optimizer(0.1, name="adafactor").init, shapes)
+    attention, mlp, vectors = 4 * (768 + 768), 2 * (768 + 3072), 2 * 2 * 768 + 4 * 768 + 3072 + 768
+    tables, norm = (50257 + 768) + (1024 + 768), 2 * 768
+    moments = 12 * (attention + mlp + vectors) + tables + norm
+    assert moments < sum(math.prod(x.shape) for x in jax.tree.leaves(state)) < 1.002 * moments
 
 
 def test_a_groups_multipliers_scale_rate_and_decay_and_zero_freezes(params):

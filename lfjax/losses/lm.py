@@ -166,6 +166,8 @@ def _chunked_forward(chunk_size, hidden, unembed, targets, temperature):
 def _chunked_backward(chunk_size, residuals, cotangents):
     hidden, unembed, targets, temperature, stats = residuals
     axis = targets.ndim - 1
+    # XLA's CPU backend runs no product of half precision into float32 whose result is then transposed (a tied weight).
+    exact = jnp.float32 if jax.default_backend() == "cpu" else hidden.dtype
 
     def chunk(totals, slices):
         h, y, log_z, ent, (d_logprob, d_entropy, d_log_z) = slices
@@ -176,8 +178,10 @@ def _chunked_backward(chunk_size, residuals, cotangents):
         hit = column == jnp.clip(y, 0, logits.shape[-1] - 1)[..., None]
         slope = (d_log_z - d_logprob)[..., None] - d_entropy[..., None] * (logprobs + ent[..., None])
         (d_raw,) = to_raw(jnp.exp(logprobs) * slope + jnp.where(hit, d_logprob[..., None], 0.0))
-        d_weight = jnp.einsum("...d,...v->dv", h, d_raw.astype(h.dtype), preferred_element_type=jnp.float32)
-        dh = jnp.einsum("...v,dv->...d", d_raw.astype(h.dtype), unembed.weight.astype(h.dtype))
+        d_logits = d_raw.astype(h.dtype)
+        operands = h.astype(exact), d_logits.astype(exact)
+        d_weight = jnp.einsum("...d,...v->dv", *operands, preferred_element_type=jnp.float32)
+        dh = jnp.einsum("...v,dv->...d", d_logits, unembed.weight.astype(h.dtype))
         d_bias = None if unembed.bias is None else jnp.sum(d_raw, axis=tuple(range(d_raw.ndim - 1)))
         return jax.tree.map(jnp.add, totals, (d_weight, d_bias)), dh
 

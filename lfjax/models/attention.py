@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lfjax.models import blocks
+
 MASKED = -1e30  # finite: a row that may see nothing gets a uniform softmax instead of NaN
 QUERY_BLOCK = {"cpu": 128}  # queries handled at once; larger elsewhere, where every block is a launch
 OTHER_QUERY_BLOCK = 512
@@ -176,7 +178,7 @@ def _softmax_attention(q: Array, k: Array, v: Array, allowed: Array | None, soft
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     groups = heads // kv_heads
-    q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(batch, kv_heads, groups * length, head_dim)
+    q = blocks.scale(q, head_dim**-0.5).reshape(batch, kv_heads, groups * length, head_dim)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, groups, length, keys)
     if softcap > 0.0:

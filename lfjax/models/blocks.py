@@ -111,7 +111,12 @@ def dropout(x: Array, key: Array | None, rate: float) -> Array:
     width = x.shape[-1]
     words = jax.random.bits(key, (*x.shape[:-1], -(-width // 4)), jnp.uint32)
     noise = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., :width]
-    return jnp.where(noise >= dropped, x * jnp.asarray(256 / (256 - dropped), x.dtype), jnp.zeros((), x.dtype))
+    return jnp.where(noise >= dropped, scale(x, 256 / (256 - dropped)), jnp.zeros((), x.dtype))
+
+
+def scale(x: Array, factor: float) -> Array:
+    """x times a number, in x's dtype: the product is rounded to it, the number is not."""
+    return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
 
 
 def _linear(x: Array, params: dict, name: str) -> Array:

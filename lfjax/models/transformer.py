@@ -370,7 +370,7 @@ def block(config: TransformerConfig, params: dict, x: Array, mix: Callable, rope
     if rope is not None:
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
     if c.query_scalar:  # attention divides by the root of head_dim
-        q = q * jnp.asarray((c.head_dim / c.query_scalar) ** 0.5, q.dtype)
+        q = blocks.scale(q, (c.head_dim / c.query_scalar) ** 0.5)
     mixed = blocks.merge_heads(constrain(mix(q, k, v), "heads"), weights["o"], weights.get("o_bias"))
     attended = add(x, mixed, 0)
     normed = norm(x if c.parallel else attended, params["norm2"])

@@ -136,6 +136,24 @@ def test_bf16_hidden_states_give_float32_stats_and_gradients_of_their_own_dtypes
     np.testing.assert_allclose(stats.logprobs, reference.token_stats(HIDDEN, WEIGHT, TARGETS)[0], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_in_half_precision_are_float32s_within_its_rounding(dtype, chunk_size, tied):
+    def grads(hidden, table):
+        def loss(hidden, table):
+            unembed = lm.Unembed(table.T if tied else table)
+            return lm.chunked_token_stats(hidden, unembed, TARGETS, chunk_size=chunk_size).logprobs.sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden, table)
+
+    hidden, table = jnp.asarray(HIDDEN, dtype), jnp.asarray(WEIGHT.T if tied else WEIGHT).astype(dtype)
+    expected = grads(hidden.astype(jnp.float32), table.astype(jnp.float32))
+    for got, exact in zip(grads(hidden, table.astype(jnp.float32)), expected, strict=True):
+        error = np.linalg.norm(np.asarray(got, np.float64) - np.asarray(exact, np.float64))
+        assert error <= float(jnp.finfo(dtype).eps) * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("label_smoothing, z_loss", [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
 def test_cross_entropy_equals_float64(label_smoothing, z_loss):
     logits = RNG.normal(size=(B, T, V)).astype(np.float32)

@@ -296,6 +296,18 @@ def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
     assert abs(neighbours.mean() - dropped**2) < 5 * (dropped**2 / n) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dropout_keeps_the_mean_in_every_dtype(dtype):
+    """Of what is kept, to the mean rounding of as many values, and of all, within the sampling error of who is."""
+    x = jax.random.uniform(jax.random.key(1), (256, 1024), jnp.float32, 1.0, 2.0).astype(dtype)
+    out, x = (np.asarray(a, np.float64) for a in (jax.jit(lambda x: blocks.dropout(x, jax.random.key(0), 0.1))(x), x))
+    kept, p = out != 0, round(0.1 * 256) / 256
+    largest = x.max() / (1 - p)
+    rounding = largest * (float(jnp.finfo(dtype).eps) / len(np.unique(x)) ** 0.5 + float(jnp.finfo(jnp.float32).eps))
+    assert abs((out[kept] - x[kept] / (1 - p)).mean()) < rounding
+    assert abs((out - x).mean()) < 4 * (np.square(x).mean() * p / (1 - p) / x.size) ** 0.5
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_dropout_noise_is_the_same_on_any_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
