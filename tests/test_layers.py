@@ -6,7 +6,7 @@ import pathlib
 import lfjax
 
 LAYERS = """
-types  masking  config  doctor  signals
+types  masking  config  doctor  signals  files  terminal
 losses  rl  models  optim  records  sharding
 state  sampling  tokenizers
 data  feedback  interop
