@@ -11,7 +11,6 @@ ICWSM 2014.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import html
@@ -32,6 +31,7 @@ from typing import Any, ClassVar
 import absl.logging
 import numpy as np
 
+from lfjax import files
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of
 from lfjax.records import Rating, Record
@@ -76,7 +76,7 @@ def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
             fetched = _download(pathlib.Path(temporary), path)
             _check(fetched)
-            os.replace(fetched, path)
+            files.write_bytes(path, fetched.read_bytes())
     except OSError as error:
         raise InputError(f"{folder}: cannot hold the data: {error}; set LFJAX_CACHE to another folder") from None
     return path
@@ -248,8 +248,7 @@ def prepare(cache: str | os.PathLike[str] | None = None) -> Any:
         return made
     folder = fetch(cache).parent
     try:
-        with (folder / ".vader.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(folder / ".vader.lock"):
             made = builder(cache)  # another process may have built it while this one waited
             if not _is_prepared(made):
                 _build_quietly(made)

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from lfjax import tokenizers
 from lfjax.config import InputError
+from lfjax.files import write_tensors, write_text
 from lfjax.interop import peft
 from lfjax.interop.families import (
     Family,
@@ -230,14 +230,16 @@ def save(
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
             _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
-            save_file(adapter.tensors, fresh / ADAPTER / peft.TENSORS, metadata={"format": "pt"})
+            write_tensors(fresh / ADAPTER / peft.TENSORS, adapter.tensors, {"format": "pt"})
         _swap(fresh, target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(fresh), str(target))) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _generation(loaded: Loaded) -> dict[str, Any]:

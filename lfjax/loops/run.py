@@ -30,10 +30,11 @@ from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.data.examples import teaches
 from lfjax.data.sources import load_records, ordinal_bounds, rating_scale
+from lfjax.files import read_json, write_json
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
 from lfjax.loops.workdir import Workdir, forks_of
-from lfjax.metrics import RunLog, read_json, write_json
+from lfjax.metrics import RunLog
 from lfjax.models import lora
 from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
@@ -99,11 +100,19 @@ class Meter:
 class Run:
     """What the stages of one run share. Everything costly is made on first use."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, *, search: tuple[Path, ...] = (), profile: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str | os.PathLike,
+        *,
+        search: tuple[Path, ...] = (),
+        profile: int = 0,
+        follow_links: bool = False,
+    ):
         configs.validate(config)
         self.profile = profile  # steps of every training stage to trace
         self.config = config
-        self._directory = Workdir(workdir)
+        self._directory = Workdir(workdir, follow_links=follow_links)
         self.workdir = self._directory.path
         self.search = search
         self.stages = tuple(config.stages)
@@ -423,12 +432,7 @@ class Run:
         if not path.exists():
             return None
         fix = f'delete it: stage "{stage}" goes on from its last checkpoint'
-        try:
-            done = read_json(path)
-        except InputError as error:
-            raise InputError(f"{str(error).removesuffix('; restore or delete the file')}; {fix}") from error
-        if not isinstance(done, dict):
-            raise InputError(f"{path}: not what a finished stage leaves: no JSON object; {fix}")
+        done = read_json(path, dict, fix=fix)
         kinds = {"figures": dict, "seconds": (int, float), "parts": dict, "programs": dict}
         wrong = [key for key, kind in kinds.items() if not isinstance(done.get(key), kind)]
         if "seconds" not in wrong and not math.isfinite(done["seconds"]):
