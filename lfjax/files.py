@@ -388,8 +388,9 @@ def _check_shape(content: bytes) -> None:
     opened = content.count(b"[") + content.count(b"{")
     if opened <= MOST_DEPTH and opened + content.count(b",") <= MOST_VALUES:
         return
-    outside = b"".join(content.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-    brackets = outside.translate(None, _NO_BRACKETS)
+    bare = content.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_STRUCTURE)
+    outside = b"".join(bare.replace(b'""', b"").split(b'"')[::2])
+    brackets = outside.replace(b",", b"")
     if outside.count(b",") + len(brackets) // 2 > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES} values")
     depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
@@ -397,7 +398,7 @@ def _check_shape(content: bytes) -> None:
         raise ValueError(f"nested deeper than {MOST_DEPTH}")
 
 
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'[]{},"'))
 
 
 def _finite(text: str) -> float:

@@ -778,6 +778,11 @@ def test_a_file_where_a_folder_of_the_run_goes_is_named(name, link, command, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_workdir_whose_name_is_no_utf8_is_refused(command, tmp_path, records):
+    line = command(*arguments(f"{tmp_path}/\udcff", records))
+    assert line == f"--workdir='{tmp_path}/\\udcff': no UTF-8 name; name another folder" and not os.listdir(tmp_path)
+
+
 def test_a_workdir_that_is_a_link_to_nothing_or_below_one_is_refused(command, tmp_path, records):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for workdir in (tmp_path / "link", tmp_path / "link" / "w"):

@@ -366,7 +366,7 @@ class Run:
             params = jax.jit(merge, out_shardings=shardings_for(shapes, self.mesh, self.rules))(base, trained)
         key, name = self.start_of(stage)
         start = self.source(key, name) if name else None  # its family and further keys are kept
-        config = None if start is None else read_json(start / hf.CONFIG)
+        config = None if start is None else read_json(start / hf.CONFIG, dict)
         loaded = hf.loaded_from(model, params, self.tokenizer, config=config, labels=labels)
         if how is not None:
             host = jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(trained))
@@ -515,7 +515,7 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
         seconds = sum(done["seconds"] for done in totals)
         trained = sum(done["parts"].get("train", 0.0) for done in totals)
         run.log.summary({"time/total_s": seconds, "time/goodput": trained / seconds, "compile/count": programs.total()})
-    return read_json(run.workdir / "summary.json")
+    return read_json(run.workdir / "summary.json", dict)
 
 
 def _run_stage(run: Run, stage: str, function: Callable[[Run], dict[str, float]]) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Workdir:
             raise InputError("--workdir=: empty; name the folder of the run")
         if "://" in os.fspath(path):
             raise InputError(f"--workdir={os.fspath(path)}: an address; name a folder, of a mounted bucket perhaps")
+        try:
+            os.fspath(path).encode()
+        except UnicodeEncodeError:  # TensorStore, which writes the checkpoints, takes no other names
+            raise InputError(f"--workdir={os.fspath(path)!a}: no UTF-8 name; name another folder") from None
         self.path = Path(path)
         self._follow_links = follow_links
         self._held: int | None = None

@@ -57,7 +57,7 @@ class Word:
 
 def comparisons(run: RunDir) -> dict[str, Comparison]:
     """Every before/after figure that the run has, by key, in reading order."""
-    human = run.summary.get("judge/positive_human")
+    human = figure(run, "judge/positive_human")
     table = (
         ("ppo/score", f"The {reward_name(run)}'s score", "as it says it; PPO was trained on this", number, None),
         ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),

@@ -369,9 +369,8 @@ def _time(run: RunDir) -> str:
         for stage in known
     )
     programs = run.summary.get("compile/count")
-    compiled = (
-        "" if programs is None else f" {number(programs)} programs were compiled, each once and before its first use."
-    )
+    said = "programs were compiled, each once and before its first use."
+    compiled = f" {number(programs)} {said}" if is_figure(programs) else ""
     whole = run.summary.get("time/total_s")
     spent = f"{_clock(whole)} in all." if isinstance(whole, (int, float)) else f"{_clock(total)} in the stages so far."
     columns = ("Time", "Training", "Tokens/s", "MFU", "Programs")

@@ -7,7 +7,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from lfjax import files
 from lfjax.config import InputError
@@ -126,7 +126,7 @@ def read(workdir: str | os.PathLike) -> RunDir:
 _TIMED = {"step", "seconds", "tokens_per_s", "mfu", "rollout_s", "score_s", "experience_s", "update_s"}
 
 
-def is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> TypeGuard[float]:
     """Whether it is a number that can be drawn."""
     return isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST
 
