@@ -1096,7 +1096,7 @@ COMMANDS = {
     "eval of a reward model": (("eval", "{scorer}", "--text={text}"), "not a language model; name another"),
     "eval of no text": (("eval", "{trained}", "--text={tmp}/no.txt"), "no.txt: no such file; give a text file"),
     "eval of an empty text": (("eval", "{trained}", "--text={tmp}/none.txt"), "none.txt: is empty"),
-    "eval of a text that is none": (("eval", "{trained}", "--text={tmp}/latin.txt"), "latin.txt:2: not UTF-8 text"),
+    "eval of a text that is none": (("eval", "{trained}", "--text={tmp}/latin.txt"), "latin.txt:2: not UTF-8 (byte 0x"),
     "eval of an unread n-gram": (("eval", "{trained}", "--completions=x", "--train-text=y"), "--train-text: is for"),
     "eval in windows beyond the context": (("eval", "{trained}", "--text={text}", "--context=65"), "2 to 64"),
     "eval in steps beyond a window": (("eval", "{trained}", "--text={text}", "--stride=65"), "--stride: 65; allowed"),

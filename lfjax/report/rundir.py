@@ -150,7 +150,7 @@ def _stages(folder: pathlib.Path, order: list[str], series, timing, left_out: li
         seconds, programs, parts = (finished[stage].get(key) for key in ("seconds", "programs", "parts"))
         seconds = seconds if is_figure(seconds) and seconds >= 0 else rows or None
         state = "done" if done else "started" if begun[index] else "missing"
-        counts = [count for count in programs.values() if is_figure(count)] if isinstance(programs, dict) else None
+        counts = [int(count) for count in programs.values() if is_figure(count)] if isinstance(programs, dict) else None
         known = {k: v for k, v in parts.items() if is_figure(v)} if isinstance(parts, dict) else {}
         stages.append(Stage(stage, state, seconds, None if counts is None else sum(counts), known))
     return stages
