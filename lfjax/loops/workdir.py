@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ class Workdir:
             raise InputError("--workdir=: empty; name the folder of the run")
         if "://" in os.fspath(path):
             raise InputError(f"--workdir={os.fspath(path)}: an address; name a folder, of a mounted bucket perhaps")
-        try:
-            os.fspath(path).encode()
-        except UnicodeEncodeError:  # TensorStore, which writes the checkpoints, takes no other names
-            raise InputError(f"--workdir={os.fspath(path)!a}: no UTF-8 name; name another folder") from None
         self.path = Path(path)
         self._follow_links = follow_links
         self._held: int | None = None
@@ -105,7 +101,7 @@ class Workdir:
             write_json(self.path / INPUTS, digests(config, forks))
             write_json(path, resolved)
 
-    def _check_folders(self, stages: Iterable[str]) -> None:
+    def _check_folders(self, stages: Sequence[str]) -> None:
         for folder in (self.path, *self.path.parents):
             if folder.is_symlink() and not folder.exists():
                 raise InputError(
@@ -114,6 +110,11 @@ class Workdir:
                 )
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--workdir={self.path}: a file, not a folder; choose another --workdir")
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:
+            if set(stages) - {"tokenizer", "evaluate"}:  # TensorStore, which writes checkpoints, takes no other names
+                raise InputError(f"--workdir={str(self.path)!a}: no UTF-8 name; name another folder") from None
         parts = ("checkpoints", "models")
         for name in (*parts, "steps", *(f"{part}/{stage}" for part in parts for stage in stages)):
             folder = self.path / name
@@ -149,7 +150,9 @@ class Workdir:
         except OSError:  # a file system without locks
             pass
         self._held = held
-        files.remove_leftovers(self.path)
+        for folder in (self.path, self.path / "steps", *self.path.glob("checkpoints/*")):
+            if folder.is_dir():
+                files.remove_leftovers(folder)
 
     def _check_inputs(self, config: Config, forks: Mapping[str, Path]) -> None:
         """Refuses to go on with other data or models than the run was started with; keeps other code and says so.
