@@ -10,10 +10,11 @@ import functools
 import os
 import pwd
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from lfjax import terminal
 
 ELSEWHERE = "set LFJAX_CACHE to another folder"
 
@@ -101,4 +102,4 @@ def can_keep(folder: Path, part: str) -> bool:
 def _note(text: str) -> None:
     """On stderr, once, and of several processes by the first alone."""
     if os.environ.get("LFJAX_PROCESS_ID", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+        terminal.note(f"note: {text}")

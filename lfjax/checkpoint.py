@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lfjax.config import InputError
+from lfjax.terminal import note
 
 FINISHED = "FINISHED"  # the file beside the steps that the chain writes when the stage is done
 
@@ -90,7 +91,7 @@ class Checkpoints:
             for broken, cause in failures.items():
                 place = self.folder / str(broken)
                 if jax.process_index() == 0:
-                    print(f"{place}: cannot be read ({cause}); going on from step {candidate}", file=sys.stderr)
+                    note(f"{place}: cannot be read ({cause}); going on from step {candidate}")
                 self._manager.delete(broken)
             return restored
         cause = next(iter(failures.values()), "there is none")

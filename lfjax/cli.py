@@ -17,9 +17,10 @@ import threading
 from pathlib import Path
 
 import lfjax
-from lfjax import cache
+from lfjax import cache, files
 from lfjax.config import InputError
 from lfjax.signals import handled
+from lfjax.terminal import note, show, visible
 
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
 LONGEST_LINE = 2000  # characters of an error: a value of the user's may be of any length
@@ -90,7 +91,7 @@ def _command(argv: list[str] | None) -> int:
         if _is_lost_process(error):
             lost = "another process of this run has ended, see what it says; start the same command again, it goes on"
             cause = " ".join(str(error).split())[:200]
-            print(f"error: {lost} from the last checkpoint: {cause}", file=sys.stderr, flush=True)
+            note(f"error: {lost} from the last checkpoint: {cause}")
             return 1
         if not _is_out_of_memory(error):
             raise
@@ -155,7 +156,7 @@ def _is_one_of_several() -> bool:
 
 
 def _refuse(message: str) -> int:
-    line = " ".join(message.splitlines())
+    line = visible(" ".join(message.splitlines()))
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     print(f"error: {line}", file=sys.stderr, flush=True)
@@ -176,6 +177,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), or a name")
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps of every stage")
+    parser.add_argument("--follow-links", action="store_true", help="links in the workdir may lead out of it")
     parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
     parser.set_defaults(run=_train)
 
@@ -261,24 +263,29 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax.loops.chain import STAGE_FUNCTIONS
     from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
 
-    run = Run(config, arguments.workdir, search=(file.resolve().parent,), profile=arguments.profile)
+    run = Run(
+        config,
+        arguments.workdir,
+        search=(file.resolve().parent,),
+        profile=arguments.profile,
+        follow_links=arguments.follow_links,
+    )
     try:
         summary = run_stages(run, STAGE_FUNCTIONS)
     except Interrupted as stop:
-        print(f"{stop}; start the same command to go on", file=sys.stderr)
+        note(f"{stop}; start the same command to go on")
         return 130
     except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
     import jax
 
     if jax.process_index() == 0:
         path = report.build(arguments.workdir)
         for name in sorted(summary):
-            print(
-                f"{name:40s} {summary[name]:.6g}" if isinstance(summary[name], float) else f"{name:40s} {summary[name]}"
-            )
-        print(f"report: {path}")
+            figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else summary[name]
+            print(visible(f"{name:40s} {figure}"))
+        print(visible(f"report: {path}"))
     return 0
 
 
@@ -448,7 +455,7 @@ def _sample(arguments: argparse.Namespace, _) -> int:
         key, _, rest = str(error).partition(":")
         raise InputError(f"--{key.replace('_', '-')}:{rest}") from error
     for prompt, response in zip(prompts, responses, strict=True):
-        print(prompt + response)
+        show(prompt + response)
     return 0
 
 
@@ -484,14 +491,14 @@ def _eval(arguments: argparse.Namespace, _) -> int:
         shown = scoring.text_table(rows[0])
         if figures["tokens"] < scoring.FEW:
             caution = f"{figures['tokens']} tokens: too few to judge a model by; give {scoring.FEW} or more"
-            print(f"note: {arguments.text}: {caution}", file=sys.stderr)
+            note(f"note: {arguments.text}: {caution}")
     else:
         rows = scoring.score_completions(loaded, records, batch_size=arguments.batch_size)
         shown = scoring.completions_table(rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if output:
-        _write_whole(output, lines)
-    print(lines if arguments.json else shown, end="")
+        files.write_text(output, lines, pipe=True)
+    print(lines if arguments.json else visible(shown), end="")
     return 0
 
 
@@ -518,7 +525,7 @@ def _convert(arguments: argparse.Namespace, _) -> int:
     tokens = "no tokenizer" if loaded.tokenizer is None else f"a tokenizer of {loaded.tokenizer.vocab_size} tokens"
     place = merge.locate(folder, arguments.base)
     merged = "".join(f", the adapter in {adapter.folder} merged into {place.folder}" for adapter in place.adapters)
-    print(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}{merged}")
+    print(visible(f"{arguments.target}: {loaded.config['model_type']}, {count} parameters, {tokens}{merged}"))
     return 0
 
 
@@ -530,16 +537,6 @@ def _bytes(flag: str, text: str) -> int:
     if not found or found[2] not in units or float(found[1]) * units[found[2]] < 1:
         raise InputError(f"{flag}: {text!r}; write a size such as 5GB, 500MB or 200KB")
     return int(float(found[1]) * units[found[2]])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes the file, or leaves what was there."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _model_folder(path: Path, stage: str | None = None) -> Path:
@@ -563,7 +560,7 @@ def _model_folder(path: Path, stage: str | None = None) -> Path:
 def _report(arguments: argparse.Namespace, _) -> int:
     from lfjax import report
 
-    print(report.build(arguments.workdir))
+    print(visible(str(report.build(arguments.workdir))))
     return 0
 
 
@@ -591,9 +588,9 @@ def _feedback(arguments: argparse.Namespace, _) -> int:
         raise InputError(f"--max-chars: {arguments.max_chars}; allowed: 0 (no limit) or more")
     left_out: collections.Counter[str] = collections.Counter()
     records = convert(arguments.source, arguments.format, left_out, max_chars=arguments.max_chars)
-    print(f"{output}: {write_records(output, records)} records")
+    print(visible(f"{output}: {write_records(output, records)} records"))
     for reason, count in left_out.items():
-        print(f"left out: {count}: {reason}")
+        print(visible(f"left out: {count}: {reason}"))
     return 0
 
 
@@ -602,7 +599,7 @@ def _doctor(arguments: argparse.Namespace, _) -> int:
     from lfjax import doctor
 
     lines, problems = doctor.examine(cache.location())
-    print("\n".join([*lines, *(f"problem: {problem}" for problem in problems)]))
+    print(visible("\n".join([*lines, *(f"problem: {problem}" for problem in problems)])))
     print("all is well" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0
 

@@ -6,7 +6,7 @@ equal floats give equal text, so two runs can be compared byte for byte.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import math
 import os
@@ -15,7 +15,7 @@ import shutil
 import socket
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,10 @@ import rich.console
 import rich.progress
 import rich.text
 
+from lfjax import files
 from lfjax.config import InputError
+from lfjax.files import read_json, write_json
+from lfjax.terminal import visible
 from lfjax.types import Mean
 
 METRICS, TIMING, SAMPLES, SUMMARY = "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json"
@@ -106,11 +109,7 @@ class RunLog:
         """
         if self._writes:
             path = self.workdir / SUMMARY
-            known = read_json(path) if path.exists() else {}
-            if not isinstance(known, dict):
-                raise InputError(
-                    f"{path}: found a JSON {type(known).__name__}, not an object; restore or delete the file"
-                )
+            known = read_json(path, dict) if path.exists() else {}
             write_json(path, dict(sorted({**known, **figures}.items())))
 
     def cut(self, stages: Sequence[str], stage: str, step: int) -> None:
@@ -146,7 +145,7 @@ class RunLog:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self._writes and rows:
-            _append(self.workdir / name, _encoded("".join(_line(row) for row in rows)))
+            files.append(self.workdir / name, files.encoded("".join(_line(row) for row in rows)))
 
     def _to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One folder a stage: every stage counts its own steps, and a purge must not reach into another stage.
@@ -164,7 +163,7 @@ class RunLog:
                 folder.mkdir(parents=True, exist_ok=True)
                 part = sum(1 for _ in folder.iterdir())  # the rest of the name only tells seconds apart
             except OSError as error:
-                raise _cannot_write(folder, error) from error
+                raise files.cannot_write(folder, error) from error
             self._events[stage] = folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{part}"
             events.append(proto.Event(wall_time=now, file_version="brain.Event:2"))
             if stage in self._purge:
@@ -172,7 +171,7 @@ class RunLog:
                 events.append(proto.Event(wall_time=now, step=self._purge[stage], session_log=start))
         for name, value in values.items():
             events.append(proto.Event(wall_time=now, step=int(step), summary=scalar(name, float(value))))
-        _append(self._events[stage], b"".join(_event_record(event.SerializeToString()) for event in events))
+        files.append(self._events[stage], b"".join(_event_record(event.SerializeToString()) for event in events))
 
 
 def _event_record(data: bytes) -> bytes:
@@ -183,95 +182,30 @@ def _event_record(data: bytes) -> bytes:
     return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
-def _append(path: pathlib.Path, data: bytes) -> None:
-    try:
-        with open(path, "ab") as file:
-            file.write(data)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _rewrite(path: pathlib.Path, keeps) -> None:
+def _rewrite(path: pathlib.Path, keeps: Callable[[Any], bool]) -> None:
+    """Leaves the rows that `keeps` says of; a torn last line goes."""
+    if path.is_symlink():
+        raise files.cannot_write(path, OSError(errno.ELOOP, "a link"))
     if not path.exists():
         return
-    kept, lines = [], path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        last = number >= len(lines) - 1  # a whole file ends in "\n": its last two pieces are the last line and b""
-        try:
-            row = json.loads(line)
-            if number < len(lines) and keeps(row):
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError) as error:
-            if not last:
-                raise InputError(
+    torn: str | None = None  # what is wrong with a line: the next one makes it an error
+    with files.writing(path) as file:
+        for number, line in files.lines(path):
+            if torn:
+                raise InputError(torn)
+            try:
+                row = files.json_value(line)
+                if line.endswith(b"\n") and keeps(row):
+                    file.write(line)
+            except (ValueError, KeyError, TypeError) as error:
+                torn = (
                     f"{path}:{number}: not a row of this log ({error}); the file was changed by hand or by a failing "
                     "disk: mend or delete that line, or start again in another --workdir"
-                ) from error
-    _replace(path, b"".join(kept))
+                )
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able copy: NumPy and JAX scalars become Python's, non-finite floats null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Writes `obj` as indented JSON through a temporary file and a rename; non-finite floats become null.
-
-    Raises:
-      InputError: the file cannot be written (no space, no permission), naming it.
-    """
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(pathlib.Path(path), _encoded(text))
-
-
-def _encoded(text: str) -> bytes:
-    r"""JSON as UTF-8; half a surrogate pair (a file name that is not UTF-8 has them) becomes its JSON escape \uXXXX."""
-    return text.encode("utf-8", "backslashreplace")
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """Reads one JSON file; InputError names the file and, where it is known, the line where it is broken."""
-    try:
-        return json.loads(pathlib.Path(path).read_bytes().decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore or delete the file") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        found = f"byte 0x{error.object[error.start]:02x}"
-        raise InputError(f"{path}:{line}: not UTF-8 ({found}); restore or delete the file") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deep
-        raise InputError(f"{path}: not JSON ({error}); restore or delete the file") from error
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: pathlib.Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot write: {error.strerror or error}; free some space or choose another --workdir")
+    return json.dumps(files.plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def perplexity(nll: float) -> float:
@@ -342,7 +276,7 @@ class Progress:
     def line(self, text: str) -> None:
         """Prints one line, above the bar on a terminal."""
         if self._shown:
-            self._console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(visible(text.rstrip()), markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, step: int) -> float | None:
         now = time.monotonic()

@@ -25,10 +25,10 @@ import json
 import math
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
+from lfjax import files
 from lfjax.config import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -355,10 +355,6 @@ def parse_record(value: Any, where: str = "record", *, feedback: bool = True) ->
     return Record(prompt, responses, judgements, **provenance, response_fields=response_fields, extra=data, where=where)
 
 
-def _reject_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
 def read_records(path: str | os.PathLike[str], *, feedback: bool = True) -> Iterator[Record]:
     """Streams the records of a JSONL file, each validated as it is read. An `id` occurs once.
 
@@ -368,11 +364,12 @@ def read_records(path: str | os.PathLike[str], *, feedback: bool = True) -> Iter
     Raises:
       InputError: as `json_lines`, or a field that does not hold what it may; the message starts with FILE:LINE.
     """
-    first_line: dict[str | float, str] = {}
+    first_line: dict[str, str] = {}
     for where, row in json_lines(path):
         record = parse_record(row, where, feedback=feedback)
-        if record.id is not None and first_line.setdefault(record.id, where) != where:
-            line = first_line[record.id].rpartition(":")[2]
+        key = f"{type(record.id) is str} {record.id}"  # the hashes of numbers are known, those of texts are not
+        if record.id is not None and first_line.setdefault(key, where) != where:
+            line = first_line[key].rpartition(":")[2]
             raise InputError(f"{where}: field 'id': found {_show(record.id)}, as on line {line}; allowed: each id once")
         yield record
 
@@ -392,46 +389,11 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         found = "not a regular file, and it is read more than once" if path.exists() else "no such file"
         raise InputError(f"{path}: {found}; give a JSONL file, one record a line")
     empty = True
-    for number, raw in enumerate(_lines(path), 1):
-        where = f"{path}:{number}"
-        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if raw.strip():
-            empty = False
-            yield where, _decode(raw, where)
+    for where, value in files.json_lines(path, fix="one JSON object a line", once=True):
+        empty = False
+        yield where, value
     if empty:
         raise InputError(f"{path}: is empty; it must hold at least one record (a JSON object a line)")
-
-
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    """The file's lines, unpacked where it is gzipped."""
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as lines:
-        try:
-            yield from lines
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}: damaged gzip data ({error}); restore the file") from None
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object; of a field given twice JSON readers keep one or the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {_show(max(names, key=names.count))} stands twice in one object")
-    return found
-
-
-def _decode(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_each_once)
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-        raise InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object a line") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {str(error).splitlines()[0]}; one JSON object a line") from None
 
 
 def _feedback_json(entry: Feedback) -> dict[str, Any]:
@@ -455,24 +417,18 @@ def record_json(record: Record) -> dict[str, Any]:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes a JSONL file, whole or not at all (a temporary file beside it, then a rename). Returns the count.
+    """Writes a JSONL file, whole or not at all (see `files.writing`). Returns the count.
 
-    A name that ends in .gz is written gzipped; equal records give equal bytes.
+    What is no regular file, such as /dev/stdout, is written directly. A name that ends in .gz is written gzipped; equal
+    records give equal bytes.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    count = 0
-    try:
-        with contextlib.ExitStack() as files:
-            plain, gzipped = files.enter_context(temporary.open("wb")), path.suffix == ".gz"
-            out = files.enter_context(gzip.GzipFile("", "wb", fileobj=plain, mtime=0)) if gzipped else plain
-            for record in records:
-                line = json.dumps(record_json(record), ensure_ascii=False, allow_nan=False) + "\n"
-                out.write(line.encode())
-                count += 1
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path, count = pathlib.Path(path), 0
+    with files.writing(path, pipe=True) as plain, contextlib.ExitStack() as stack:
+        gzipped = path.suffix == ".gz"
+        out = stack.enter_context(gzip.GzipFile("", "wb", fileobj=plain, mtime=0)) if gzipped else plain
+        for record in records:
+            out.write(files.encoded(json.dumps(record_json(record), ensure_ascii=False, allow_nan=False) + "\n"))
+            count += 1
     return count
 
 

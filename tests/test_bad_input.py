@@ -849,6 +849,11 @@ def test_a_file_where_a_folder_of_the_run_goes_is_named(name, link, command, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_workdir_whose_name_is_no_utf8_is_refused(command, tmp_path, records):
+    line = command(*arguments(f"{tmp_path}/\udcff", records))
+    assert line == f"--workdir='{tmp_path}/\\udcff': no UTF-8 name; name another folder" and not os.listdir(tmp_path)
+
+
 def test_a_workdir_that_is_a_link_to_nothing_or_below_one_is_refused(command, tmp_path, records):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for workdir in (tmp_path / "link", tmp_path / "link" / "w"):
@@ -973,7 +978,7 @@ def test_a_platform_that_is_not_there_is_named(platforms, tmp_path, records):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("text, found", [("{", ":1: not JSON"), ("[]", "no JSON object")])
+@pytest.mark.parametrize("text, found", [("{", ":1: not JSON"), ("[]", "found a JSON list, not an object")])
 def test_a_broken_config_in_the_workdir_is_refused(text, found, command, tmp_path, records, trained):
     workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
     (workdir / "config.json").write_text(text)
@@ -986,10 +991,10 @@ FINISHED = {
     "not UTF-8": (b'{"figures": "\xff"}', ":1: not UTF-8 (byte 0xff)"),
     "not JSON": (b"{", ":1: not JSON"),
     "empty": (b"", ":1: not JSON"),
-    "no object": (b"[]", "no JSON object"),
+    "no object": (b"[]", "found a JSON list, not an object"),
     "no figures": (b'{"seconds": 1.0, "parts": {}, "programs": {}}', "no figures in it"),
     "no seconds": (b'{"figures": {}, "parts": {}, "programs": {}}', "no seconds in it"),
-    "seconds that are none": (b'{"figures": {}, "seconds": NaN, "parts": {}, "programs": {}}', "no seconds in it"),
+    "seconds that are none": (b'{"figures": {}, "seconds": NaN, "parts": {}, "programs": {}}', "NaN is not JSON"),
     "seconds of another kind": (b'{"figures": {}, "seconds": "1", "parts": {}}', "no seconds and no programs"),
 }
 
@@ -1078,6 +1083,40 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     assert same_model(workdir, trained)
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "models/pretrain", "tensorboard", "steps", "profile", "steps/a.py"])
+def test_a_link_out_of_the_workdir_is_refused_where_it_is_not_asked_for(place, command, tmp_path, records):
+    workdir, outside = tmp_path / "w", tmp_path / "outside"
+    outside.mkdir()
+    (workdir / place).parent.mkdir(parents=True)
+    (workdir / place).symlink_to(outside)
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert line.startswith(f"{workdir}/{place}: a link to {outside}, outside of the run directory") and not list(
+        outside.iterdir()
+    )
+    assert "--follow-links" in line and os.listdir(workdir) == [place.split("/")[0]]
+
+
+def test_links_are_followed_where_they_lead_into_the_workdir_or_are_asked_for(tmp_path, records, trained):
+    workdir, outside = tmp_path / "w", tmp_path / "outside"
+    workdir.mkdir()
+    outside.mkdir()
+    (workdir / "checkpoints").symlink_to(outside)
+    (workdir / "here").mkdir()
+    (workdir / "models").symlink_to("here")
+    assert train(workdir, records, PRETRAINING, "--follow-links") == 0
+    assert (outside / "pretrain" / "FINISHED").is_file() and same_model(workdir, trained)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_link_in_place_of_a_log_is_refused(name, command, tmp_path, records):
+    workdir, victim = tmp_path / "w", tmp_path / "precious"
+    workdir.mkdir()
+    victim.write_text("precious")
+    (workdir / name).symlink_to(victim)
+    line = command(*arguments(workdir, records, PRETRAINING), progress=True)
+    assert line.startswith(f"{workdir}/{name}: ") and victim.read_text() == "precious"
+
+
 def test_a_tensorboard_folder_that_cannot_be_written_ends_a_run_in_one_line(command, tmp_path, records, trained):
     """The folder is a file: the one way to close it that also holds for root."""
     workdir = tmp_path / "w"
@@ -1148,7 +1187,7 @@ COMMANDS = {
     "eval of a reward model": (("eval", "{scorer}", "--text={text}"), "not a language model; name another"),
     "eval of no text": (("eval", "{trained}", "--text={tmp}/no.txt"), "no.txt: no such file; give a text file"),
     "eval of an empty text": (("eval", "{trained}", "--text={tmp}/none.txt"), "none.txt: is empty"),
-    "eval of a text that is none": (("eval", "{trained}", "--text={tmp}/latin.txt"), "latin.txt:2: not UTF-8 text"),
+    "eval of a text that is none": (("eval", "{trained}", "--text={tmp}/latin.txt"), "latin.txt:2: not UTF-8 (byte 0x"),
     "eval of an unread n-gram": (("eval", "{trained}", "--completions=x", "--train-text=y"), "--train-text: is for"),
     "eval in windows beyond the context": (("eval", "{trained}", "--text={text}", "--context=65"), "2 to 64"),
     "eval in steps beyond a window": (("eval", "{trained}", "--text={text}", "--stride=65"), "--stride: 65; allowed"),

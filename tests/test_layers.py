@@ -6,7 +6,7 @@ import pathlib
 import lfjax
 
 LAYERS = """
-types  masking  files  config  cache  doctor  signals  bounded  bounded_child
+types  masking  files  config  cache  doctor  signals  terminal  bounded  bounded_child
 losses  rl  models  optim  records  sharding
 state  sampling  tokenizers
 data  feedback  interop

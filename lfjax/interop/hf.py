@@ -14,7 +14,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 
 from lfjax import tokenizers
 from lfjax.config import InputError
+from lfjax.files import write_tensors, write_text
 from lfjax.interop import merge, peft
 from lfjax.interop.families import (
     Family,
@@ -51,12 +51,12 @@ from lfjax.interop.tensors import (
     Tensors,
     lossless_dtype,
     read_json,
-    write_file,
     write_safetensors,
 )
 from lfjax.models.network import Network
 from lfjax.models.transformer import CHOICES, TransformerConfig
 from lfjax.sharding import DEFAULT_RULES, shardings_for
+from lfjax.terminal import note
 
 CONFIG, ADAPTER, ADAPTER_CONFIG = "config.json", "adapter", peft.CONFIG
 GENERATION = "generation_config.json"
@@ -272,19 +272,21 @@ def save(
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
             _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
-            write_file(fresh / ADAPTER / peft.TENSORS, adapter.tensors)
+            write_tensors(fresh / ADAPTER / peft.TENSORS, adapter.tensors, {"format": "pt"})
             if _names_its_class(fresh):
                 _save_tokenizer(fresh / ADAPTER, loaded)
             if generation:
                 _write_json(fresh / ADAPTER / GENERATION, generation)
             _leave_out_code(fresh / ADAPTER, target)
         _swap(fresh, target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(fresh), str(target))) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
@@ -317,7 +319,7 @@ def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
     if found:
         _told.update(found)
         shown = ", ".join(f"{key} ({name})" for name, key in found)
-        print(f"note: {target}: left out what makes other tools fetch or run code: {shown}", file=sys.stderr)
+        note(f"note: {target}: left out what makes other tools fetch or run code: {shown}")
 
 
 def _without_code(value: Any) -> tuple[Any, set[str]]:

@@ -8,17 +8,15 @@ import math
 import mmap
 import pathlib
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from lfjax.config import InputError
-from lfjax.files import inside
+from lfjax.files import inside, json_value, read_bytes, write_json, write_tensors
 
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {kind: dtype.name for kind, dtype in STORED.items()}  # as config.json calls them
@@ -263,13 +261,15 @@ def read_json(file: pathlib.Path) -> dict:
     Raises:
       InputError: naming the file, and the line where it is damaged; also where it is a link out of its folder.
     """
+    if not file.exists():
+        raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}")
     try:
-        value = json.loads(inside(file.parent, file.name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}") from error
+        value = json_value(read_bytes(inside(file.parent, file.name)))
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8; a number of too many digits; nested too deep
+    except ValueError as error:  # not UTF-8; a number of too many digits; nested too deep
         raise InputError(f"{file}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: found a JSON {type(value).__name__}; must be an object")
@@ -310,18 +310,10 @@ def write_safetensors(
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
     for file, shard in zip(names, shards, strict=True):
         converted = {name: _converted(name, tensors[name], dtype) for name in shard}
-        write_file(folder / file, converted)
-
-
-def write_file(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file, with the mode that a new file gets here (save_file gives it to nobody else)."""
-    file.touch()
-    mode = stat.S_IMODE(file.stat().st_mode)
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)
+        write_tensors(folder / file, converted, {"format": "pt"})
 
 
 def _converted(name: str, x: np.ndarray, dtype: str) -> np.ndarray:

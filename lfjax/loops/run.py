@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from lfjax import config as configs
-from lfjax import tokenizers
+from lfjax import terminal, tokenizers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.data.duplicates import SPLITS
@@ -40,10 +40,11 @@ from lfjax.data.examples import (
     teaches,
 )
 from lfjax.data.sources import label_scale, load_records, ordinal_bounds, rating_scale
+from lfjax.files import read_json, write_json
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
 from lfjax.loops.workdir import Workdir, forks_of
-from lfjax.metrics import RunLog, read_json, write_json
+from lfjax.metrics import RunLog
 from lfjax.models import lora
 from lfjax.models.flops import peak_flops
 from lfjax.models.lora import LoRA
@@ -115,11 +116,19 @@ class Meter:
 class Run:
     """What the stages of one run share. Everything costly is made on first use."""
 
-    def __init__(self, config: Config, workdir: str | os.PathLike, *, search: tuple[Path, ...] = (), profile: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str | os.PathLike,
+        *,
+        search: tuple[Path, ...] = (),
+        profile: int = 0,
+        follow_links: bool = False,
+    ):
         configs.validate(config)
         self.profile = profile  # steps of every training stage to trace
         self.config = config
-        self._directory = Workdir(workdir)
+        self._directory = Workdir(workdir, follow_links=follow_links)
         self.workdir = self._directory.path
         self.search = search
         self.stages = tuple(config.stages)
@@ -484,7 +493,7 @@ class Run:
     def note(stage: str, what: str) -> None:
         """One line on what a stage makes of its data."""
         if jax.process_index() == 0:
-            print(f"note: stage {stage}: {what}", file=sys.stderr)
+            terminal.note(f"note: stage {stage}: {what}")
 
     def place(self, tree):
         """Host arrays onto the mesh by the run's rules."""
@@ -527,12 +536,7 @@ class Run:
         if not path.exists():
             return None
         fix = f'delete it: stage "{stage}" goes on from its last checkpoint'
-        try:
-            done = read_json(path)
-        except InputError as error:
-            raise InputError(f"{str(error).removesuffix('; restore or delete the file')}; {fix}") from error
-        if not isinstance(done, dict):
-            raise InputError(f"{path}: not what a finished stage leaves: no JSON object; {fix}")
+        done = read_json(path, dict, fix=fix)
         kinds = {"figures": dict, "seconds": (int, float), "parts": dict, "programs": dict}
         wrong = [key for key, kind in kinds.items() if not isinstance(done.get(key), kind)]
         if "seconds" not in wrong and not math.isfinite(done["seconds"]):
@@ -615,7 +619,7 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
         seconds = sum(done["seconds"] for done in totals)
         trained = sum(done["parts"].get("train", 0.0) for done in totals)
         run.log.summary({"time/total_s": seconds, "time/goodput": trained / seconds, "compile/count": programs.total()})
-    return read_json(run.workdir / "summary.json")
+    return read_json(run.workdir / "summary.json", dict)
 
 
 def _run_stage(run: Run, stage: str, function: Callable[[Run], dict[str, float]]) -> dict[str, Any]:

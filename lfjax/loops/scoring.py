@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lfjax import files
 from lfjax.config import InputError
 from lfjax.data.examples import prompt_tokens, response_tokens
 from lfjax.data.windows import windows
@@ -23,6 +23,7 @@ from lfjax.rewards.ngram import NGram
 SHORTEST = 32  # rows are padded to a power of two of at least so many targets, so that few widths are compiled
 LONGEST = 2048  # tokens of a window, where the caller names none
 FEW = 100  # tokens of a text below which its figures come with a word of caution
+MOST_TEXT = 2**30  # bytes of a text to score
 CHUNK = 64  # positions of a row whose logits exist at a time
 
 
@@ -200,15 +201,7 @@ def score_completions(loaded: Loaded, records: Sequence[Record], *, batch_size: 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A UTF-8 text file; raises InputError naming the file, and the line that is not UTF-8."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a text file")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    text = files.read_text(path, most=MOST_TEXT, fix="give a text file in UTF-8")
     if not text:
         raise InputError(f"{path}: is empty; give a text to score")
     return text

@@ -5,20 +5,21 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import inspect
+import itertools
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from lfjax import config as configs
-from lfjax import tokenizers
+from lfjax import files, tokenizers
 from lfjax.config import Config, InputError
+from lfjax.files import write_json
 from lfjax.interop import hf
-from lfjax.metrics import METRICS, read_json, write_json
+from lfjax.metrics import METRICS
+from lfjax.terminal import note
 
 INPUTS = "inputs.json"  # sha256 of the data, models, tokenizer and forks that the run was started with
 WHOLE_BYTES = 64 * 2**20  # a larger file of a model counts by its size, its first MiB and its last
@@ -27,16 +28,19 @@ WHOLE_BYTES = 64 * 2**20  # a larger file of a model counts by its size, its fir
 class Workdir:
     """The directory of one run.
 
+    Args:
+      follow_links: links in it may lead out of it.
     Raises:
       InputError: no folder can be there.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
         if not os.fspath(path):
             raise InputError("--workdir=: empty; name the folder of the run")
         if "://" in os.fspath(path):
             raise InputError(f"--workdir={os.fspath(path)}: an address; name a folder, of a mounted bucket perhaps")
         self.path = Path(path)
+        self._follow_links = follow_links
         self._held: int | None = None
 
     def open(
@@ -69,12 +73,11 @@ class Workdir:
         self._hold()
         begun = any((self.path / name).exists() for name in ("checkpoints", METRICS))
         if path.exists():
-            before = read_json(path)
-            differs = configs.difference(before, resolved) if isinstance(before, dict) else ["it is no JSON object"]
+            differs = configs.difference(files.read_json(path, dict), resolved)
             moved = [change for change in differs if change.startswith("config.mesh.")]  # where, not what, is computed
             differs = [change for change in differs if change not in moved]
             if moved and begun and not differs and jax.process_index() == 0:
-                print(f"note: going on with another mesh ({'; '.join(moved)})", file=sys.stderr)
+                note(f"note: going on with another mesh ({'; '.join(moved)})")
             if not differs and begun:
                 self._check_inputs(config, forks)
                 return fits()
@@ -94,11 +97,11 @@ class Workdir:
             self._hold()
             for name, source in forks.items():
                 (self.path / "steps").mkdir(exist_ok=True)
-                shutil.copyfile(source, self.path / "steps" / f"{name}.py")
+                files.write_bytes(self.path / "steps" / f"{name}.py", source.read_bytes())
             write_json(self.path / INPUTS, digests(config, forks))
             write_json(path, resolved)
 
-    def _check_folders(self, stages: Iterable[str]) -> None:
+    def _check_folders(self, stages: Sequence[str]) -> None:
         for folder in (self.path, *self.path.parents):
             if folder.is_symlink() and not folder.exists():
                 raise InputError(
@@ -107,17 +110,36 @@ class Workdir:
                 )
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--workdir={self.path}: a file, not a folder; choose another --workdir")
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:
+            if set(stages) - {"tokenizer", "evaluate"}:  # TensorStore, which writes checkpoints, takes no other names
+                raise InputError(f"--workdir={str(self.path)!a}: no UTF-8 name; name another folder") from None
         parts = ("checkpoints", "models")
         for name in (*parts, "steps", *(f"{part}/{stage}" for part in parts for stage in stages)):
             folder = self.path / name
             if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
                 raise InputError(f"{folder}: a file where a folder of the run goes; move it away")
+        if not self._follow_links:
+            self._check_links()
+
+    def _check_links(self) -> None:
+        """Refuses links that lead out of the directory: what is written through them lands in others' folders."""
+        home = self.path.resolve()
+        for name in ("checkpoints", "models", "tensorboard", "steps", "profile"):
+            entries = (Path(at) / entry for at, *held in os.walk(self.path / name) for entry in itertools.chain(*held))
+            for entry in itertools.chain((self.path / name,), entries):
+                if entry.is_symlink() and not entry.resolve().is_relative_to(home):
+                    raise InputError(
+                        f"{entry}: a link to {entry.resolve()}, outside of the run directory; remove it, or give"
+                        " --follow-links"
+                    )
 
     def _hold(self) -> None:
         """Keeps the directory to this run until `close`; the lock goes with the process, however it ends."""
         if self._held is not None or jax.process_index() != 0 or not self.path.is_dir():
             return
-        held = os.open(self.path, os.O_RDONLY)
+        held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,6 +150,9 @@ class Workdir:
         except OSError:  # a file system without locks
             pass
         self._held = held
+        for folder in (self.path, self.path / "steps", *self.path.glob("checkpoints/*")):
+            if folder.is_dir():
+                files.remove_leftovers(folder)
 
     def _check_inputs(self, config: Config, forks: Mapping[str, Path]) -> None:
         """Refuses to go on with other data or models than the run was started with; keeps other code and says so.
@@ -135,9 +160,8 @@ class Workdir:
         Code may have been mended, data may not be: which record comes when follows from it.
         """
         path = self.path / INPUTS
-        before = read_json(path) if path.exists() else {}
-        if not isinstance(before, dict):
-            raise InputError(f"{path}: no JSON object; delete it, if data and forks are what the run was started with")
+        fix = "delete it, if data and forks are what the run was started with"
+        before = files.read_json(path, dict, fix=fix) if path.exists() else {}
         found = digests(config, forks)
         other = [name for name, digest in found.items() if before.get(name, digest) != digest]
         for name in other:
@@ -150,8 +174,8 @@ class Workdir:
                 stem = name.removeprefix("steps/").removesuffix(".py")
                 earlier = len(list((self.path / "steps").glob(f"{stem}*.py")))
                 kept = self.path / "steps" / f"{stem}.{earlier + 1}.py"
-                shutil.copyfile(forks[stem], kept)
-                print(f"note: {forks[stem]} has changed since the run was started; kept as {kept}", file=sys.stderr)
+                files.write_bytes(kept, forks[stem].read_bytes())
+                note(f"note: {forks[stem]} has changed since the run was started; kept as {kept}")
             write_json(path, before | found)
 
 

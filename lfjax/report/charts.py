@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 28
 TINY = 1e-300  # spans and values below it cannot be divided by or drawn on a logarithmic axis
+LONG = 1e15  # figures from it on are written with an exponent
+MOST_POINTS = 400  # of a curve: more than a screen shows
+MOST_TICKS = 20
 
 Points = Sequence[tuple[float, float]]
 
@@ -39,6 +42,8 @@ def number(value: float | None) -> str:
     """A figure to read: integers whole, else three significant digits, a true minus sign, thousands apart."""
     if value is None or not math.isfinite(value):
         return "–"
+    if abs(value) >= LONG:
+        return f"{float(value):.3g}".replace("e+", "e").replace("-", "\u2212")
     if isinstance(value, int):
         return f"{value:,}".replace(",", "\u202f").replace("-", "\u2212")
     size = abs(value)
@@ -59,14 +64,16 @@ def number(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share as "46.5 %"."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %".replace("-", "\u2212")
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{number(100 * value)} %" if abs(value) >= LONG else f"{100 * value:.1f} %".replace("-", "\u2212")
 
 
 def axis_texts(values: Sequence[float], form: Callable[[float | None], str]) -> list[str]:
     """Tick labels with as many decimals as their distance needs, the same for all."""
     scale, unit = (100.0, " %") if form is percent else (1.0, "")
     steps = [abs(b - a) * scale for a, b in itertools.pairwise(values)]
-    if not steps or min(steps) < 1e-3 or max(steps) > 1.5 * min(steps):  # one tick, tiny numbers, or a log axis
+    if not steps or min(steps) < 1e-3 or max(steps) > min(1.5 * min(steps), LONG):  # one, tiny, a log axis, huge
         return [form(value) for value in values]
     decimals = next(d for d in range(5) if all(abs(round(s, d) - s) < 1e-6 * s for s in steps) or d == 4)
     return [f"{v * scale:,.{decimals}f}{unit}".replace(",", "\u202f").replace("-", "\u2212") for v in values]
@@ -106,8 +113,8 @@ class Scale:
         for steps in ((1,), (1, 3), (1, 2, 5)):
             found = [m * 10.0**d for d in decades for m in steps if self.low <= m * 10.0**d <= self.high]
             if len(found) >= 3:
-                return found
-        return found
+                break
+        return found[:: math.ceil(len(found) / MOST_TICKS)]
 
 
 def _scale(values: list[float], start: float, end: float, *, pad: float, allow_log: bool) -> Scale:
@@ -121,15 +128,30 @@ def _scale(values: list[float], start: float, end: float, *, pad: float, allow_l
     return Scale(padded, high + room, start, end)
 
 
-def smooth(points: Points) -> list[tuple[float, float]]:
-    """A centred moving mean over a twentieth of the points, over fewer towards the ends, which stay where they are."""
-    most = max(1, len(points) // 40)
-    out = []
-    for i, (x, _) in enumerate(points):
-        reach = min(most, i, len(points) - 1 - i)
-        near = [y for _, y in points[i - reach : i + reach + 1]]
-        out.append((x, sum(near) / len(near)))
+def smooth(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """A centred moving mean over a twentieth of the points, over fewer towards the ends, which stay where they are.
+
+    Of more than `most` points it is taken at so many, evenly spread.
+    """
+    values, last, out = [y for _, y in points], len(points) - 1, []
+    wide, count = max(1, len(points) // 40), min(most, len(points))
+    for i in dict.fromkeys(round(j * last / max(count - 1, 1)) for j in range(count)):
+        reach = min(wide, i, last - i)
+        near = values[i - reach : i + reach + 1]
+        out.append((points[i][0], sum(near) / len(near)))
     return out
+
+
+def thin(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most about `most` of the points, in their order: the ends, and the lowest and highest of every stretch."""
+    if len(points) <= most:
+        return points
+    wide = math.ceil(2 * len(points) / most)
+    kept = {0, len(points) - 1}
+    for begin in range(0, len(points), wide):
+        stretch = range(begin, min(begin + wide, len(points)))
+        kept |= {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
 
 
 def line_chart(
@@ -146,7 +168,7 @@ def line_chart(
     """The curves over a shared x axis.
 
     Args:
-      lines: curves; each has at least one point.
+      lines: curves; each has at least one point. Long ones are thinned, peaks kept.
       label: what is drawn, for readers who cannot see it; the first and last values are added.
       marks: reference lines; a horizontal one is drawn only where it does not squash the curves.
       form, x_form: how values are written.
@@ -155,6 +177,7 @@ def line_chart(
     Returns:
       An <svg> element of WIDTH x HEIGHT units that scales with its container.
     """
+    lines = [dataclasses.replace(line, points=thin(line.points)) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     reach = max(ys) - min(ys) or abs(max(ys)) or 1.0
@@ -190,8 +213,9 @@ def _readings(lines: Sequence[Line], label: str, x_label: str, sx: Scale, sy: Sc
         }
         for line in lines
     ]
-    values = {"aria-label": f"{label}: {said}", "data-x": x_label, "data-lines": json.dumps(data)}
-    return " ".join(f'{name}="{html.escape(value, quote=True)}"' for name, value in values.items())
+    values = {"aria-label": f"{label}: {said}", "data-x": x_label}
+    points = html.escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#x27;")
+    return " ".join(f'{n}="{html.escape(v, quote=True)}"' for n, v in values.items()) + f" data-lines='{points}'"
 
 
 def _axes(sx: Scale, sy: Scale, x_label: str, form, x_form, *, whole: bool) -> str:

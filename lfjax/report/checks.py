@@ -140,7 +140,7 @@ def _reward_model(run: RunDir) -> Check | None:
     beside = "".join(f"; {name}: {percent(value)}" for name, value in known.items())
     said = f"It puts {percent(own)} of held-out pairs in people's order{beside}."
     pairs = figure(run, "reward/pairs") or figure(run, "reward/ranked_pairs")
-    if pairs and own < (lucky := 0.5 + pairs**-0.5):  # two standard errors of a coin
+    if pairs and pairs > 0 and own < (lucky := 0.5 + pairs**-0.5):  # two standard errors of a coin
         why = f"Of {pairs:,.0f} pairs a coin puts up to {percent(lucky)} right: what follows it may follow noise."
         return Check(title, "watch", "no better than chance", f"{said} {why}")
     ahead = [name for name, value in known.items() if value > own]

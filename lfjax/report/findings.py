@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lfjax.config import is_function
 from lfjax.report.charts import number, percent
-from lfjax.report.rundir import RunDir
+from lfjax.report.rundir import RunDir, is_figure
 
 JUDGE_NOISE = 0.02  # share: a smaller gain is none
 PAIRS_FOR_WORDS = 8  # before/after samples below which words are not counted
@@ -57,7 +57,7 @@ class Word:
 
 def comparisons(run: RunDir) -> dict[str, Comparison]:
     """Every before/after figure that the run has, by key, in reading order."""
-    human = run.summary.get("judge/positive_human")
+    human = figure(run, "judge/positive_human")
     table = (
         ("ppo/score", f"The {reward_name(run)}'s score", "as it says it; PPO was trained on this", number, None),
         ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),
@@ -116,14 +116,14 @@ def score_rose(run: RunDir, found: dict[str, Comparison]) -> bool:
 
 def sample_pairs(samples: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The rows marked "before" and "after" of the same prompt, in file order; the n-th of a prompt with its n-th."""
-    waiting: dict[str, list[dict[str, Any]]] = {}
+    waiting: dict[str, deque[dict[str, Any]]] = defaultdict(deque)
     for row in samples:
         if row.get("set") == "before":
-            waiting.setdefault(str(row.get("prompt", "")), []).append(row)
+            waiting[str(row.get("prompt", ""))].append(row)
     pairs = []
     for row in samples:
-        if row.get("set") == "after" and waiting.get(str(row.get("prompt", ""))):
-            pairs.append((waiting[str(row.get("prompt", ""))].pop(0), row))
+        if row.get("set") == "after" and (before := waiting.get(str(row.get("prompt", "")))):
+            pairs.append((before.popleft(), row))
     return pairs
 
 
@@ -217,15 +217,21 @@ def what_it_is(run: RunDir) -> str:
 
 def parameters(run: RunDir) -> float | None:
     """Approximate number of parameters of the decoder that `pretrain` makes, None where it is another."""
-    model = run.config.get("model") or {}
-    vocab = run.summary.get("tokenizer/vocab_size") or setting(run.config, "tokenizer.vocab_size")
-    width, layers, heads, mlp = (int(model.get(name) or 0) for name in ("width", "layers", "heads", "mlp_width"))
-    if not run.state("pretrain") or model.get("init_from") or not vocab or min(width, layers, heads, mlp) <= 0:
+    model = run.config.get("model")
+    model = model if isinstance(model, dict) else {}
+    vocab = _size(run.summary.get("tokenizer/vocab_size")) or _size(setting(run.config, "tokenizer.vocab_size"))
+    width, layers, heads, mlp = (_size(model.get(name)) for name in ("width", "layers", "heads", "mlp_width"))
+    if not run.state("pretrain") or model.get("init_from") or min(vocab, width, layers, heads, mlp) <= 0:
         return None
-    kv_share = (model.get("kv_heads") or heads) / heads
+    kv_share = (_size(model.get("kv_heads")) or heads) / heads
     matrices = 3 if model.get("form", "llama") == "llama" else 2
     block = width * width * (2 + 2 * kv_share) + matrices * width * mlp
     return float(vocab * width * (1 if model.get("tied", True) else 2) + layers * block)
+
+
+def _size(value: Any) -> int:
+    """A number of rows or units, 0 where it is none."""
+    return int(value) if is_figure(value) and 0 < value < 1e9 else 0
 
 
 def setting(config: dict[str, Any], path: str) -> Any:

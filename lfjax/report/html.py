@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import os
 import pathlib
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lfjax.config import InputError
+from lfjax import files
 from lfjax.report import catalogue, findings, rundir
 from lfjax.report import checks as watching
 from lfjax.report.charts import Line, Mark, bar, dumbbell, line_chart, number, percent, smooth
 from lfjax.report.checks import KL_LIMIT, Check
 from lfjax.report.findings import Comparison, Word
-from lfjax.report.rundir import RunDir, Stage
+from lfjax.report.rundir import RunDir, Stage, is_figure
 from lfjax.report.style import CSS, SCRIPT
+from lfjax.terminal import note, visible
 
 PAIRS_SHOWN = 8  # the others are behind a click
+MOST_TEXT, MOST_SAMPLE = 2000, 20_000  # characters of a text, of a sample's
+MOST_CHARTS, MOST_PAIRS, MOST_TABLE = 3_000_000, 800_000, 200_000  # bytes of a page of less than 5 MB
 SMOOTHED_FROM = 40  # points from which a moving mean is drawn over the raw curve
 PILL = {"alarm": "⚠ ", "watch": "", "ok": "✓ ", "unknown": ""}
 
@@ -28,21 +33,18 @@ PILL = {"alarm": "⚠ ", "watch": "", "ok": "✓ ", "unknown": ""}
 def build(workdir: str | os.PathLike) -> pathlib.Path:
     """Writes WORKDIR/report.html from the files of the run directory; a run under way gives a partial report.
 
+    What cannot be read is left out; the page and a line on stderr say so.
+
     Returns:
       The report's path. The file needs nothing else: no script, style, font or picture from elsewhere.
     Raises:
-      InputError: not a run directory, a broken file in it, or the report cannot be written.
+      InputError: not a run directory, nothing in it can be read, or the report cannot be written.
     """
     run = rundir.read(workdir)
     path = pathlib.Path(workdir) / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(page(run), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        fix = "remove what stands there" if path.is_dir() else "free some space"
-        raise InputError(f"{path}: cannot write: {error.strerror or error}; {fix}") from error
+    files.write_bytes(path, page(run).encode("utf-8", "replace"))
+    for line in run.left_out:
+        note(f"note: left out of the report: {line}")
     return path
 
 
@@ -52,13 +54,16 @@ def page(run: RunDir) -> str:
     pairs = findings.sample_pairs(run.samples)
     words = findings.risen_words(pairs)
     checks = watching.checks(run, found, words)
+    charts: list[str] = []
+    for stage in run.series:
+        charts.append(_stage_charts(run, stage, MOST_CHARTS - sum(map(_bytes, charts))))
     body = (
         _head(run, found, checks),
         _comparison_table(run, found),
         _checks(run, checks),
         _pairs(pairs),
         _frontier(run, words),
-        *(_stage_charts(run, stage) for stage in run.series),
+        *charts,
         _time(run),
         _everything(run),
     )
@@ -74,10 +79,45 @@ def page(run: RunDir) -> str:
     )
 
 
-def _e(text: Any) -> str:
-    """Escaped for text and attributes. Control characters, which no browser shows, become their visible pictures."""
-    visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(text))
-    return html.escape(visible.encode("utf-8", "replace").decode(), quote=True)
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]")
+
+
+def _shown(text: Any, most: int = MOST_TEXT) -> str:
+    """At most so many characters of a text as others wrote it.
+
+    Control characters become their visible pictures or escapes, and letters that are written from right to left turn
+    nothing around that is not their own.
+    """
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[:most]}… ({number(len(text) - most)} more characters)"
+    text = visible(text.translate(_PICTURES)).encode("utf-8", "replace").decode()
+    return f"\u2068{text}\u2069" if _RIGHT_TO_LEFT.search(text) else text
+
+
+def _e(text: Any, most: int = MOST_TEXT) -> str:
+    """As `_shown`, escaped for text and attributes."""
+    return html.escape(_shown(text, most), quote=True)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def _within(blocks: Iterable[str], most: int) -> list[str]:
+    """The blocks from the first on, as far as they have at most so many bytes together."""
+    kept, size = [], 0
+    for block in blocks:
+        size += _bytes(block)
+        if size > most:
+            break
+        kept.append(block)
+    return kept
+
+
+def _more(count: int, what: str) -> str:
+    return f'<p class="note">{number(count)} more {what} are left out.</p>' if count else ""
 
 
 def _section(title: str, content: str, intro: str = "") -> str:
@@ -101,9 +141,10 @@ def _head(run: RunDir, found: dict[str, Comparison], checks: Sequence[Check]) ->
     )
     seed = run.config.get("seed")
     about = f"Run report · <b>{_e(run.name)}</b>" + ("" if seed is None else f" · seed {_e(seed)}")
+    unread = "".join(f'<p class="note">Left out: {_e(line)}.</p>' for line in run.left_out)
     return (
         f'<header><div class="eyebrow">{about}</div><h1>{_e(headline)}</h1><p class="lead">{_e(text)}</p>'
-        f'<p class="note">{_e(findings.what_it_is(run))}</p>{partial}<ul class="stages">{stages}</ul></header>'
+        f'<p class="note">{_e(findings.what_it_is(run))}</p>{partial}{unread}<ul class="stages">{stages}</ul></header>'
     )
 
 
@@ -144,22 +185,22 @@ def _span(item: Comparison) -> tuple[float, float]:
 
 def _foundation(run: RunDir) -> str:
     """The language model and the reward model under it, in one sentence each."""
-    s, parts = run.summary, []
-    perplexity, unigram = s.get("pretrain/perplexity"), s.get("pretrain/unigram_perplexity")
+    parts, figure = [], functools.partial(findings.figure, run)
+    perplexity, unigram = figure("pretrain/perplexity"), figure("pretrain/unigram_perplexity")
     if perplexity:
-        bits = s.get("pretrain/bits_per_byte")
+        bits = figure("pretrain/bits_per_byte")
         size = f", {number(bits)} bits a byte" if bits else ""
         beside = f"; guessing by word frequency alone reaches {number(unigram)}" if unigram else ""
         parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
-    tuned = s.get("sft/perplexity")
+    tuned = figure("sft/perplexity")
     if tuned:
-        before = s.get("sft/perplexity_before")
+        before = figure("sft/perplexity_before")
         was = f", {number(before)} before" if before else ""
         parts.append(f"<b>Fine-tuned:</b> perplexity {number(tuned)} on held-out answers{was}.")
-    accuracy = s.get("reward/pair_accuracy")
+    accuracy = figure("reward/pair_accuracy")
     if accuracy:
-        gap = s.get("reward/pairs") and findings.setting(run.config, "reward.min_gap")
-        apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap else ""
+        gap = figure("reward/pairs") and findings.setting(run.config, "reward.min_gap")
+        apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap and is_figure(gap) else ""
         parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
     return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)
 
@@ -185,10 +226,13 @@ def _checks(run: RunDir, checks: Sequence[Check]) -> str:
 def _pairs(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     if not pairs:
         return ""
-    blocks = [
-        f'<div class="pair">{_sample(before, "before", "Before")}{_sample(after, "is-after", "After")}</div>'
-        for before, after in pairs
-    ]
+    blocks = _within(
+        (
+            f'<div class="pair">{_sample(before, "before", "Before")}{_sample(after, "is-after", "After")}</div>'
+            for before, after in pairs
+        ),
+        MOST_PAIRS,
+    )
     shown = f'<div class="pairs card">{"".join(blocks[:PAIRS_SHOWN])}</div>'
     more = blocks[PAIRS_SHOWN:]
     rest = (
@@ -197,20 +241,19 @@ def _pairs(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         else ""
     )
     intro = "Held-out prompts in the order of the file, none picked; the prompt is grey, the model wrote the rest."
+    rest += _more(len(pairs) - len(blocks), "pairs")
     return _section("The same prompts, before and after", shown + rest, intro)
 
 
 def _sample(row: dict[str, Any], kind: str, tag: str) -> str:
     names = (("score", "score"), ("judge", "judge"), ("kl", "KL"), ("length", "tokens"))
     figures = "".join(
-        f"<span>{label} <b>{number(row[key])}</b></span>"
-        for key, label in names
-        if isinstance(row.get(key), (int, float))
+        f"<span>{label} <b>{number(row[key])}</b></span>" for key, label in names if is_figure(row.get(key))
     )
-    prompt, answer = _e(row.get("prompt") or ""), _e(row.get("response") or "")
+    prompt, answer = (_e(row.get(key) or "", MOST_SAMPLE) for key in ("prompt", "response"))
     answer = answer if answer.strip() else '<span class="soft">(nothing)</span>'
     return (
-        f'<div class="{kind}"><p class="tag">{tag}</p><p class="text"><span class="prompt">{prompt}</span>'
+        f'<div class="{kind}"><p class="tag">{tag}</p><p class="text" dir="auto"><span class="prompt">{prompt}</span>'
         f'<span class="answer">{answer}</span></p><div class="figures">{figures}</div></div>'
     )
 
@@ -261,21 +304,29 @@ def _figure(title: str, chart: str, unit: str, last: str, legend: str = "") -> s
     )
 
 
-def _stage_charts(run: RunDir, stage: str) -> str:
-    """A chart for every metric of the stage with at least two points; single figures are in the list of all figures."""
+def _stage_charts(run: RunDir, stage: str, most: int) -> str:
+    """A chart for every metric of the stage with at least two points, as far as they have at most `most` bytes.
+
+    Single figures are in the list of all figures.
+    """
     metrics = dict(run.series[stage])
     speed = [(int(r["step"]), float(r["tokens_per_s"])) for r in run.timing.get(stage, ()) if r.get("tokens_per_s")]
     if len(speed) > 1:
         metrics["timing/tokens_per_s"] = speed
-    cards = [
-        _chart_card(key, [(label, metrics[name]) for name, label in names], _baselines(run, key))
-        for key, names in catalogue.families(name for name, points in metrics.items() if len(points) > 1).items()
-    ]
-    if not cards:
+    families = catalogue.families(name for name, points in metrics.items() if len(points) > 1)
+    if not families:
         return ""
+    cards = _within(
+        (
+            _chart_card(key, [(label, metrics[name]) for name, label in names], _baselines(run, key))
+            for key, names in families.items()
+        ),
+        most,
+    )
     steps = max(points[-1][0] for points in metrics.values())
     intro = f"{number(steps)} {'updates' if stage == 'ppo' else 'steps'}. Touch or point at a curve to read it."
-    return _section(f"Curves: {_e(stage)}", f'<div class="charts">{"".join(cards)}</div>', intro)
+    shown = f'<div class="charts">{"".join(cards)}</div>' + _more(len(families) - len(cards), "charts")
+    return _section(f"Curves: {_e(stage)}", shown, intro)
 
 
 def _baselines(run: RunDir, key: str) -> list[Mark]:
@@ -299,7 +350,7 @@ def _chart_card(key: str, named: list[tuple[str, list[tuple[int, float]]]], base
         keys = "".join(f'<span><i class="{s}"></i>{_e(n)}</span>' for (n, _), s in zip(named, styles, strict=False))
         legend = f'<span class="legend">{keys}</span>'
     marks = [*shown.marks, *baselines]
-    chart = line_chart(lines, label=shown.title, marks=marks, form=shown.form, log=shown.log)
+    chart = line_chart(lines, label=_shown(shown.title), marks=marks, form=shown.form, log=shown.log)
     unit = shown.unit + (f" · {shown.better} is better" if shown.better else "")
     last = " · ".join(shown.form(points[-1][1]) for _, points in named[:3])
     return _figure(shown.title, chart, unit or key, last, legend)
@@ -318,9 +369,8 @@ def _time(run: RunDir) -> str:
         for stage in known
     )
     programs = run.summary.get("compile/count")
-    compiled = (
-        "" if programs is None else f" {number(programs)} programs were compiled, each once and before its first use."
-    )
+    said = "programs were compiled, each once and before its first use."
+    compiled = f" {number(programs)} {said}" if is_figure(programs) else ""
     whole = run.summary.get("time/total_s")
     spent = f"{_clock(whole)} in all." if isinstance(whole, (int, float)) else f"{_clock(total)} in the stages so far."
     columns = ("Time", "Training", "Tokens/s", "MFU", "Programs")
@@ -401,21 +451,26 @@ def _details(title: str, content: str) -> str:
 
 
 def _key_table(values: dict[str, Any]) -> str:
-    rows = "".join(f'<tr><th scope="row">{_e(key)}</th><td>{_e(value)}</td></tr>' for key, value in values.items())
-    return f'<div class="card keys scroll"><table><tbody>{rows}</tbody></table></div>'
+    rows = _within(
+        (f'<tr><th scope="row">{_e(key)}</th><td>{_e(value)}</td></tr>' for key, value in values.items()), MOST_TABLE
+    )
+    table = f'<div class="card keys scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+    return table + _more(len(values) - len(rows), "rows")
 
 
 def _during(rows: Sequence[dict[str, Any]], most: int = 30) -> str:
     """A few answers of every logged step, evenly spread, at most `most`."""
-    steps = sorted({(row["stage"], row["step"]) for row in rows}, key=lambda key: key[1])
+    at: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        at.setdefault((row["stage"], row["step"]), []).append(row)
+    steps = sorted(at, key=lambda key: key[1])
     chosen = steps if len(steps) <= 10 else [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
-    blocks = []
-    for stage, step in chosen:
-        here = [row for row in rows if (row["stage"], row["step"]) == (stage, step)][: max(1, most // len(chosen))]
-        blocks += [
-            f'<div class="pair" style="display:block">{_sample(r, "", _e(f"{stage}, step {step}"))}</div>' for r in here
-        ]
-    return f'<div class="pairs card">{"".join(blocks)}</div>'
+    picked = [row for key in chosen for row in at[key][: max(1, most // len(chosen))]]
+    tagged = ((row, _e(f"{row['stage']}, step {row['step']}")) for row in picked)
+    blocks = _within(
+        (f'<div class="pair" style="display:block">{_sample(row, "", tag)}</div>' for row, tag in tagged), MOST_TABLE
+    )
+    return f'<div class="pairs card">{"".join(blocks)}</div>' + _more(len(picked) - len(blocks), "of these")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

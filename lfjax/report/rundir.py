@@ -1,17 +1,25 @@
-"""Reads a run directory, complete or not, into plain Python data."""
+"""Reads a run directory, complete or not, into plain Python data. What it cannot read it leaves out and names."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
+from lfjax import files
 from lfjax.config import InputError
 
 STAGE_ORDER = ("tokenizer", "pretrain", "sft", "reward", "classify", "ppo", "evaluate")
+MOST_LOG_BYTES = 32 * 2**20  # of a log; of a longer one its beginning and its end are read
+MOST_ROW_BYTES = 4 * 2**20
+MOST_JSON_BYTES = 4 * 2**20
+MOST_STAGES = 50
+MOST_METRICS = 1000  # of a stage
+LARGEST = 1e300  # of a figure: sums and differences of such are finite
+LAST_STEP = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +38,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """The contents of a run directory. `series` is stage -> metric -> [(step, value)], by step, finite values only."""
+    """The contents of a run directory. `series` is stage -> metric -> [(step, value)], by step, finite values only.
+
+    `summary` holds figures, texts and null alone; `left_out` says in a line each what could not be read.
+    """
 
     name: str
     config: dict[str, Any]
@@ -39,6 +50,7 @@ class RunDir:
     timing: dict[str, list[dict[str, Any]]]
     samples: list[dict[str, Any]]
     stages: list[Stage]
+    left_out: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -59,81 +71,172 @@ def read(workdir: str | os.PathLike) -> RunDir:
     """Reads `workdir`.
 
     Raises:
-      InputError: not a run directory, or a file in it that is broken other than by a torn last line.
+      InputError: not a run directory, or nothing in it can be read; names the first file and why.
     """
     folder = pathlib.Path(workdir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run directory; give the --workdir of a run")
     if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "summary.json")):
         raise InputError(f"{folder}: not a run directory (no config.json, metrics.jsonl or summary.json in it)")
-    config, summary = _json(folder / "config.json"), _json(folder / "summary.json")
+    left_out: list[str] = []
+    config, summary = _config(folder / "config.json", left_out), _summary(folder / "summary.json", left_out)
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in _rows(folder / "metrics.jsonl"):
-        metrics = series.setdefault(str(row["stage"]), {})
+    extra: set[str] = set()
+    for row in _rows(folder / "metrics.jsonl", left_out):
+        metrics = series.get(row["stage"])
+        if metrics is None:
+            metrics = series.setdefault(row["stage"], {}) if len(series) < MOST_STAGES else {}
         for name, value in row.items():
-            if name not in ("stage", "step") and isinstance(value, (int, float)):
-                metrics.setdefault(name, []).append((int(row["step"]), float(value)))
+            if isinstance(value, (int, float)) and name not in ("stage", "step") and -LARGEST <= value <= LARGEST:
+                points = metrics.get(name)
+                if points is None:
+                    if len(metrics) >= MOST_METRICS:
+                        extra.add(name[:100])
+                        continue
+                    points = metrics.setdefault(name, [])
+                points.append((row["step"], float(value)))
+    if extra:
+        left_out.append(f"{folder / 'metrics.jsonl'}: {len(extra)} metrics beyond {MOST_METRICS} of a stage")
     timing: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(folder / "timing.jsonl"):
-        timing.setdefault(str(row["stage"]), []).append({k: v for k, v in row.items() if isinstance(v, (int, float))})
-    named = config.get("stages") or ()
-    if not isinstance(named, (list, tuple)):
-        raise InputError(f"{folder / 'config.json'}: field 'stages': found {named!r}; a list of names is expected")
-    order = [str(stage) for stage in named]
-    order = order or [stage for stage in STAGE_ORDER if stage in {*series, *timing}]
+    for row in _rows(folder / "timing.jsonl", left_out):
+        figures = {k: v for k, v in row.items() if k in _TIMED and is_figure(v)}
+        if row["stage"] in timing or len(timing) < MOST_STAGES:
+            timing.setdefault(row["stage"], []).append(figures)
+    samples = list(_rows(folder / "samples.jsonl", left_out))
+    if left_out and not any((config, summary, series, timing, samples)):
+        more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+        raise InputError(f"{left_out[0]}{more}; nothing in the run directory can be shown")
+    order = list(dict.fromkeys(config.get("stages", ()))) or [s for s in STAGE_ORDER if s in {**series, **timing}]
     order += [stage for stage in {**series, **timing} if stage not in order]
+    if len(order) > MOST_STAGES:
+        left_out.append(f"{folder}: {len(order) - MOST_STAGES} stages beyond {MOST_STAGES}")
+        order = order[:MOST_STAGES]
     return RunDir(
         name=folder.resolve().name,
         config=config,
         summary=summary,
         series={stage: series[stage] for stage in order if stage in series},
         timing=timing,
-        samples=list(_rows(folder / "samples.jsonl")),
-        stages=_stages(folder, order, series, timing),
+        samples=samples,
+        stages=_stages(folder, order, series, timing, left_out),
+        left_out=left_out,
     )
 
 
-def _stages(folder: pathlib.Path, order: list[str], series, timing) -> list[Stage]:
+_TIMED = {"step", "seconds", "tokens_per_s", "mfu", "rollout_s", "score_s", "experience_s", "update_s"}
+
+
+def is_figure(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that can be drawn."""
+    return isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST
+
+
+def _is_name(stage: str) -> bool:
+    """Whether a stage can have a folder."""
+    return 0 < len(stage) <= 100 and "/" not in stage and "\0" not in stage and stage not in (".", "..")
+
+
+def _stages(folder: pathlib.Path, order: list[str], series, timing, left_out: list[str]) -> list[Stage]:
     """A stage is done where its FINISHED file says so, or a later stage has begun."""
-    finished = {stage: _json(folder / "checkpoints" / stage / "FINISHED") for stage in order}
+    finished = {
+        stage: _json(folder / "checkpoints" / stage / "FINISHED", left_out) if _is_name(stage) else {}
+        for stage in order
+    }
     begun = [stage in series or stage in timing or bool(finished[stage]) for stage in order]
     stages = []
     for index, stage in enumerate(order):
         done = bool(finished[stage]) or any(begun[index + 1 :])
-        rows = sum(row.get("seconds") or 0.0 for row in timing.get(stage, ()))
-        seconds = finished[stage].get("seconds")
-        seconds = seconds if isinstance(seconds, (int, float)) else rows or None
+        rows = sum(row["seconds"] for row in timing.get(stage, ()) if row.get("seconds", -1.0) >= 0)
+        seconds, programs, parts = (finished[stage].get(key) for key in ("seconds", "programs", "parts"))
+        seconds = seconds if is_figure(seconds) and seconds >= 0 else rows or None
         state = "done" if done else "started" if begun[index] else "missing"
-        programs = finished[stage].get("programs")
-        programs = sum(programs.values()) if isinstance(programs, dict) else None
-        stages.append(Stage(stage, state, seconds, programs, finished[stage].get("parts") or {}))
+        counts = [int(count) for count in programs.values() if is_figure(count)] if isinstance(programs, dict) else None
+        known = {k: v for k, v in parts.items() if is_figure(v)} if isinstance(parts, dict) else {}
+        stages.append(Stage(stage, state, seconds, None if counts is None else sum(counts), known))
     return stages
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
+def _json(path: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
+    """The file's object; {} where there is none, or none that can be read."""
+    if not os.path.lexists(path):
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); restore or delete the file") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: a {type(found).__name__}; a JSON object is expected")
-    return found
+        return files.read_json(path, dict, most=MOST_JSON_BYTES)
+    except InputError as error:
+        left_out.append(str(error))
+        return {}
 
 
-def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _config(path: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
+    found = _json(path, left_out)
+    named = found.get("stages", ())
+    if isinstance(named, (list, tuple)) and all(isinstance(stage, str) for stage in named):
+        return found
+    left_out.append(f"{path}: field 'stages': found {_brief(named)}; a list of names is expected")
+    return {key: value for key, value in found.items() if key != "stages"}
+
+
+def _summary(path: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
+    found = _json(path, left_out)
+    figures = {k: v for k, v in found.items() if v is None or isinstance(v, str) or is_figure(v)}
+    wrong = [name for name in found if name not in figures]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        left_out.append(f"{path}: field {wrong[0]!r}{more}: found {_brief(found[wrong[0]])}; a figure is expected")
+    return figures
+
+
+def _rows(path: pathlib.Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
     """The file's rows; a last line without its line feed is still being written and is left out."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row["stage"], str) or not isinstance(row["step"], int):
-                raise TypeError("field 'stage' is not a string or 'step' not an integer")
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) - 1:
-                return
-            raise InputError(f"{path}:{number}: not a row of this log ({error}); mend or delete the line") from error
-        yield row
+    seen, wrong, first, torn = False, 0, "", None
+    try:
+        for place, line in _lines(path, left_out):
+            wrong, first = (wrong + 1, first or torn) if torn else (wrong, first)
+            torn = None
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = files.json_value(line)
+                if not isinstance(row, dict) or type(row.get("stage")) is not str or type(row.get("step")) is not int:
+                    raise ValueError("an object with a text 'stage' and a whole number 'step' is expected")
+                if abs(row["step"]) > LAST_STEP:
+                    raise ValueError(f"field 'step': beyond {LAST_STEP}")
+            except ValueError as error:
+                torn = f"{path}:{place}: not a row of this log ({error})"
+                continue
+            seen = True
+            yield row
+    except InputError as error:
+        left_out.append(f"{error}; what follows in it is not read")
+    if torn and not seen:
+        wrong, first = wrong + 1, first or torn
+    if wrong:
+        left_out.append(f"{first}; mend or delete the line" + (f" (and {wrong - 1} more)" if wrong > 1 else ""))
+
+
+def _lines(path: pathlib.Path, left_out: list[str]) -> Iterator[tuple[int | str, bytes]]:
+    """(number, line); of a file of more than MOST_LOG_BYTES only what is near its beginning and its end."""
+    with files.open_regular(path) as file:
+        size, half = os.fstat(file.fileno()).st_size, MOST_LOG_BYTES // 2
+
+        def part(count: int) -> Iterator[bytes]:
+            while count > 0 and (block := file.read(min(count, 2**20))):
+                count -= len(block)
+                yield block
+
+        if size <= MOST_LOG_BYTES:
+            yield from files.split_lines(part(size), path, most=MOST_ROW_BYTES)
+            return
+        left_out.append(f"{path}: larger than {MOST_LOG_BYTES >> 20} MB; what lies in the middle is not read")
+        lines = files.split_lines(part(half), path, most=MOST_ROW_BYTES)
+        yield from (pair for pair in lines if pair[1].endswith(b"\n"))
+        file.seek(size - half)
+        lines = files.split_lines(part(half), path, most=MOST_ROW_BYTES)
+        yield from ((" near its end", line) for _, line in itertools.islice(lines, 1, None))
+
+
+def _brief(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

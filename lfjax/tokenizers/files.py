@@ -11,7 +11,7 @@ from collections.abc import Container
 from typing import Any, NamedTuple
 
 from lfjax.config import InputError
-from lfjax.files import inside
+from lfjax.files import inside, json_value, write_bytes
 
 MODEL, LIBRARY = "tokenizer.model", "tokenizer.json"
 BPE = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the second pair is GPT-2's as published
@@ -111,12 +111,7 @@ def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
     """Writes the files, each in place of an older one only when it is whole; a failure leaves nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(folder / name, content)
 
 
 def pad_token(token: str, vocabulary: Container[str]) -> Any:
@@ -189,8 +184,8 @@ def json_object(file: pathlib.Path, content: bytes | None) -> dict[str, Any]:
     if content is None:
         return {}
     try:
-        data = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        data = json_value(content.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as error:
         raise InputError(f"{file}: not JSON: {str(error).splitlines()[0]}; restore the file") from None
     if not isinstance(data, dict):
         raise InputError(f"{file}: found {type(data).__name__}; it has to hold a JSON object")

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 from typing import Literal
 
-from lfjax import cache
+from lfjax import cache, files
 from lfjax.bounded import Breach, Child
 from lfjax.config import InputError
 
@@ -50,9 +50,9 @@ def check(library: Literal["tokenizers", "sentencepiece"], vocabulary: bytes, wh
         raise InputError(f"{where}: encoding takes {slow}..., at most 1 is allowed; restore the model's own file")
     _HELD.add(digest)
     if trusted:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, InputError):
             cache.make(kept.parent)
-            kept.touch()
+            files.write_bytes(kept, b"")
 
 
 def made_here(library: str, vocabulary: bytes) -> None:

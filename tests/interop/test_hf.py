@@ -399,7 +399,7 @@ DAMAGED = {
     ),
     "model_type a list": (set_key(model_type=["llama"]), r"field 'model_type': found \['llama'\]; known are"),
     "architecture a list": (set_key(architectures=[["a"]]), r"field 'architectures': found \['a'\]; known are"),
-    "eps not a number": (set_key(rms_norm_eps=float("nan")), "field 'rms_norm_eps': found nan; must be a positive"),
+    "eps not a number": (set_key(rms_norm_eps=float("nan")), r"config\.json: cannot be read \(NaN is not JSON\)"),
     "eps too large": (set_key(rms_norm_eps=10**400), "field 'rms_norm_eps': found 1000"),
     "rope theta too large": (set_key(rope_theta=10**400, rope_parameters=None), "field 'rope_theta': found 1000"),
     "a context too large": (set_key(max_position_embeddings=2**31), "'max_position_embeddings'.*below 2\\^31"),

@@ -1,0 +1,33 @@
+"""What a terminal is shown of texts that somebody else wrote."""
+
+import io
+import unicodedata
+
+import pytest
+
+from lfjax import cli, terminal
+
+HOSTILE = "a\x1b]0;owned\x07\r\x9b2J\u202eb\u2066\x7f\u2028"
+
+
+def test_what_a_terminal_obeys_is_shown_and_nothing_else_is_changed():
+    assert terminal.visible(HOSTILE) == r"a\x1b]0;owned\x07\r\x9b2J\u202eb\u2066\x7f\u2028"
+    kept = "tab\tline\nÜ 日本 עברית سلام 👩‍👧 e\u0301 \u200f"
+    assert terminal.visible(kept) == kept
+    every = {chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Cc"}
+    assert {c for c in every if terminal.visible(c) == c} == {"\t", "\n"}
+
+
+def test_errors_show_control_characters(capsys, tmp_path):
+    assert cli.main(["report", str(tmp_path / HOSTILE.replace("\u2028", ""))]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and terminal.visible(err) == err and r"\x1b]0;owned\x07" in err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_a_model_wrote_is_raw_but_for_a_terminal(is_terminal, monkeypatch):
+    out = io.StringIO()
+    out.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stdout", out)
+    terminal.show(HOSTILE)
+    assert out.getvalue() == (terminal.visible(HOSTILE) if is_terminal else HOSTILE) + "\n"
