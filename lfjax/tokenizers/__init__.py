@@ -10,7 +10,7 @@ from typing import Protocol
 from lfjax.config import InputError
 from lfjax.files import inside
 from lfjax.tokenizers import chat, huggingface, sentencepiece
-from lfjax.tokenizers.files import BPE, KINDS, NAMES, pad_token, present, with_keys, write
+from lfjax.tokenizers.files import BPE, KINDS, NAMES, content_of, pad_token, present, with_keys, write
 
 __all__ = ["NAMES", "Tokenizer", "find", "least_rows", "load", "name_pad", "response_text", "stop_ids"]
 
@@ -158,7 +158,7 @@ def name_pad(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
     if piece and tokenizer.names.get("pad_token") == piece:
         return
     pieces = set(tokenizer.pieces(range(tokenizer.vocab_size)))
-    files = {name: (folder / name).read_bytes() for name in NAMES if present(folder / name)}
+    files = {name: content_of(folder / name) for name in NAMES if present(folder / name)}
     write(folder, with_keys(files, {"pad_token": pad_token(piece, pieces)}))
 
 

@@ -11,11 +11,12 @@ from collections.abc import Container
 from typing import Any, NamedTuple
 
 from lfjax.config import InputError
-from lfjax.files import inside, json_value, write_bytes
+from lfjax.files import decoded, inside, parse_json, read_bytes, write_bytes
 
 MODEL, LIBRARY = "tokenizer.model", "tokenizer.json"
 BPE = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the second pair is GPT-2's as published
 WORDPIECE = "vocab.txt"
+MOST_BYTES = 128 * 2**20
 SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -136,12 +137,12 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     """
     files = dict(vocabulary)
     later = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
-    files |= {name: (folder / name).read_bytes() for name in (*later, *SETTINGS) if present(folder / name)}
+    files |= {name: content_of(folder / name) for name in (*later, *SETTINGS) if present(folder / name)}
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
     config = folder / "config.json"
-    model = json_object(config, config.read_bytes() if present(config) else None)
+    model = json_object(config, content_of(config) if present(config) else None)
     tokens: dict[str, str | None] = {}
     further: list[str] = []
     flags: dict[str, dict[str, bool]] = {}
@@ -179,17 +180,14 @@ def present(file: pathlib.Path) -> bool:
     return file.is_file()
 
 
+def content_of(file: pathlib.Path) -> bytes:
+    """A file of a tokenizer's; the largest published ones have half of what is allowed."""
+    return read_bytes(file, most=MOST_BYTES)
+
+
 def json_object(file: pathlib.Path, content: bytes | None) -> dict[str, Any]:
     """What a JSON file holds; {} where there is none (None)."""
-    if content is None:
-        return {}
-    try:
-        data = json_value(content.removeprefix(b"\xef\xbb\xbf"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON: {str(error).splitlines()[0]}; restore the file") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{file}: found {type(data).__name__}; it has to hold a JSON object")
-    return data
+    return {} if content is None else parse_json(content, file, dict)
 
 
 def _token(value: Any, file: pathlib.Path, key: str, flags: dict[str, dict[str, bool]]) -> str | None:
@@ -250,7 +248,7 @@ def _added(
 def _template(folder: pathlib.Path, files: dict[str, bytes], own: dict[str, Any]) -> tuple[str, str] | None:
     """The chat template: a file of its own, else a key; where several are named, the default one."""
     if SETTINGS[3] in files:
-        return files[SETTINGS[3]].decode("utf-8"), str(folder / SETTINGS[3])
+        return decoded(files[SETTINGS[3]], folder / SETTINGS[3]), str(folder / SETTINGS[3])
     where, template = f"{folder / SETTINGS[0]}: 'chat_template'", own.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -11,8 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from lfjax.config import InputError
+from lfjax.files import decoded
 from lfjax.tokenizers import trial
-from lfjax.tokenizers.files import BPE, LIBRARY, WORDPIECE, Settings, json_object, read_settings, special_ids
+from lfjax.tokenizers.files import (
+    BPE,
+    LIBRARY,
+    WORDPIECE,
+    Settings,
+    content_of,
+    json_object,
+    read_settings,
+    special_ids,
+)
 
 # Which words a byte-level BPE never merges across, by tokenizer_class; GPT-2's is the library's own default.
 _GPT2 = ("", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
@@ -196,7 +206,7 @@ def load(file: pathlib.Path) -> LibraryTokenizer:
     Raises:
       InputError: not JSON, or not what the library reads.
     """
-    content = file.read_bytes()
+    content = content_of(file)
     settings = read_settings(file.parent, {LIBRARY: content})
     spec = json_object(file, content)
     if not isinstance(spec.get("model"), dict):
@@ -213,10 +223,10 @@ def load_bpe(vocabulary: pathlib.Path, merges: pathlib.Path) -> LibraryTokenizer
     for file, other in ((vocabulary, merges), (merges, vocabulary)):
         if not file.is_file():
             raise InputError(f"{file}: no such file; {other.name} is of no use without it: put it beside")
-    ids = json_object(vocabulary, vocabulary.read_bytes())
+    ids = json_object(vocabulary, content_of(vocabulary))
     if not all(type(i) is int for i in ids.values()):
         raise InputError(f"{vocabulary}: it has to hold a JSON object from tokens to ids")
-    settings = read_settings(vocabulary.parent, {file.name: file.read_bytes() for file in (vocabulary, merges)})
+    settings = read_settings(vocabulary.parent, {file.name: content_of(file) for file in (vocabulary, merges)})
     for name, file in zip(BPE[0], (vocabulary, merges), strict=True):
         settings.files.setdefault(name, settings.files[file.name])  # the names that other readers look for
     kind = settings.options.get("tokenizer_class") or ""
@@ -261,7 +271,7 @@ def load_wordpiece(file: pathlib.Path) -> LibraryTokenizer:
     """
     lines = _text(file).removesuffix("\n").split("\n")
     ids = {line: i for i, line in enumerate(lines)}
-    settings = read_settings(file.parent, {WORDPIECE: file.read_bytes()})
+    settings = read_settings(file.parent, {WORDPIECE: content_of(file)})
     standard = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
     settings.tokens.update(standard | settings.tokens)
     for role in ("unk", "cls", "sep", "pad"):
@@ -294,7 +304,4 @@ def load_wordpiece(file: pathlib.Path) -> LibraryTokenizer:
 
 
 def _text(file: pathlib.Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 (byte {error.start + 1}); restore the file") from None
+    return decoded(content_of(file), file).replace("\r\n", "\n")

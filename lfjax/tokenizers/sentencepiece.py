@@ -14,7 +14,7 @@ import sentencepiece
 from lfjax.config import InputError
 from lfjax.tokenizers import trial
 from lfjax.tokenizers.files import MODEL as MODEL_FILE
-from lfjax.tokenizers.files import Settings, read_settings, special_ids
+from lfjax.tokenizers.files import Settings, content_of, read_settings, special_ids
 
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
 _CLASS = "PreTrainedTokenizerFast"  # transformers' own reading of a model file, whatever model it stands beside
@@ -212,7 +212,7 @@ def load(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: no such file; the tokenizer stage writes it, or give a SentencePiece model")
-    model = file.read_bytes()
+    model = content_of(file)
     trial.check("sentencepiece", model, str(file))
     settings = read_settings(file.parent, {MODEL_FILE: model}) if file.name == MODEL_FILE else None
     return SentencePieceTokenizer(model, settings, str(file))

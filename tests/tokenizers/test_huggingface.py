@@ -277,8 +277,8 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("tokenizer.json", "{", r"tokenizer.json: not JSON"),
-        ("tokenizer.json", "[]", r"tokenizer.json: found list"),
+        ("tokenizer.json", "{", r"tokenizer.json:1: not JSON"),
+        ("tokenizer.json", "[]", r"tokenizer.json: found a JSON list, not an object"),
         ("tokenizer.json", "{}", r"tokenizer.json: no 'model'"),
         ("tokenizer.json", '{"model": {"type": "Magic"}}', r"tokenizer.json: not what `tokenizers` reads"),
         ("tokenizer_config.json", '{"eos_token": 3}', r"tokenizer_config.json: 'eos_token': found 3"),
@@ -293,7 +293,7 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
         ),
         ("added_tokens.json", '{"<|new|>": 700}', r"tokenizer.json: added token '<\|new\|>' has the id 700"),
         ("merges.txt", "a b c\n", r"merges.txt:1: found 'a b c'"),
-        ("vocab.json", "3", r"vocab.json: found int"),
+        ("vocab.json", "3", r"vocab.json: found a JSON int, not an object"),
         ("vocab.txt", "a\nb\n", r"vocab.txt: no line '\[UNK\]'"),
     ],
 )

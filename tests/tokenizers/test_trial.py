@@ -51,6 +51,15 @@ def test_an_id_far_beyond_the_number_of_tokens_is_refused(tmp_path):
         tokenizers.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_a_file_larger_than_any_published_one_is_not_read(tmp_path, name):
+    folder = files.write(tmp_path / "a") if name != "tokenizer.model" else tmp_path
+    with open(folder / name, "wb") as file:
+        file.truncate(200 << 20)  # a hole: it takes no room
+    with pytest.raises(InputError, match=rf"{name}: larger than 128 MB"):
+        tokenizers.load(folder)
+
+
 def test_what_held_is_tried_once_and_what_was_learnt_here_not_at_all(tmp_path, monkeypatch):
     asked = []
     ask = trial._CHILD.ask
