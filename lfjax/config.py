@@ -70,6 +70,7 @@ def base_config() -> Config:
         test_path=placeholder(str),
         validation_fraction=0.05,
         test_fraction=0.05,
+        heading_records=20,  # a prompt of so many records is a heading: with given splits prompt and response decide
         max_records=0,  # 0: all
         seed=0,
     )

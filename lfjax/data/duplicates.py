@@ -12,7 +12,7 @@ from collections import Counter
 from lfjax.records import Rating, Record
 
 SPLITS = ("train", "validation", "test")
-MANY = 20  # records that share a prompt: from here on it is a heading, no question with several answers
+HEADING_RECORDS = 20  # what `data.heading_records` is where nobody says
 
 
 def text_key(text: str) -> str:
@@ -39,16 +39,16 @@ def record_key(record: Record) -> str:
     return text_key(record.prompt_text) or text_key(" ".join(record.responses))
 
 
-def overlap_keys(records: list[Record]) -> list[tuple[str, ...]]:
+def overlap_keys(records: list[Record], heading_records: int = HEADING_RECORDS) -> list[tuple[str, ...]]:
     """The key of each record by which files given as training, validation and test data must not overlap.
 
     It is the prompt, or the responses where the prompt is empty; white space may differ, nothing else. A prompt that
-    `MANY` of the records share, or all of them, is a heading ("Film review: ") and tells nothing: there it is prompt
-    and responses.
+    `heading_records` of the records share, or all of them, is a heading ("Film review: ") and no question with several
+    answers: there it is prompt and responses.
     """
     prompts = [spaced_text(record.prompt_text) for record in records]
     shared = Counter(prompts)
-    headings = {prompt for prompt, count in shared.items() if count >= MANY or len(shared) == 1} | {""}
+    headings = {prompt for prompt, count in shared.items() if count >= heading_records or len(shared) == 1} | {""}
     return [
         (prompt, *sorted(map(spaced_text, record.responses))) if prompt in headings else (prompt,)
         for prompt, record in zip(prompts, records, strict=True)

@@ -125,7 +125,7 @@ def teaches(record: Record, stage: str) -> bool:
         return any(isinstance(entry, Label) for entry in record.feedback)
     if stage == "reward":
         found = ((texts, _given(ranks)) for texts, _, ranks, _ in _judgements(record))
-        return any(not ranks or len(_apart(texts, ranks)) > 1 for texts, ranks in found)
+        return any(not ranks or _compares(texts, ranks) for texts, ranks in found)
     return bool(sft_texts(record)) if stage == "sft" else any(record.responses)
 
 
@@ -192,8 +192,9 @@ def reward_examples(
     ranking makes one; every preference a pair; every edit the pair edit > original. Critiques, word labels and implicit
     signals say nothing here.
 
-    Sequences that are equal, in the file or once cut, are one candidate: rated with their mean; in a ranking at their
-    rank, or left out where another answer stands between them. What compares nothing any more makes no example.
+    Sequences that are equal, in the file or once cut, are one candidate: rated with their mean, also where each is the
+    only one of its record; in a ranking at their rank, or left out where another answer stands between them. What
+    compares nothing any more makes no example.
 
     Args:
       max_length: of a complete sequence, in tokens.
@@ -214,7 +215,25 @@ def reward_examples(
                 counts.update({"answers": len(made), "cut": cut, "equal_pairs": _equal_pairs(whole)})
             if example is not None:
                 examples.append(dataclasses.replace(example, cut=sum(made[i][1] for i in kept)))
-    return examples
+    return _distinct_singles(examples, counts)
+
+
+def _distinct_singles(examples: list[RewardExample], counts: Counter[str] | None) -> list[RewardExample]:
+    """Rated answers that are alone in their records, each sequence once, with the mean rating, in its first place."""
+    groups: dict[Any, list[RewardExample]] = {}
+    for place, example in enumerate(examples):
+        alone = len(example.candidates) == 1 and example.ratings[0] is not None
+        groups.setdefault(tuple(example.candidates[0]) if alone else place, []).append(example)
+    found = []
+    for group in groups.values():
+        ratings = _given([example.ratings[0] for example in group])
+        if len(group) > 1:
+            if counts is not None:
+                same = sum(count**2 for count in Counter(ratings).values())
+                counts["equal_pairs"] += (len(ratings) ** 2 - same) // 2
+            group[0] = dataclasses.replace(group[0], ratings=[math.fsum(ratings) / len(ratings)])
+        found.append(group[0])
+    return found
 
 
 def _distinct(example: RewardExample) -> tuple[list[int], RewardExample | None]:
@@ -256,6 +275,11 @@ def _apart(candidates: Sequence[Any], ranks: Sequence[int]) -> list[int]:
         if min(own) == max(own) or not any(min(own) <= rank <= max(own) for rank in others):
             kept.append(places[0])
     return kept
+
+
+def _compares(candidates: Sequence[Any], ranks: Sequence[int]) -> bool:
+    """Whether a ranking puts different candidates into an order: not all of them tied, or equal."""
+    return len({ranks[i] for i in _apart(candidates, ranks)}) > 1
 
 
 def _equal_pairs(example: RewardExample) -> int:

@@ -13,7 +13,15 @@ from typing import Any
 
 from lfjax.config import InputError
 from lfjax.data import vader
-from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, overlap_keys, record_key, split_of, text_key
+from lfjax.data.duplicates import (
+    HEADING_RECORDS,
+    SPLITS,
+    merge_rated_duplicates,
+    overlap_keys,
+    record_key,
+    split_of,
+    text_key,
+)
 from lfjax.records import Rating, Record, label_value, rating_labels, read_records
 
 SOURCES = ("vader", "jsonl", "text")
@@ -43,8 +51,8 @@ def load_records(data: Any) -> Splits:
 
     Args:
       data: attributes source ("vader" | "jsonl" | "text"), path, validation_path, test_path, validation_fraction and
-        test_fraction (the VADER split is fixed, 5 % each), max_records (0: all; else about this many in all, every
-        split keeping its share), seed (which ones max_records keeps).
+        test_fraction (the VADER split is fixed, 5 % each), heading_records (see `duplicates.overlap_keys`),
+        max_records (0: all; else about this many in all, every split keeping its share), seed (which ones it keeps).
     Raises:
       InputError: an unknown source, no path, a bad file, or a split that holds nothing.
     """
@@ -63,6 +71,18 @@ def load_records(data: Any) -> Splits:
     return Splits(**splits, counts=counts)
 
 
+def left_out(counts: dict[str, Any]) -> list[str]:
+    """What a user has to know of records that given splits leave out, a line each."""
+    lines = []
+    for name, other in (("train_also_held_out", "training"), ("validation_also_test", "validation")):
+        if counts.get(name):
+            lines.append(
+                f"{counts[name]} {other} records are left out: held-out ones have the same prompt (where there is none,"
+                " or config.data.heading_records share it, the same text)"
+            )
+    return lines
+
+
 def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any], data: Any) -> str:
     """What to say of a split that holds nothing."""
     left_out = {"train": "train_also_held_out", "validation": "validation_also_test"}.get(name, "")
@@ -70,7 +90,8 @@ def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any
         other = "held-out" if name == "train" else "test"
         return (
             f"config.data: the {name} split is empty: {counts[left_out]} records of {_path(data, name)} are left out"
-            f" because {other} ones have the same prompt, or the same text where there is none; give others"
+            f" because {other} ones have the same prompt, or the same text where there is none; give others, or, where"
+            " prompts are headings that records share, config.data.heading_records=2"
         )
     cut = [record for split in splits.values() for record in split]
     prompts = {text_key(record.prompt_text) for record in cut}
@@ -107,7 +128,10 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
         counts["duplicates"] += merged
         counts["duplicates_max_gap"] = max(counts["duplicates_max_gap"], gap)
     splits: dict[str, list[Record]] = {name: files.get(name, []) for name in SPLITS}
-    keys = _keys({**splits, **files})
+    shared = getattr(data, "heading_records", HEADING_RECORDS)
+    if shared < 2:
+        raise InputError(f"data.heading_records: found {shared}; allowed: 2 or more")
+    keys = _keys({**splits, **files}, shared)
     fractions = {
         f"{name}_fraction": 0.0 if name in files else getattr(data, f"{name}_fraction")
         for name in ("validation", "test")
@@ -128,9 +152,9 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     return splits, counts
 
 
-def _keys(splits: dict[str, list[Record]]) -> dict[str, list[tuple[str, ...]]]:
+def _keys(splits: dict[str, list[Record]], heading_records: int) -> dict[str, list[tuple[str, ...]]]:
     """`overlap_keys` of the records of all the files together, a list for each."""
-    keys = iter(overlap_keys([record for name in SPLITS for record in splits[name]]))
+    keys = iter(overlap_keys([record for name in SPLITS for record in splits[name]], heading_records))
     return {name: list(itertools.islice(keys, len(splits[name]))) for name in SPLITS}
 
 

@@ -61,7 +61,7 @@ from lfjax.terminal import note
 CONFIG, ADAPTER, ADAPTER_CONFIG = "config.json", "adapter", peft.CONFIG
 GENERATION = "generation_config.json"
 # all that `save` may find in a folder that it replaces, beside the files that an index names
-WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, ADAPTER, *tokenizers.NAMES}
+WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, ADAPTER, tokenizers.TEMPLATES, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
 TOKENIZER = "tokenizer_config.json"
 # Keys by which transformers finds code of the model's own, and those that may name kernels to fetch.
@@ -295,11 +295,19 @@ def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
         loaded.tokenizer.save(folder)
         if loaded.config.get("pad_token_id") == loaded.tokenizer.pad_id:
             tokenizers.name_pad(folder, loaded.tokenizer)
+        by_place = getattr(loaded.model.config, "position", "learned") == "learned"  # transformers counts padding too
+        if by_place and loaded.model.config.num_labels and _pads_left(folder):
+            tokenizers.add_keys(folder, {"padding_side": "right"})
+
+
+def _pads_left(folder: pathlib.Path) -> bool:
+    file = folder / TOKENIZER
+    return file.exists() and read_json(file).get("padding_side") == "left"
 
 
 def _names_its_class(folder: pathlib.Path) -> bool:
     """Whether other tools read the tokenizer's files without a config.json beside them."""
-    file = folder / "tokenizer_config.json"
+    file = folder / TOKENIZER
     return (folder / "tokenizer.json").exists() or (file.exists() and "tokenizer_class" in read_json(file))
 
 
@@ -346,7 +354,7 @@ def _generation(loaded: Loaded, file: pathlib.Path) -> dict[str, Any]:
         found = kept.get("eos_token_id")
         named = found if isinstance(found, list) else [] if found is None else [found]
         ends = list(dict.fromkeys([*named, *tokenizers.stop_ids(loaded.tokenizer, (), "")]))
-        if len(ends) == len(named):
+        if set(ends) == set(named):
             return {}
         kept.pop("_from_model_config", None)  # it no longer is config.json's
         return kept | {"eos_token_id": ends}
@@ -384,14 +392,18 @@ def convert(
         raise InputError(f"{target}: is the folder to read as well; name another to write")
     _check_replaceable(target.resolve())
     loaded = load(source, base=base, task=task)
-    described = merge.locate(source, base).folder
+    place = merge.locate(source, base)
     config = dict(loaded.config)
-    stored = TensorFolder(described).dtypes()
+    stored = TensorFolder(place.folder).dtypes()
     if not (config.get("dtype") or config.get("torch_dtype")) and len(stored) == 1:
         config |= {"dtype": NAMES[min(stored)], "torch_dtype": NAMES[min(stored)]}
     if task is not None:
         config["architectures"] = [family_of(config, CONFIG).heads[task][0]]
-    generation = read_json(described / GENERATION) if (described / GENERATION).is_file() else None
+    files = [folder / GENERATION for folder in reversed(place.folders)]  # an adapter's own, or its base's
+    generation = next((read_json(file) for file in files if file.is_file()), None)
+    if place.adapters and loaded.tokenizer is not None and config.get("pad_token_id") is None:
+        spare = loaded.tokenizer.pad_id
+        config["pad_token_id"] = spare if spare < loaded.model.config.vocab_size else None
     try:
         save(target, loaded._replace(config=config), dtype=dtype, shard_bytes=shard_bytes, generation=generation)
     except SafetensorError as error:

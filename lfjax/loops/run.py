@@ -39,7 +39,7 @@ from lfjax.data.examples import (
     reward_examples,
     teaches,
 )
-from lfjax.data.sources import label_scale, load_records, ordinal_bounds, rating_scale
+from lfjax.data.sources import label_scale, left_out, load_records, ordinal_bounds, rating_scale
 from lfjax.files import read_json, write_json
 from lfjax.interop import hf, peft
 from lfjax.loops import starts
@@ -273,6 +273,11 @@ class Run:
         for split in ("validation", "test"):
             deque(class_labels(self.records[split], names), maxlen=0)
 
+    @property
+    def data_figures(self) -> dict[str, float]:
+        """data/*: how many records were found, merged and left out."""
+        return {f"data/{name}": float(value) for name, value in self.records.counts.items()}
+
     def check_texts(self, tokenizer) -> None:
         """What stages could not use of the records once they are tokens: better known before anything is trained.
 
@@ -331,7 +336,10 @@ class Run:
     @functools.cached_property
     def records(self):
         """The feedback records: train, validation, test, and counts of what was left out."""
-        return load_records(self.config.data)
+        found = load_records(self.config.data)
+        for line in left_out(found.counts):
+            self.note("data", line)
+        return found
 
     @functools.cached_property
     def rating_scale(self) -> tuple[float, float] | None:
@@ -612,7 +620,7 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
         for stage in run.stages:
             done = run.finished(stage) or _run_stage(run, stage, stages[stage])
             totals.append(done)
-            run.log.summary(done["figures"])
+            run.log.summary(run.data_figures | done["figures"])
             if run.stopping():
                 raise Interrupted(f"stopped after stage {stage}")
         programs = functools.reduce(Counter.__or__, (Counter(done["programs"]) for done in totals))

@@ -39,11 +39,9 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
         run.check_texts(tokenizer)
     run.sync("saved tokenizer")
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
-    counts = {f"data/{name}": float(value) for name, value in run.records.counts.items()}
     return {
         "tokenizer/vocab_size": float(tokenizer.vocab_size),
         "tokenizer/tokens_per_text": float(np.mean(lengths)) if lengths else 0.0,
-        **counts,
     }
 
 

@@ -5,14 +5,36 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from lfjax.config import InputError
 from lfjax.files import inside
 from lfjax.tokenizers import chat, huggingface, sentencepiece
-from lfjax.tokenizers.files import BPE, KINDS, NAMES, content_of, pad_token, present, with_keys, write
+from lfjax.tokenizers.files import (
+    BPE,
+    KINDS,
+    NAMES,
+    SETTINGS,
+    TEMPLATES,
+    content_of,
+    pad_token,
+    present,
+    with_keys,
+    write,
+)
 
-__all__ = ["NAMES", "Tokenizer", "find", "least_rows", "load", "name_pad", "response_text", "stop_ids"]
+__all__ = [
+    "NAMES",
+    "TEMPLATES",
+    "Tokenizer",
+    "add_keys",
+    "find",
+    "least_rows",
+    "load",
+    "name_pad",
+    "response_text",
+    "stop_ids",
+]
 
 
 class Tokenizer(Protocol):
@@ -158,8 +180,14 @@ def name_pad(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
     if piece and tokenizer.names.get("pad_token") == piece:
         return
     pieces = set(tokenizer.pieces(range(tokenizer.vocab_size)))
-    files = {name: content_of(folder / name) for name in NAMES if present(folder / name)}
-    write(folder, with_keys(files, {"pad_token": pad_token(piece, pieces)}))
+    add_keys(folder, {"pad_token": pad_token(piece, pieces)})
+
+
+def add_keys(folder: str | os.PathLike[str], keys: dict[str, Any]) -> None:
+    """Makes tokenizer_config.json of a folder hold these keys (see `files.with_keys`)."""
+    folder = pathlib.Path(folder)
+    files = {name: content_of(folder / name) for name in SETTINGS[:2] if present(folder / name)}
+    write(folder, with_keys(files, keys))
 
 
 def stop_ids(tokenizer: Tokenizer, texts: Sequence[str], key: str) -> tuple[int, ...]:

@@ -214,11 +214,16 @@ def _marked_turns(marked: str) -> list[Turn]:
 
 
 def _turn_ids(tokenizer, text: str, turn: Turn) -> list[int]:
-    """What the assistant said: markup in it is text, that of the template around it is meant."""
-    before, after = text[turn.start : turn.shown], tokenizer.encode_markup(text[turn.end : turn.stop])
-    if any(token in before for token in tokenizer.specials):
-        return tokenizer.encode_markup(before) + tokenizer.encode(text[turn.shown : turn.end]) + after
-    return tokenizer.encode(text[turn.start : turn.end]) + after
+    """What the assistant said: markup in it is text, that of the template around it is meant.
+
+    The content is encoded together with what stands between it and the special tokens at its sides.
+    """
+    before, after = text[turn.start : turn.shown], text[turn.end : turn.stop]
+    left = max((before.rfind(token) + len(token) for token in tokenizer.specials if token in before), default=0)
+    right = min((after.find(token) for token in tokenizer.specials if token in after), default=len(after))
+    said = tokenizer.encode(before[left:] + text[turn.shown : turn.end] + after[:right])
+    marked = (tokenizer.encode_markup(part) if part else [] for part in (before[:left], after[right:]))
+    return [*next(marked), *said, *next(marked)]
 
 
 @functools.cache

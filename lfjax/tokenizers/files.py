@@ -24,6 +24,7 @@ SETTINGS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder: further chat templates by name
 KINDS = (LIBRARY, MODEL, *BPE[0], *BPE[1], WORDPIECE)  # the first of them that a folder holds is read
 VOCABULARIES = (*KINDS, "tekken.json")
 # Every file that stands for a tokenizer, and is written again as it was.
@@ -110,8 +111,8 @@ def _untyped(value: Any) -> Any:
 
 def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
     """Writes the files, each in place of an older one only when it is whole; a failure leaves nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / name, content)
 
 
@@ -138,6 +139,9 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     files = dict(vocabulary)
     later = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
     files |= {name: content_of(folder / name) for name in (*later, *SETTINGS) if present(folder / name)}
+    for path in sorted((folder / TEMPLATES).glob("*.jinja")):
+        name = f"{TEMPLATES}/{path.name}"
+        files[name] = content_of(inside(folder, name))
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )

@@ -193,11 +193,19 @@ def _parts(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _without_prepend(node: dict[str, Any] | None) -> dict[str, Any] | None:
-    if node is None or node.get("type") == "Prepend":
+    if node is None or _prepends(node):
         return None
     if node.get("type") != "Sequence":
         return node
-    return {**node, "normalizers": [part for part in node["normalizers"] if part.get("type") != "Prepend"]}
+    return {**node, "normalizers": [part for part in node["normalizers"] if not _prepends(part)]}
+
+
+def _prepends(node: dict[str, Any]) -> bool:
+    """Whether a normalizer puts something before a text: also before one that begins with a space already."""
+    if node.get("type") != "Replace":
+        return node.get("type") == "Prepend"
+    regex, new = node["pattern"].get("Regex", ""), node["content"]
+    return regex.startswith(("^", "\\A")) and new.startswith(("\u2581", " "))
 
 
 def load(file: pathlib.Path) -> LibraryTokenizer:

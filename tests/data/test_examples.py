@@ -157,8 +157,21 @@ def test_equal_responses_of_one_record_are_one_candidate_with_their_mean_rating(
     assert example == RewardExample([[1, *ids("Qa"), 2], [1, *ids("Qb"), 2]], [2.0, 3.0], [None, None])
 
 
-def test_what_compares_a_text_with_itself_teaches_no_reward_model():
-    record = Record("", ["a", "a", "b"], [Preference(0, 1), Edit(0, "a"), Ranking([[0], [2], [1]])])
+def test_equal_sequences_of_several_records_are_one_example_with_their_mean_rating():
+    def rated(text, value):
+        return Record("", [text], [Rating(0, value, (1.0, 5.0))])
+
+    records, counts = [rated(LONG + "ning", 5.0), rated("b", 4.0), rated(LONG + "ner", 1.0), rated("b", 4.0)], Counter()
+    found = reward_examples(records, LETTERS, max_length=12, counts=counts)
+    assert [(e.candidates, e.ratings) for e in found] == [
+        ([[1, *ids(LONG)[:10], 2]], [3.0]),
+        ([[1, *ids("b"), 2]], [4.0]),
+    ]
+    assert (counts["equal_pairs"], counts["answers"]) == (1, 4)  # of the two rated alike none is a pair
+
+
+def test_what_compares_a_text_with_itself_or_ties_all_teaches_no_reward_model():
+    record = Record("", ["a", "a", "b"], [Preference(0, 1), Edit(0, "a"), Ranking([[0], [2], [1]]), Ranking([[0, 2]])])
     assert not teaches(record, "reward")
     assert teaches(dataclasses.replace(record, feedback=[Ranking([[0], [1], [2]])]), "reward")
 

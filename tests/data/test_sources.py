@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of, text_key
-from lfjax.data.sources import label_scale, load_records, rating_scale, read_text
+from lfjax.data.sources import label_scale, left_out, load_records, rating_scale, read_text
 from lfjax.records import Label, Rating, Record, write_records
 
 
@@ -179,6 +179,22 @@ def test_under_each_heading_that_many_records_share_files_are_compared_by_the_an
     kept = [(record.prompt, record.responses[0]) for record in [*records, rated("y", prompt="Where?")]]
     assert [(record.prompt, record.responses[0]) for record in splits.train] == [k for k in kept if k not in left_out]
     assert [len(splits[name]) for name in SPLITS] == [62, 12, 10] and splits.counts["train_also_held_out"] == 3
+
+
+def test_how_many_records_make_a_heading_is_the_users_choice_and_what_is_left_out_is_told(tmp_path):
+    asked = ["Topic 1: ", "Topic 2: "]
+    paths = {
+        "path": one_prompt(tmp_path / "train.jsonl", TEXTS[:14], asked),
+        "validation_path": one_prompt(tmp_path / "validation.jsonl", TEXTS[60:65], ("C",)),
+        "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:75], ("D", asked[1])),
+    }
+    found = load_records(section(**paths))
+    (line,) = left_out(found.counts)
+    assert line.startswith("7 training records are left out: ") and "config.data.heading_records" in line
+    headings = load_records(section(**paths, heading_records=9))
+    assert len(headings.train) == 14 and left_out(headings.counts) == []
+    with pytest.raises(InputError, match=r"data\.heading_records: found 1; allowed: 2 or more"):
+        load_records(section(**paths, heading_records=1))
 
 
 def test_one_explicit_split_leaves_the_other_to_be_cut_from_the_training_file(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lfjax import cli, tokenizers
+from lfjax.config import InputError
 from lfjax.interop import hf, peft
 from lfjax.models import lora, presets
 from lfjax.models.lora import LoRA
@@ -66,11 +67,11 @@ def read(file: pathlib.Path) -> dict:
 def test_what_is_made_of_a_chat_model_stops_where_lfjax_does_and_keeps_the_other_keys(tmp_path):
     source = folder_of(tmp_path / "source", "bytes", chat_template=CHATML)
     kept = {"do_sample": True, "temperature": 0.7, "bos_token_id": 256, "pad_token_id": 256}
-    for name, found in (("one", 256), ("several", [257, 256]), ("none", None)):
+    for name, found in (("one", 256), ("several", [257, 256]), ("twice", [256, 256]), ("none", None)):
         (source / "generation_config.json").write_text(json.dumps({**kept, "eos_token_id": found}))
         made = made_here(tokenizers.load(source))
         hf.save(tmp_path / name, made)
-        ends = [*(found if isinstance(found, list) else [256]), 258]
+        ends = [*dict.fromkeys(found if isinstance(found, list) else [256]), 258]
         assert read(tmp_path / name / "generation_config.json") == {**kept, "eos_token_id": ends}
         again = hf.load(tmp_path / name).tokenizer
         assert set(tokenizers.stop_ids(again, (), "")) == set(tokenizers.stop_ids(made.tokenizer, (), "")) == set(ends)
@@ -101,14 +102,41 @@ def test_an_adapter_has_the_tokenizer_and_the_ends_of_the_model_beside_it(tmp_pa
     transformers = pytest.importorskip("transformers", reason="transformers is absent: not read by it")
     source = folder_of(tmp_path / "source", "bytes", chat_template=CHATML)
     made, how = made_here(tokenizers.load(source)), LoRA(2, 2.0)
+    hf.save(tmp_path / "base", made._replace(config=made.config | {"pad_token_id": None}))
+    shutil.copytree(source, tmp_path / "base", dirs_exist_ok=True)  # as published: no pad token, one end
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 256}')
     adapters = jax.tree.map(np.asarray, lora.init(jax.random.key(0), made.model.config, how))
-    adapter = peft.export(made.model.config, made.config, {"lora": adapters}, how, str(source))
+    adapter = peft.export(made.model.config, made.config, {"lora": adapters}, how, str(tmp_path / "base"))
     hf.save(tmp_path / "model", made, adapter=adapter)
     for folder in (tmp_path / "model", tmp_path / "model" / "adapter"):
         peer = transformers.AutoTokenizer.from_pretrained(folder)
         assert (peer.pad_token_id, peer.eos_token_id) == (made.tokenizer.pad_id, 256)
         assert peer("a cat").input_ids == made.tokenizer.encode_prompt("a cat")
         assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [256, 258]
+    assert cli.main(["import", str(tmp_path / "model" / "adapter"), str(tmp_path / "merged")]) == 0
+    assert read(tmp_path / "merged" / "generation_config.json")["eos_token_id"] == [256, 258]
+    assert read(tmp_path / "merged" / "config.json")["pad_token_id"] == made.tokenizer.pad_id
+
+
+@pytest.mark.parametrize("form, side", [("gpt2", "right"), ("llama", "left")])
+def test_scores_by_learned_positions_are_padded_on_the_right(tmp_path, form, side):
+    source = folder_of(tmp_path / "source", "bytes", padding_side="left")
+    hf.save(tmp_path / "model", made_here(tokenizers.load(source), form, num_labels=1))
+    assert read(tmp_path / "model" / "tokenizer_config.json")["padding_side"] == side
+
+
+def test_further_chat_templates_are_kept_and_none_from_elsewhere_is(tmp_path):
+    source = folder_of(tmp_path / "source", "bytes")
+    (source / "chat_template.jinja").write_text(CHATML)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    hf.save(tmp_path / "model", made_here(tokenizers.load(source)))
+    hf.save(tmp_path / "model", hf.load(tmp_path / "model"))  # in its place
+    assert (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+    (source / "additional_chat_templates").rename(tmp_path / "elsewhere")
+    (source / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"tool_use\.jinja: a link that leads out of its folder"):
+        tokenizers.load(source)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -122,7 +122,7 @@ def test_completions_have_the_sums_of_float64_with_and_without_their_end(loaded)
 
 
 def test_a_text_of_a_few_tokens_comes_with_a_caution(loaded, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(hf, "load", lambda folder: loaded)
+    monkeypatch.setattr(hf, "load", lambda folder, base=None: loaded)
     (tmp_path / "run").mkdir()
     for size, said in ((99, "99 tokens: too few to judge a model by; give 100 or more\n"), (100, "")):
         text = tmp_path / "text.txt"

@@ -8,7 +8,7 @@ import vocabularies as files
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lfjax import tokenizers
-from lfjax.tokenizers import sentencepiece
+from lfjax.tokenizers import chat, sentencepiece
 
 transformers = pytest.importorskip("transformers", reason="transformers is absent: tokenizers were not compared")
 END = "<|endoftext|>"
@@ -60,6 +60,23 @@ def test_a_sentencepiece_model_of_others_begins_a_text_as_its_files_say(shared, 
         **settings,
         "add_bos_token": begins is not False,
     }
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("end", ["' ' + eos_token", "'\\n' + eos_token", "'<|end|>' + eos_token"])
+def test_what_a_template_puts_behind_an_answer_is_cut_as_one_text_with_it(shared, tmp_path, end, file):
+    said = "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + " + end
+    template = "{{ bos_token }}{% for m in messages %}" + said + " }}{% endif %}{% endfor %}"
+    shutil.copy(shared / "data" / "sp_models" / "mistral_v1.model", tmp_path / "tokenizer.model")
+    settings = {**LLAMA, "legacy": True, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs, folder = transformers.AutoTokenizer.from_pretrained(tmp_path), tmp_path
+    if file == "tokenizer.json":  # as transformers writes it: a normalizer of its own puts the first space
+        theirs.save_pretrained(folder := tmp_path / "json")
+    ours, talk = tokenizers.load(folder), [{"role": "user", "content": "who sat?"}]
+    ids = chat.prompt_ids(ours, talk) + chat.response_ids(ours, talk, "the cat sat.")
+    whole = [*talk, {"role": "assistant", "content": "the cat sat."}]
+    assert ids == theirs.apply_chat_template(whole, return_dict=False)
 
 
 @pytest.mark.parametrize("begin", ["", END])
