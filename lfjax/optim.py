@@ -28,6 +28,7 @@ MUON_MATRICES = (
 )
 _STACKED = re.compile(r"(^|/)layers/")  # leaves [L ...]
 _BIAS = re.compile(r"bias$")  # a vector a layer, also where it is [L N H]
+_VOCABULARY = ((re.compile(r"embed/tokens$"), 0), (re.compile(r"unembed/(kernel|bias)$"), -1))  # and the axis of tokens
 
 
 def weighted_grads(
@@ -145,6 +146,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
     groups: tuple = DEFAULT_GROUPS,
+    vocab_size: int | None = None,
 ) -> Optimizer:
     """Clip -> precondition -> decoupled weight decay -> minus the learning rate at the state's step.
 
@@ -156,11 +158,12 @@ def make_optimizer(
       name: "adamw", "adafactor", "lion" or "muon" (Muon on the layers' matrices, Adam on all else).
       clip_norm: global gradient norm; 0 switches clipping off.
       groups: (regex, learning-rate multiplier, weight-decay multiplier) rows; a multiplier of 0 freezes.
+      vocab_size: rows of the vocabulary's tables from here on are padding, in no mean; None: there are none.
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     precondition = {
         "adamw": lambda: adam,
-        "adafactor": _adafactor,
+        "adafactor": lambda: _adafactor(vocab_size),
         "lion": lambda: optax.scale_by_lion(b1=b1, b2=b2),
         "muon": lambda: _muon(adam, beta=b1),
     }
@@ -189,10 +192,11 @@ def make_optimizer(
     return optax.chain(*links, precondition[name](), last)
 
 
-def _adafactor():
+def _adafactor(vocab_size: int | None):
     """Adafactor of each layer's matrices [inputs, outputs] and vectors alone, as if no leaf were stacked over layers.
 
-    Second moments that are not factored have their parameter's shape, and so its sharding.
+    Padding in the vocabulary's tables does not count in clipping and parameter scale (of the factored moments its zeros
+    cancel). Second moments that are not factored have their parameter's shape, and so its sharding.
     Source: Shazeer and Stern 2018, arXiv:1804.04235.
     """
     each = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
@@ -227,10 +231,27 @@ def _adafactor():
         updates, state = apply(shaped_as(updates, flat), with_moments_as(state, flat), flat)
         return shaped_as(updates, params), with_moments_as(state, params)
 
+    def clip(updates, params=None):
+        del params
+        return map_named(lambda name, u: u / jnp.maximum(1.0, _rms(name, u, vocab_size)), updates)
+
+    def scale(updates, params):
+        return map_named(lambda name, u, p: u * jnp.maximum(_rms(name, p, vocab_size), 1e-3), updates, params)
+
+    single = optax.chain(optax.scale_by_factored_rms(), optax.stateless(clip), optax.stateless(scale))
     return optax.partition(
-        {"stacked": optax.GradientTransformation(init, update), "single": each},
+        {"stacked": optax.GradientTransformation(init, update), "single": single},
         lambda params: map_named(lambda n, _: "stacked" if _STACKED.search(n) else "single", params),
     )
+
+
+def _rms(leaf: str, x, vocab_size: int | None):
+    """Root of the mean square, without the padding of a vocabulary's table."""
+    axis = next((axis % x.ndim for pattern, axis in _VOCABULARY if pattern.search(leaf)), None)
+    if axis is None or vocab_size is None or x.shape[axis] <= vocab_size:
+        return jnp.sqrt(jnp.mean(jnp.square(x)))
+    counts = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < vocab_size
+    return jnp.sqrt(jnp.mean(jnp.square(x), where=counts))
 
 
 def _matrix(leaf: str) -> tuple:

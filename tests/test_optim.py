@@ -198,6 +198,28 @@ def test_adafactor_is_optaxs_on_each_layers_matrices_alone():
         np.testing.assert_allclose(moved, exact, rtol=1e-4, atol=3e-7 * np.abs(lone[name]).max(), err_msg=name)
 
 
+@pytest.mark.parametrize("width", [8, 160])  # of moments that are not factored, and that are
+def test_adafactor_does_not_count_the_padding_of_a_vocabulary(width):
+    rng = np.random.default_rng(2)
+    shapes = {"embed": {"tokens": (300, width)}, "unembed": {"kernel": (width, 300), "bias": (300,)}}
+    whole = jax.tree.map(
+        lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), whole) for _ in range(2)]
+
+    def padded(tree):
+        def pad(name, x):
+            axis = 0 if name.endswith("tokens") else x.ndim - 1
+            return np.pad(x, [(0, 84 if i == axis else 0) for i in range(x.ndim)])
+
+        return map_named(pad, tree)
+
+    expected = train(make_optimizer(0.01, name="adafactor"), whole, 2, grads=lambda _, i: grads[i])
+    optimizer = make_optimizer(0.01, name="adafactor", vocab_size=300)
+    found = train(optimizer, padded(whole), 2, grads=lambda _, i: padded(grads[i]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), found, padded(expected))
+
+
 def test_adafactors_state_is_a_row_and_a_column_a_matrix():
     model = presets.gpt2(vocab_size=50257, width=768, layers=12, heads=12)
     is_entry = lambda x: isinstance(x, tuple)  # noqa: E731

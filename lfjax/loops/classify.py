@@ -36,7 +36,7 @@ def classify_stage(run: Run) -> dict[str, float]:
 
     loaded = run.load_model("classify.init_from", init_from(run.config, "classify"))
     model, params = with_head(run, loaded, "classify", len(names), dropout=section.dropout)
-    tx, rate = training_parts(run, "classify", total)
+    tx, rate = training_parts(run, "classify", total, model)
     trained, base = run.trained_part("classify", params, model.config, "classify-lora")
     state, shardings = create_state(run, RewardState, trained, tx)
     function = functools.partial(run.steps["classify"], tx=tx, **section.step.to_dict())

@@ -220,7 +220,8 @@ def ppo_stage(run: Run) -> dict[str, float]:
         ref_params = jax.tree.map(lambda x: x.astype(reference_dtype(section)), policy.params)
 
     total = total_steps(section, batches.steps_per_epoch)
-    (policy_tx, rate), (value_tx, _) = (training_parts(run, "ppo", total, name) for name in ("optim", "value_optim"))
+    policy_tx, rate = training_parts(run, "ppo", total, policy.model)
+    value_tx, _ = training_parts(run, "ppo", total, value_model, "value_optim")
 
     def create(policy_params, value_params):
         return PPOState(

@@ -69,7 +69,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     if bounds := ordinal_bounds(section.step, run.rating_scale or label_scale(run.records.train)):
         keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
         params = with_cutpoints(run, params, keywords["ordinal_bounds"])
-    tx, rate = training_parts(run, "reward", total)
+    tx, rate = training_parts(run, "reward", total, model)
     trained, base = run.trained_part("reward", params, model.config, "reward-lora")
     state, shardings = create_state(run, RewardState, trained, tx)
     function = functools.partial(run.steps["reward"], tx=tx, **keywords)

@@ -68,8 +68,8 @@ def compute_settings(run: Run, config, **changes):
     return dataclasses.replace(config, **ways, **changes)
 
 
-def training_parts(run: Run, stage: str, total: int, name: str = "optim"):
-    """(optimizer, learning-rate schedule) of a stage."""
+def training_parts(run: Run, stage: str, total: int, model, name: str = "optim"):
+    """(optimizer, learning-rate schedule) of a stage, for parameters of the model."""
     options = optim_section(run.config, stage, name)
     rate = schedule(
         options.pop("schedule"),
@@ -78,7 +78,7 @@ def training_parts(run: Run, stage: str, total: int, name: str = "optim"):
         warmup_steps=options.pop("warmup_steps"),
         end_factor=options.pop("end_factor"),
     )
-    return make_optimizer(rate, **options), rate
+    return make_optimizer(rate, **options, vocab_size=model.config.vocab_size), rate
 
 
 def total_steps(section, steps_per_epoch: int) -> int:
@@ -120,7 +120,7 @@ def lm_stage(run: Run, stage: str) -> dict[str, float]:
 
     config, params = new_or_loaded(run, stage)
     model = run.network(dataclasses.replace(config, dropout=section.dropout))
-    tx, rate = training_parts(run, stage, total)
+    tx, rate = training_parts(run, stage, total, model)
     trained, base = run.trained_part(stage, params, config, f"{stage}-lora")
     state, shardings = create_state(run, LMState, trained, tx)
     function = functools.partial(run.steps["sft"], tx=tx, **section.step.to_dict())
