@@ -7,6 +7,7 @@ a folder that others may write is theirs to choose.
 from __future__ import annotations
 
 import functools
+import grp
 import os
 import pwd
 import stat
@@ -34,7 +35,8 @@ def make(folder: Path) -> None:
 def exposure(folder: Path, part: str) -> str:
     """How others may write a part of the cache folder, with the fix; "" where its owner alone may.
 
-    The owner is this process's user or root. Folders above may be open to all with the sticky bit, as /tmp is.
+    The owner is this process's user or root. Folders above may be open to all with the sticky bit, as /tmp is, and to a
+    group that is this user's alone; who may write one could put another folder in the cache's place.
     """
     for path in _to_check(folder, folder / part):
         status = path.lstat()
@@ -46,13 +48,25 @@ def exposure(folder: Path, part: str) -> str:
             fix = f"chmod 700 {folder} if nobody else has, or " if mine else ""
             return f"{path} may be written by others (mode {mode:04o}); {fix}{ELSEWHERE}"
     for path in dict.fromkeys((*Path(os.path.abspath(folder)).parents, *(folder / part).resolve().parents)):
-        status = path.stat() if path.exists() else None
-        if status and status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            fix = f"chmod o-w {path}, or " if status.st_uid == os.geteuid() else ""
-            return (
-                f"{path}, above it, may be written by all (mode {stat.S_IMODE(status.st_mode):04o}); {fix}{ELSEWHERE}"
-            )
+        if not path.exists():
+            continue
+        status = path.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{path}, above it, belongs to {_user(status.st_uid)}; {ELSEWHERE}"
+        shared = mode & stat.S_IWGRP and not _is_own_group(status.st_gid)
+        if (mode & stat.S_IWOTH or shared) and not mode & stat.S_ISVTX:
+            fix = f"chmod go-w {path}, or " if status.st_uid == os.geteuid() else ""
+            return f"{path}, above it, may be written by others (mode {mode:04o}); {fix}{ELSEWHERE}"
     return ""
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is the one that systems make for this user alone."""
+    try:
+        return grp.getgrgid(number).gr_name == pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
 
 
 def _to_check(folder: Path, part: Path) -> Iterator[Path]:

@@ -39,7 +39,7 @@ def test_a_folder_is_made_for_its_owner_alone_whatever_the_umask(tmp_path):
         ("", 0o1777, "{} may be written by others (mode 1777); "),
         ("xla", 0o777, "{} may be written by others (mode 0777); chmod 700 {folder} if nobody else has, or "),
         ("xla/program", 0o666, "{} may be written by others (mode 0666); chmod 700 {folder} if nobody else has, or "),
-        ("..", 0o777, "{}, above it, may be written by all (mode 0777); chmod o-w {}, or "),
+        ("..", 0o777, "{}, above it, may be written by others (mode 0777); chmod go-w {}, or "),
     ],
 )
 def test_where_others_may_write_is_named_with_the_fix(folder, changed, mode, said):
@@ -74,6 +74,16 @@ def test_a_folder_of_another_user_is_not_used(folder, monkeypatch):
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 54321)
     assert cache.exposure(folder, "xla").startswith(f"{folder} belongs to user ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize(
+    "owner, mode, said", [((54321, -1), 0o755, "belongs to"), ((-1, 54321), 0o775, "may be written")]
+)
+def test_who_may_write_above_could_put_another_folder_in_its_place(folder, owner, mode, said):
+    os.chown(folder.parent, *owner)
+    folder.parent.chmod(mode)
+    assert cache.exposure(folder, "xla").startswith(f"{folder.parent}, above it, {said}")
 
 
 def test_what_can_be_trusted_is_its_owners_alone_from_then_on(folder):
