@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 
 from lfjax import cli, terminal
+from lfjax.loops import scoring
 
 HOSTILE = "a\x1b]0;owned\x07\r\x9b2J\u202eb\u2066\x7f\u2028\u200f"
 
@@ -34,6 +35,13 @@ def test_errors_show_control_characters(capsys, tmp_path):
     assert cli.main(["report", str(tmp_path / HOSTILE.replace("\u2028", ""))]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and terminal.visible(err) == err and r"\x1b]0;owned\x07" in err
+
+
+def test_a_name_makes_no_row_of_a_table():
+    names = ("tokens", "logprob", "logprob_mean", "tokens_with_eos", "logprob_with_eos", "logprob_mean_with_eos")
+    rows = [{"record": 1, "id": "a\n b\tc", "response": 0, **dict.fromkeys(names, 1.0)}]
+    table = scoring.completions_table(rows)
+    assert table.count("\n") == 3 and "\t" not in table and r"a\n b\tc" in table
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
