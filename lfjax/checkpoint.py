@@ -57,13 +57,16 @@ class Checkpoints:
 
     def _check_metadata(self) -> None:
         """What Orbax reads when it opens the folder; a file that was cut short it takes as one that is not there."""
-        for path in sorted(self.folder.glob(f"[0-9]*/{_METADATA[0]}")):
+        paths = sorted(self.folder.glob(f"*/{_METADATA[0]}"))
+        for path in (path for path in paths if path.parent.name.isdecimal()):
             try:
-                files.json_value(files.read_bytes(path, fix=_fix(path.parent)))
+                found = files.json_value(files.read_bytes(path, fix=_fix(path.parent)))
             except (json.JSONDecodeError, UnicodeDecodeError):
-                pass
+                continue
             except ValueError as error:
                 raise InputError(f"{path}: not JSON ({error}); {_fix(path.parent)}") from None
+            if not isinstance(found, dict) or not isinstance(found.get("item_handlers"), (dict, str, type(None))):
+                raise InputError(f"{path}: not what Orbax leaves there; {_fix(path.parent)}")
 
     def _open(self) -> ocp.CheckpointManager:
         try:
@@ -72,7 +75,7 @@ class Checkpoints:
             if _is_disk_error(error):
                 raise
             cause = f"{type(error).__name__}: {_one_line(error)}"
-            raise InputError(f"{self.folder}: not a folder of checkpoints ({cause}); {_fix(self.folder)}") from error
+            raise InputError(f"{self.folder}: not a folder of checkpoints ({cause}); {_ANEW}") from error
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Starts saving; returns once `state` may be donated or changed. Waits for the save before it, if still busy.
@@ -127,10 +130,7 @@ class Checkpoints:
             return restored
         cause = next(iter(failures.values()), "there is none")
         asked = "no checkpoint" if step is None else f"checkpoint {step}"
-        raise InputError(
-            f"{self.folder}: {asked} can be read: {cause}; delete this folder to train the stage again, "
-            "or use another --workdir"
-        )
+        raise InputError(f"{self.folder}: {asked} can be read: {cause}; {_ANEW}")
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]] | str:
         """The state and extra of `step`, or why they cannot be read."""
@@ -188,6 +188,7 @@ class Checkpoints:
 
 # What Orbax reads of a checkpoint as JSON; the first when it opens the folder.
 _METADATA = ("_CHECKPOINT_METADATA", "*/_CHECKPOINT_METADATA", "state/_METADATA", "state/array_metadatas/*")
+_ANEW = "delete this folder to train the stage again, or use another --workdir"
 _DISK_SIGNS = (
     "No space left",
     "File too large",

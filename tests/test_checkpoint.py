@@ -213,6 +213,8 @@ def test_what_cannot_be_taken_of_a_checkpoints_metadata_is_one_line(tmp_path):
     metadata = tmp_path / "1" / "_CHECKPOINT_METADATA"
     for content, found in (
         ("[" * 1_000_000, f"{metadata}: not JSON (nested deeper than 100); delete {tmp_path}/1: "),
+        ("[]", f"{metadata}: not what Orbax leaves there; delete {tmp_path}/1: "),
+        ('{"item_handlers": [1]}', f"{metadata}: not what Orbax leaves there; delete {tmp_path}/1: "),
         ('{"init_timestamp_nsecs": [], "commit_timestamp_nsecs": "x"}', f"{tmp_path}: not a folder of checkpoints ("),
     ):
         metadata.write_text(content)
