@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from lfjax import files
 from lfjax.config import InputError
 from lfjax.terminal import note
 
@@ -32,17 +34,48 @@ class Checkpoints:
 
     What a kill left half-written is removed when the folder is opened. With several processes every process makes the
     same calls; the folder is one that all of them see.
+
+    Args:
+      check: called with a step and the JSON dict read back; raises ValueError where it is not what was saved.
+    Raises:
+      InputError: no folder can be made, or a checkpoint's metadata cannot be taken.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | os.PathLike, *, keep: int = 2, check: Callable[[int, dict[str, Any]], None] | None = None
+    ) -> None:
         for name in ("absl", "asyncio", "concurrent.futures"):  # Orbax logs every file and, at a failure that is
             logging.getLogger(name).setLevel(logging.CRITICAL)  # raised all the same, a traceback from each thread
         self.folder = pathlib.Path(folder).absolute()
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
+        self._check = check or (lambda step, extra: None)
+        self._check_metadata()
         with self._disk_errors():
-            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+            self._manager = self._open()
+
+    def _check_metadata(self) -> None:
+        """What Orbax reads when it opens the folder; a file that was cut short it takes as one that is not there."""
+        paths = sorted(self.folder.glob(f"*/{_METADATA[0]}"))
+        for path in (path for path in paths if path.parent.name.isdecimal()):
+            try:
+                found = files.json_value(files.read_bytes(path, fix=_fix(path.parent)))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                continue
+            except ValueError as error:
+                raise InputError(f"{path}: not JSON ({error}); {_fix(path.parent)}") from None
+            if not isinstance(found, dict) or not isinstance(found.get("item_handlers"), (dict, str, type(None))):
+                raise InputError(f"{path}: not what Orbax leaves there; {_fix(path.parent)}")
+
+    def _open(self) -> ocp.CheckpointManager:
+        try:
+            return ocp.CheckpointManager(self.folder, options=self._options)
+        except Exception as error:
+            if _is_disk_error(error):
+                raise
+            cause = f"{type(error).__name__}: {_one_line(error)}"
+            raise InputError(f"{self.folder}: not a folder of checkpoints ({cause}); {_ANEW}") from error
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Starts saving; returns once `state` may be donated or changed. Waits for the save before it, if still busy.
@@ -80,6 +113,7 @@ class Checkpoints:
         Raises:
           InputError: no checkpoint could be read; names the folder, the cause and the fix.
         """
+        self.wait()
         target = jax.tree.map(_abstract, abstract_state)
         steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
         failures: dict[int, str] = {}
@@ -96,21 +130,29 @@ class Checkpoints:
             return restored
         cause = next(iter(failures.values()), "there is none")
         asked = "no checkpoint" if step is None else f"checkpoint {step}"
-        raise InputError(
-            f"{self.folder}: {asked} can be read: {cause}; delete this folder to train the stage again, "
-            "or use another --workdir"
-        )
+        raise InputError(f"{self.folder}: {asked} can be read: {cause}; {_ANEW}")
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]] | str:
         """The state and extra of `step`, or why they cannot be read."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), beside=ocp.args.JsonRestore())
+        items, place = ocp.args.Composite(state=ocp.args.StandardRestore(target)), self.folder / str(step)
         with _quiet_failures():
             try:
-                restored = self._manager.restore(step, args=items)
-                state, beside = restored["state"], restored["beside"]
-                if _checksums(state) == beside["checksums"]:
-                    return state, beside["extra"]
+                for name in _METADATA:
+                    for path in place.glob(name):
+                        files.read_json(path, dict, fix="the checkpoint is damaged")
+                beside = files.read_json(
+                    place / "beside" / "metadata", dict, finite=False, fix="the checkpoint is damaged"
+                )
+                extra = beside.get("extra")
+                if not isinstance(extra, dict):
+                    raise ValueError("beside/metadata: no extra in it")
+                self._check(step, extra)
+                state = self._manager.restore(step, args=items)["state"]
+                if _checksums(state) == beside.get("checksums"):
+                    return state, extra
                 cause = "the arrays are not those that were saved: bytes were changed on disk"
+            except InputError as error:
+                cause = _one_line(str(error).replace(f"{place}/", ""))
             except Exception as error:  # Orbax, TensorStore and json each raise their own kinds for a broken file
                 cause = _one_line(error)
             time.sleep(0.2)  # for the reads under way
@@ -133,7 +175,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
+            if isinstance(error, InputError) or not _is_disk_error(error):
                 raise
             with _quiet_failures():
                 time.sleep(0.2)  # for the writes under way
@@ -144,6 +186,9 @@ class Checkpoints:
             ) from error
 
 
+# What Orbax reads of a checkpoint as JSON; the first when it opens the folder.
+_METADATA = ("_CHECKPOINT_METADATA", "*/_CHECKPOINT_METADATA", "state/_METADATA", "state/array_metadatas/*")
+_ANEW = "delete this folder to train the stage again, or use another --workdir"
 _DISK_SIGNS = (
     "No space left",
     "File too large",
@@ -190,6 +235,14 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _one_line(error: BaseException) -> str:
+def _is_disk_error(error: Exception) -> bool:
+    return isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS)
+
+
+def _fix(folder: pathlib.Path) -> str:
+    return f"delete {folder}: the stage goes on from the checkpoint before, or anew"
+
+
+def _one_line(error: BaseException | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -15,15 +15,15 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 import lfjax
 from lfjax import cache, files
 from lfjax.config import InputError
 from lfjax.signals import handled
-from lfjax.terminal import note, show, visible
+from lfjax.terminal import cell, line, note, show, visible
 
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
-LONGEST_LINE = 2000  # characters of an error: a value of the user's may be of any length
 LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
 
 
@@ -156,10 +156,7 @@ def _is_one_of_several() -> bool:
 
 
 def _refuse(message: str) -> int:
-    line = visible(" ".join(message.splitlines()))
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"error: {line(message)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -283,8 +280,8 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if jax.process_index() == 0:
         path = report.build(arguments.workdir)
         for name in sorted(summary):
-            figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else summary[name]
-            print(visible(f"{name:40s} {figure}"))
+            figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else str(summary[name])
+            print(f"{cell(name):40s} {cell(figure)}")
         print(visible(f"report: {path}"))
     return 0
 
@@ -496,9 +493,10 @@ def _eval(arguments: argparse.Namespace, _) -> int:
         rows = scoring.score_completions(loaded, records, batch_size=arguments.batch_size)
         shown = scoring.completions_table(rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
+    beside = _beside(output) if output else sys.stdout
     if output:
         files.write_text(output, lines, pipe=True)
-    print(lines if arguments.json else visible(shown), end="")
+    print(lines if arguments.json else visible(shown), end="", file=beside)
     return 0
 
 
@@ -544,15 +542,15 @@ def _model_folder(path: Path, stage: str | None = None) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; name a model folder or a run directory")
     if stage is not None:
-        known = sorted(entry.parent.name for entry in path.glob("models/*/config.json"))
+        known = sorted(entry.parent.name for entry in files.inside(path, "models").glob("*/config.json"))
         if stage not in known:
             found = f"its models are of {', '.join(known)}" if known else "it is no run directory with models"
             raise InputError(f"--stage: {path} has no model of {stage!r}; {found}")
-        return path / "models" / stage
+        return files.inside(path, f"models/{stage}")
     if (path / "models").is_dir():
         for stage in ("ppo", "sft", "pretrain"):
             if (path / "models" / stage).is_dir():
-                return path / "models" / stage
+                return files.inside(path, f"models/{stage}")
         raise InputError(f"{path}/models: no language model in it yet; finish the pretrain stage first")
     return path
 
@@ -588,10 +586,20 @@ def _feedback(arguments: argparse.Namespace, _) -> int:
         raise InputError(f"--max-chars: {arguments.max_chars}; allowed: 0 (no limit) or more")
     left_out: collections.Counter[str] = collections.Counter()
     records = convert(arguments.source, arguments.format, left_out, max_chars=arguments.max_chars)
-    print(visible(f"{output}: {write_records(output, records)} records"))
+    beside = _beside(output)
+    print(visible(f"{output}: {write_records(output, records)} records"), file=beside)
     for reason, count in left_out.items():
-        print(visible(f"left out: {count}: {reason}"))
+        print(visible(f"left out: {count}: {reason}"), file=beside)
     return 0
+
+
+def _beside(output: Path) -> TextIO:
+    """Where to say what was written to `output`: stderr where that is stdout."""
+    try:
+        same = os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        same = False
+    return sys.stderr if same else sys.stdout
 
 
 def _doctor(arguments: argparse.Namespace, _) -> int:

@@ -53,6 +53,7 @@ def writing(path: Path, *, pipe: bool = False) -> Iterator[BinaryIO]:
       pipe: what is no regular file, such as /dev/stdout or a FIFO, is written directly: for outputs that a user names.
     Raises:
       InputError: it cannot be written; names the target, the cause and the fix.
+      BrokenPipeError: whoever reads the pipe has enough.
     """
     path = pathlib.Path(path)
     direct = _open_pipe(path) if pipe else None
@@ -60,6 +61,8 @@ def writing(path: Path, *, pipe: bool = False) -> Iterator[BinaryIO]:
         with _naming(path), direct:
             yield direct
         return
+    if _is_system(path):
+        raise InputError(f"{path}: cannot write: no regular file goes there; name another place")
     fresh = path.parent / f".lfjax-{secrets.token_hex(8)}"
     try:
         with _naming(path, fresh):
@@ -178,6 +181,8 @@ def _naming(path: pathlib.Path, fresh: pathlib.Path | None = None) -> Iterator[N
     """Says of what the system refuses that `path` cannot be written; errors with another file's name pass."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.filename is not None and os.fspath(error.filename) not in (str(path), str(fresh)):
             raise
@@ -200,11 +205,24 @@ def _open_pipe(path: pathlib.Path) -> BinaryIO | None:
         return open(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb")
 
 
+_SYSTEM = ("/dev", "/proc", "/sys")  # what stands there is the system's
+_OURS = ("/dev/shm",)  # but for what is memory to keep files in
+
+
+def _is_system(path: pathlib.Path) -> bool:
+    """Whether the entry itself, not what it may be a link to, is the system's."""
+    folder = pathlib.Path(os.path.realpath(path.parent))
+    return any(map(folder.is_relative_to, _SYSTEM)) and not any(map(folder.is_relative_to, _OURS))
+
+
 def _own_descriptor(path: pathlib.Path) -> int | None:
     """N where the path is /dev/stdout, /dev/fd/N or the like: opened anew, it would be written from its beginning."""
     for _ in range(8):
         folder = os.path.realpath(path.parent)
-        if folder in ("/dev/fd", f"/proc/{os.getpid()}/fd") and path.name.isdecimal():
+        if (
+            folder in ("/dev/fd", os.path.realpath("/proc/self/fd"), f"/proc/{os.getpid()}/fd")
+            and path.name.isdecimal()
+        ):
             return int(path.name)
         if not path.is_symlink():
             return None
@@ -262,21 +280,26 @@ def decoded(content: bytes, path: Path, *, fix: str = RESTORE) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); {fix}") from None
 
 
-def read_json(path: Path, kind: type[Kind] = object, *, most: int = MOST_BYTES, fix: str = RESTORE) -> Kind:
+def read_json(
+    path: Path, kind: type[Kind] = object, *, most: int = MOST_BYTES, finite: bool = True, fix: str = RESTORE
+) -> Kind:
     """What a JSON file holds.
 
     Args:
       kind: what it has to be: dict or list.
+      finite: Python's NaN and Infinity, which no JSON has, are an error.
     Raises:
       InputError: no such file, or not such JSON; names the file and, where it is known, the line.
     """
-    return parse_json(read_bytes(path, most=most, fix=fix), path, kind, fix=fix)
+    return parse_json(read_bytes(path, most=most, fix=fix), path, kind, finite=finite, fix=fix)
 
 
-def parse_json(content: bytes, path: Path, kind: type[Kind] = object, *, fix: str = RESTORE) -> Kind:
+def parse_json(
+    content: bytes, path: Path, kind: type[Kind] = object, *, finite: bool = True, fix: str = RESTORE
+) -> Kind:
     """As `read_json`, of a file's bytes."""
     try:
-        value = json_value(content.removeprefix(b"\xef\xbb\xbf"))
+        value = json_value(content.removeprefix(b"\xef\xbb\xbf"), finite=finite)
     except UnicodeDecodeError:
         decoded(content, path, fix=fix)
         raise
@@ -290,17 +313,18 @@ def parse_json(content: bytes, path: Path, kind: type[Kind] = object, *, fix: st
     return value
 
 
-def json_value(content: bytes, *, once: bool = False) -> Any:
+def json_value(content: bytes, *, once: bool = False, finite: bool = True) -> Any:
     """The value of a JSON text, of at most MOST_DEPTH and MOST_VALUES; numbers are finite.
 
     Args:
       once: a field that stands twice in an object is an error.
+      finite: without it, and without `once`, numbers may be NaN and infinite as well.
     Raises:
       ValueError: anything else; JSONDecodeError and UnicodeDecodeError know the place.
     """
     _check_shape(content)
     try:
-        return (_ONCE if once else _ANY).decode(content.decode("utf-8"))
+        return (_ONCE if once else _ANY if finite else _PYTHON).decode(content.decode("utf-8"))
     except ValueError as error:
         if "integer string conversion" in str(error):
             raise ValueError("a whole number of too many digits") from None
@@ -423,6 +447,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _ANY = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+_PYTHON = json.JSONDecoder()
 _ONCE = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_each_once)
 
 

@@ -995,6 +995,15 @@ FINISHED = {
     "no figures": (b'{"seconds": 1.0, "parts": {}, "programs": {}}', "no figures in it"),
     "no seconds": (b'{"figures": {}, "parts": {}, "programs": {}}', "no seconds in it"),
     "seconds that are none": (b'{"figures": {}, "seconds": NaN, "parts": {}, "programs": {}}', "NaN is not JSON"),
+    "negative seconds": (b'{"figures": {}, "seconds": -1, "parts": {}, "programs": {}}', "no seconds in it"),
+    "seconds of 400 digits": (
+        b'{"figures": {}, "seconds": 1' + b"0" * 400 + b', "parts": {}}',
+        "no seconds and no pro",
+    ),
+    "other parts": (
+        b'{"figures": {"a": [1]}, "seconds": 1, "parts": {"train": "x"}, "programs": {"a": "b"}}',
+        "no figures and no parts and no programs in it",
+    ),
     "seconds of another kind": (b'{"figures": {}, "seconds": "1", "parts": {}}', "no seconds and no programs"),
 }
 
@@ -1013,6 +1022,14 @@ def test_a_finished_file_that_is_none_is_named_and_the_fix_works(kind, command, 
         file.unlink()
         assert train(workdir, records, PRETRAINING) == 0
         assert same_model(workdir, trained)
+
+
+def test_stages_that_took_no_time_have_no_goodput(tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    for file in workdir.glob("checkpoints/*/FINISHED"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 0}))
+    assert train(workdir, records, PRETRAINING) == 0
+    assert json.loads((workdir / "summary.json").read_text())["time/goodput"] == 0.0
 
 
 def test_a_broken_log_in_the_workdir_is_refused_by_line(command, tmp_path, records, trained):
@@ -1054,6 +1071,43 @@ def test_corrupt_checkpoints_throughout_are_an_error(command, tmp_path, records,
     assert f"{workdir}/checkpoints/pretrain: no checkpoint can be read" in line and "delete this folder" in line
 
 
+SPOILT = {
+    "nested": (lambda file: file.write_text("[" * 10**6), "beside/metadata: not JSON (nested deeper than 100)"),
+    "other pairs": (lambda file: put(file, "pending", [1]), "not what training leaves: no pending in it"),
+    "texts": (
+        lambda file: put(file, None, "x"), "not what training leaves: no step and no figures and no row and no pending",
+    ),
+    "another step": (lambda file: put(file, "step", 3), "not what training leaves: no step in it"),
+}  # fmt: skip
+
+
+def put(file: pathlib.Path, key: str | None, value) -> None:
+    beside = json.loads(file.read_text())
+    changed = [key] if key else list(beside["extra"])
+    file.write_text(json.dumps({**beside, "extra": {**beside["extra"], **dict.fromkeys(changed, value)}}))
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_what_lies_beside_a_checkpoint_is_checked(kind, command, tmp_path, records, trained):
+    spoil, found = SPOILT[kind]
+    workdir = unfinished(trained, tmp_path)
+    for step in ("8", "10"):
+        spoil(workdir / "checkpoints" / "pretrain" / step / "beside" / "metadata")
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert line.startswith(f"{workdir}/checkpoints/pretrain: no checkpoint can be read: ") and found in line
+
+
+@pytest.mark.parametrize("name", ["beside/metadata", "_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
+def test_what_is_no_file_among_checkpoints_is_never_waited_for(name, command, tmp_path, records, trained):
+    workdir = unfinished(trained, tmp_path)
+    path = workdir / "checkpoints" / "pretrain" / "10" / name
+    path.unlink()
+    os.mkfifo(path)
+    for given in ((), ("--follow-links",)):
+        line = command(*arguments(workdir, records, PRETRAINING, *given))
+        assert line == f"{path}: not a regular file; remove it"
+
+
 @pytest.fixture
 def small_disk():
     """Sets the largest size of a file, beyond which writing fails as it does on a full disk."""
@@ -1083,7 +1137,11 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     assert same_model(workdir, trained)
 
 
-@pytest.mark.parametrize("place", ["checkpoints", "models/pretrain", "tensorboard", "steps", "profile", "steps/a.py"])
+LINKED = ("checkpoints", "models/pretrain", "tensorboard", "steps", "profile", "steps/a.py")
+READ = ("config.json", "inputs.json", "summary.json", "samples.jsonl", "checkpoints/pretrain/FINISHED")
+
+
+@pytest.mark.parametrize("place", [*LINKED, *READ])
 def test_a_link_out_of_the_workdir_is_refused_where_it_is_not_asked_for(place, command, tmp_path, records):
     workdir, outside = tmp_path / "w", tmp_path / "outside"
     outside.mkdir()
@@ -1094,6 +1152,18 @@ def test_a_link_out_of_the_workdir_is_refused_where_it_is_not_asked_for(place, c
         outside.iterdir()
     )
     assert "--follow-links" in line and os.listdir(workdir) == [place.split("/")[0]]
+
+
+def test_a_link_out_of_the_workdir_is_found_behind_one_that_stays_in_it(command, tmp_path, records):
+    workdir, outside = tmp_path / "w", tmp_path / "outside"
+    (workdir / "here" / "pretrain").mkdir(parents=True)
+    outside.write_text("{}")
+    (workdir / "checkpoints").symlink_to("here")
+    (workdir / "here" / "again").symlink_to("../checkpoints")
+    (workdir / "here" / "itself").symlink_to("itself")
+    (workdir / "here" / "pretrain" / "FINISHED").symlink_to(outside)
+    line = command(*arguments(workdir, records, PRETRAINING))
+    assert line.startswith(f"{workdir}/checkpoints/pretrain/FINISHED: a link to {outside}, outside of the run")
 
 
 def test_links_are_followed_where_they_lead_into_the_workdir_or_are_asked_for(tmp_path, records, trained):
@@ -1323,6 +1393,39 @@ def test_a_stage_names_the_model_of_a_run_that_writes(trained, tmp_path, capfd):
     assert cli.main(given) == 2
     assert "models/ppo/config.json: not found" in capfd.readouterr().err
     assert cli.main([*given, "--stage=pretrain"]) == 0
+
+
+@pytest.mark.parametrize("place", ["models", "models/pretrain"])
+def test_a_runs_model_is_no_link_out_of_it_and_a_model_that_is_named_may_be_one(
+    place, command, tmp_path, trained, capfd
+):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    (workdir / place).rename(tmp_path / "outside")
+    (workdir / place).symlink_to(tmp_path / "outside")
+    for asked in (("sample",), ("eval", "--text=x"), ("export", tmp_path / "new")):
+        for stage in ((), ("--stage=pretrain",)):
+            line = command(asked[0], workdir, *asked[1:], *stage)
+            assert line.startswith(f"{workdir}/models") and "a link that leads out of its folder, to " in line
+    assert not (tmp_path / "new").exists()
+    if place == "models/pretrain":
+        assert cli.main(["sample", str(workdir / place), "--max-new-tokens=1"]) == 0
+
+
+def test_records_on_stdout_have_nothing_among_them_and_may_be_too_many(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"question": "1+1?", "answer": "2 #### 2"}\n' * 5000)
+    program = [sys.executable, "-m", "lfjax.cli", "feedback", "convert", "gsm8k", str(source), "/dev/stdout"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.startswith("/dev/stdout: 5000 records\n")
+    assert all(json.loads(line)["prompt"] for line in done.stdout.splitlines())
+    with open(tmp_path / "out", "wb") as out:
+        subprocess.run(program, stdout=out, stderr=subprocess.PIPE, check=True)
+    assert (tmp_path / "out").read_text() == done.stdout
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_what_the_encoding_of_the_output_lacks_is_escaped(trained, monkeypatch):

@@ -143,12 +143,15 @@ def damage(folder, how):
     elif how == "missing":
         for path in state:
             path.unlink()
+    elif how == "deep":
+        for path in (folder / "state" / "_METADATA", folder / "beside" / "metadata"):
+            path.write_text("[" * 1_000_000)
     elif how == "json":
         for path in (folder / "beside").iterdir():
             path.write_text("{")
 
 
-@pytest.mark.parametrize("how", ["truncated", "emptied", "overwritten", "missing", "json"])
+@pytest.mark.parametrize("how", ["truncated", "emptied", "overwritten", "missing", "json", "deep"])
 def test_a_spoilt_newest_checkpoint_is_reported_and_the_one_before_taken(tmp_path, capfd, how):
     with_bad = Checkpoints(tmp_path)
     for step in (1, 2):
@@ -201,6 +204,39 @@ def test_when_none_can_be_read_one_line_names_the_folder_and_the_fix(tmp_path, c
     assert str(caught.value).startswith(str(checkpoints.folder))
     assert "\n" not in str(caught.value)
     assert sorted(int(path.name) for path in checkpoints.folder.iterdir()) == [1, 2]  # nothing was thrown away
+
+
+def test_what_cannot_be_taken_of_a_checkpoints_metadata_is_one_line(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(1, make_state(1), {})
+    saved.close()
+    metadata = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    for content, found in (
+        ("[" * 1_000_000, f"{metadata}: not JSON (nested deeper than 100); delete {tmp_path}/1: "),
+        ("[]", f"{metadata}: not what Orbax leaves there; delete {tmp_path}/1: "),
+        ('{"item_handlers": [1]}', f"{metadata}: not what Orbax leaves there; delete {tmp_path}/1: "),
+        ('{"init_timestamp_nsecs": [], "commit_timestamp_nsecs": "x"}', f"{tmp_path}: not a folder of checkpoints ("),
+    ):
+        metadata.write_text(content)
+        with pytest.raises(InputError) as caught:
+            Checkpoints(tmp_path)
+        assert str(caught.value).startswith(found) and "\n" not in str(caught.value)
+
+
+def test_what_lies_beside_a_state_is_checked_and_may_hold_what_is_not_finite(tmp_path):
+    def check(step, extra):
+        if step == 2:
+            raise ValueError("not mine")
+
+    opened = Checkpoints(tmp_path, check=check)
+    for step in (1, 2):
+        opened.save(step, make_state(step), {"loss": float("nan"), "worst": float("inf")})
+    restored, extra = opened.restore(make_state(0))
+    assert_same(restored, make_state(1))
+    assert np.isnan(extra["loss"]) and extra["worst"] == float("inf")
+    with pytest.raises(InputError, match=r"checkpoint 2 can be read"):
+        opened.restore(make_state(0), step=2)
+    opened.close()
 
 
 def test_another_models_checkpoint_is_refused_and_kept(checkpoints):

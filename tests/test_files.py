@@ -100,6 +100,33 @@ def test_a_fifo_and_a_processes_own_outputs_are_written_directly(tmp_path):
     assert (tmp_path / "fifo").read_text() == "in its place"
 
 
+def test_what_is_the_systems_is_never_replaced(tmp_path, victim, monkeypatch):
+    """Where a process's own outputs could not be told from other links."""
+    system, ours = tmp_path / "dev", tmp_path / "dev" / "shm"
+    ours.mkdir(parents=True)
+    monkeypatch.setattr(files, "_own_descriptor", lambda path: None)
+    monkeypatch.setattr(files, "_SYSTEM", (str(system),))
+    monkeypatch.setattr(files, "_OURS", (str(ours),))
+    (system / "stdout").symlink_to(victim)
+    (tmp_path / "way").symlink_to(system)
+    for path in (system / "stdout", tmp_path / "way" / "stdout", system / "new"):
+        for pipe in (True, False):
+            with pytest.raises(InputError, match=f"^{path}: cannot write: .*; name another place$"):
+                files.write_text(path, "new", pipe=pipe)
+    assert (system / "stdout").is_symlink() and victim.read_text() == "precious"
+    assert sorted(os.listdir(system)) == ["shm", "stdout"]
+    files.write_text(ours / "x", "new")
+    assert (ours / "x").read_text() == "new"
+
+
+def test_a_reader_that_has_enough_is_told_from_a_failure(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(BrokenPipeError), files.writing(tmp_path / "fifo", pipe=True) as file:
+        os.close(reader)
+        file.write(b"x" * 100_000)
+
+
 def test_tensors_are_written_as_their_library_writes_them(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {

@@ -4,7 +4,9 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import subprocess
+import tracemalloc
 import xml.etree.ElementTree
 
 import numpy as np
@@ -14,6 +16,7 @@ from lfjax import cli, report
 from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
 from lfjax.report import catalogue, charts, checks, findings, picture, rundir
+from lfjax.report import html as html_page
 
 SUMMARY = {
     "compile/count": 14,
@@ -552,6 +555,53 @@ def test_what_is_no_regular_file_is_left_out_and_never_waited_for(tmp_path, caps
     assert err.startswith(f"note: left out of the report: {path}: ") and err.count("\n") == 1
 
 
+SECRET = {
+    "config.json": '{"seed": "secret"}',
+    "summary.json": '{"secret": 1.0}',
+    "samples.jsonl": '{"stage": "ppo", "step": 1, "set": "x", "prompt": "secret", "response": ""}\n',
+    "metrics.jsonl": '{"stage": "secret", "step": 1, "x": 1.0}\n',
+    "timing.jsonl": '{"stage": "secret", "step": 1, "seconds": 1.0}\n',
+    "checkpoints/ppo/FINISHED": "secret",
+    "checkpoints/ppo": "FINISHED",
+    "checkpoints": "ppo/FINISHED",
+}
+
+
+@pytest.mark.parametrize("name", SECRET)
+def test_a_link_that_leads_out_is_left_out_and_named_and_the_folder_itself_may_be_one(tmp_path, capsys, name):
+    folder, outside = hand_made(tmp_path / "run", CONFIG["stages"], SUMMARY, updates=3), tmp_path / "outside"
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name in ("checkpoints", "checkpoints/ppo"):
+        shutil.rmtree(folder / name)
+        (outside / SECRET[name]).parent.mkdir(parents=True)
+        write_json(outside / SECRET[name], {"seconds": 12345.0, "parts": {}, "programs": {}})
+    else:
+        (folder / name).unlink(missing_ok=True)
+        outside.write_text(SECRET[name])
+    (folder / name).symlink_to(outside)
+    (tmp_path / "named").symlink_to(folder)
+    assert cli.main(["report", str(tmp_path / "named")]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: left out of the report: {tmp_path}/named/{name}") and err.count("\n") == 1
+    assert f"a link that leads out of its folder, to {outside}" in err
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "secret" not in page and "3 h 25 min" not in page and "Left out:" in page
+
+
+def test_long_names_of_a_config_and_a_summary_cost_no_memory(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"k" * 2_000_000: {str(i): 1 for i in range(150_000)}}))
+    (folder / "summary.json").write_text(json.dumps({"k" * 3_900_000: [1]}))
+    tracemalloc.start()
+    assert cli.main(["report", str(folder)]) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6 and len(capsys.readouterr().err) < 1000
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"The resolved config (more than {html_page.MOST_SETTINGS} settings)" in page and len(page) < 500_000
+
+
 def test_a_run_of_which_nothing_can_be_read_is_refused(tmp_path, capsys):
     for name in ("config.json", "summary.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes(b"[" * 1000)
@@ -600,9 +650,13 @@ def test_the_direction_of_a_text_stays_its_own(tmp_path):
     log = RunLog(folder, tensorboard=False)
     for step in (1, 2):
         log.metrics(f"{ARABIC}", step, {f"x/{ARABIC}\u202e\x9b": 1.0 * step})
-    log.samples("ppo", 1, [{"prompt": ARABIC, "response": "\u2067 x"}])
+    log.samples("ppo", 1, [{"prompt": ARABIC, "response": "\u2067 x \u200e\u200f\u061c"}])
     page = report.build(folder).read_text(encoding="utf-8")
-    assert not re.search("[\u202a-\u202e\u2066\u2067\x7f-\x9f]", page) and "\\u202e" in page and "\\x9b" in page
+    assert (
+        not re.search("[\u061c\u200e\u200f\u202a-\u202e\u2066\u2067\x7f-\x9f]", page)
+        and "\\u202e" in page
+        and "\\x9b" in page
+    )
     for found in re.finditer(f"{ARABIC}|{HEBREW}", page):
         before = page[: found.start()]
         assert before.count("\u2068") == before.count("\u2069") + 1, page[found.start() - 50 : found.end() + 50]

@@ -532,7 +532,7 @@ class Run:
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """The stage's checkpoints."""
-        return Checkpoints(self.checkpoint_folder(stage), keep=self.config[stage].keep)
+        return Checkpoints(self.checkpoint_folder(stage), keep=self.config[stage].keep, check=_check_extra)
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage left: figures, a `Meter` reading and the config's hash; None while it is not done.
@@ -545,10 +545,7 @@ class Run:
             return None
         fix = f'delete it: stage "{stage}" goes on from its last checkpoint'
         done = read_json(path, dict, fix=fix)
-        kinds = {"figures": dict, "seconds": (int, float), "parts": dict, "programs": dict}
-        wrong = [key for key, kind in kinds.items() if not isinstance(done.get(key), kind)]
-        if "seconds" not in wrong and not math.isfinite(done["seconds"]):
-            wrong.append("seconds")
+        wrong = [key for key, fits in {"figures": _are_figures, **_READING}.items() if not fits(done.get(key))]
         if wrong:
             raise InputError(f"{path}: not what a finished stage leaves: no {' and no '.join(wrong)} in it; {fix}")
         return done
@@ -569,6 +566,52 @@ class Run:
         """
         if self.stopping():
             raise Interrupted(f"stage {stage} stopped in its evaluation, which will be made again")
+
+
+def _is_number(value: Any, low: float = -1e300) -> bool:
+    """Sums of such are finite."""
+    return isinstance(value, (int, float)) and low <= value <= 1e300
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _are_counts(value: Any) -> bool:
+    return _are_numbers(value) and all(type(count) is int and count >= 0 for count in value.values())
+
+
+def _are_figures(value: Any) -> bool:
+    """Of a step or a stage: numbers that may be NaN, texts, and null where there is none."""
+    kinds = (str, float, type(None))
+    return isinstance(value, dict) and all(isinstance(x, kinds) or _is_number(x) for x in value.values())
+
+
+def _are_pending(value: Any) -> bool:
+    """What `Window.pending` gives."""
+    pairs = value.values() if isinstance(value, dict) else [None]
+    return all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, float) or _is_number(x) for x in pair)
+        for pair in pairs
+    )
+
+
+# What a `Meter` reads.
+_READING = {"seconds": functools.partial(_is_number, low=0.0), "parts": _are_numbers, "programs": _are_counts}
+
+
+def _is_reading(value: Any) -> bool:
+    return isinstance(value, dict) and all(fits(value.get(key)) for key, fits in _READING.items())
+
+
+def _check_extra(step: int, extra: Mapping[str, Any]) -> None:
+    """Raises ValueError where what is beside a checkpoint is not what training leaves there."""
+    kinds = {"figures": _are_figures, "row": _are_figures, "pending": _are_pending, "meter": _is_reading}
+    wrong = [key for key, fits in kinds.items() if not fits(extra.get(key))]
+    if type(extra.get("step")) is not int or extra["step"] != step:
+        wrong.insert(0, "step")
+    if wrong:
+        raise ValueError(f"beside/metadata: not what training leaves: no {' and no '.join(wrong)} in it")
 
 
 def resolve(key: str, dotted: str, search: tuple[Path, ...] = ()) -> Callable:
@@ -626,7 +669,8 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
         programs = functools.reduce(Counter.__or__, (Counter(done["programs"]) for done in totals))
         seconds = sum(done["seconds"] for done in totals)
         trained = sum(done["parts"].get("train", 0.0) for done in totals)
-        run.log.summary({"time/total_s": seconds, "time/goodput": trained / seconds, "compile/count": programs.total()})
+        goodput = trained / seconds if seconds else 0.0
+        run.log.summary({"time/total_s": seconds, "time/goodput": goodput, "compile/count": programs.total()})
     return read_json(run.workdir / "summary.json", dict)
 
 

@@ -19,6 +19,7 @@ from lfjax.losses import lm
 from lfjax.metrics import perplexity
 from lfjax.records import Record
 from lfjax.rewards.ngram import NGram
+from lfjax.terminal import LONGEST_LINE, cell
 
 SHORTEST = 32  # rows are padded to a power of two of at least so many targets, so that few widths are compiled
 LONGEST = 2048  # tokens of a window, where the caller names none
@@ -119,11 +120,12 @@ def score_text(
 def text_table(figures: dict[str, Any]) -> str:
     """The figures of `score_text` with the names of model and files, as text to read."""
     f = figures
-    learned = f"trained on {f['ngram_text']}" if f["ngram_text"] else "learning from this text as it reads it"
+    text, model, learned_from = (cell(f[key] or "", LONGEST_LINE) for key in ("text", "model", "ngram_text"))
+    learned = f"trained on {learned_from}" if f["ngram_text"] else "learning from this text as it reads it"
     rows = (("model", ""), (f"{f['ngram_order']}-gram", "ngram_"))
     columns = ("nll", "perplexity", "bits_per_byte")
     lines = [
-        f"{f['text']}: {f['tokens']} tokens, {f['bytes']} bytes, one document under {f['model']}",
+        f"{text}: {f['tokens']} tokens, {f['bytes']} bytes, one document under {model}",
         f"windows of {f['context']} tokens; a target has {f['least_context']} before it, or all there are",
         f"n-gram: interpolated Kneser-Ney over the model's tokens, {learned}",
         f"{'':10s} {'nats/token':>12s} {'perplexity':>12s} {'bits/byte':>12s}",
@@ -141,7 +143,8 @@ def completions_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = ("-" if row[c] is None else f"{row[c]:.4f}" if "logprob" in c else str(row[c]) for c in columns)
         lines.append(
-            f"{row.get('id', row['record'])!s:>12s} {row['response']:8d} " + " ".join(f"{c:>11s}" for c in cells)
+            f"{cell(str(row.get('id', row['record']))):>12s} {row['response']:8d} "
+            + " ".join(f"{c:>11s}" for c in cells)
         )
     return "\n".join(lines) + "\n"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import inspect
-import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from lfjax import files, tokenizers
 from lfjax.config import Config, InputError
 from lfjax.files import write_json
 from lfjax.interop import hf
-from lfjax.metrics import METRICS
+from lfjax.metrics import METRICS, SAMPLES, SUMMARY, TIMING
 from lfjax.terminal import note
 
 INPUTS = "inputs.json"  # sha256 of the data, models, tokenizer and forks that the run was started with
+PARTS = (
+    "checkpoints", "models", "tensorboard", "steps", "profile", "config.json", INPUTS, METRICS, TIMING, SAMPLES, SUMMARY
+)  # fmt: skip
 WHOLE_BYTES = 64 * 2**20  # a larger file of a model counts by its size, its first MiB and its last
 
 
@@ -102,6 +105,7 @@ class Workdir:
             write_json(path, resolved)
 
     def _check_folders(self, stages: Sequence[str]) -> None:
+        """Called before anything in the directory is read."""
         for folder in (self.path, *self.path.parents):
             if folder.is_symlink() and not folder.exists():
                 raise InputError(
@@ -122,18 +126,18 @@ class Workdir:
                 raise InputError(f"{folder}: a file where a folder of the run goes; move it away")
         if not self._follow_links:
             self._check_links()
+        for entry in _entries(self.path / "checkpoints"):
+            if not entry.is_file() and not entry.is_dir() and entry.exists():
+                raise InputError(f"{entry}: not a regular file; remove it")  # Orbax would wait for a FIFO
 
     def _check_links(self) -> None:
-        """Refuses links that lead out of the directory: what is written through them lands in others' folders."""
-        home = self.path.resolve()
-        for name in ("checkpoints", "models", "tensorboard", "steps", "profile"):
-            entries = (Path(at) / entry for at, *held in os.walk(self.path / name) for entry in itertools.chain(*held))
-            for entry in itertools.chain((self.path / name,), entries):
-                if entry.is_symlink() and not entry.resolve().is_relative_to(home):
-                    raise InputError(
-                        f"{entry}: a link to {entry.resolve()}, outside of the run directory; remove it, or give"
-                        " --follow-links"
-                    )
+        """Refuses links that lead out: what is written through them lands in others' folders, and so they are read."""
+        home = Path(os.path.realpath(self.path))
+        for entry in (entry for name in PARTS for entry in _entries(self.path / name)):
+            if entry.is_symlink() and not (end := Path(os.path.realpath(entry))).is_relative_to(home):
+                raise InputError(
+                    f"{entry}: a link to {end}, outside of the run directory; remove it, or give --follow-links"
+                )
 
     def _hold(self) -> None:
         """Keeps the directory to this run until `close`; the lock goes with the process, however it ends."""
@@ -177,6 +181,18 @@ class Workdir:
                 files.write_bytes(kept, forks[stem].read_bytes())
                 note(f"note: {forks[stem]} has changed since the run was started; kept as {kept}")
             write_json(path, before | found)
+
+
+def _entries(top: Path) -> Iterator[Path]:
+    """A file or folder and all that is below it, links before what they lead to; each folder once."""
+    found, seen = [top], set()
+    while found:
+        entry = found.pop()
+        yield entry
+        if entry.is_dir() and (place := os.path.realpath(entry)) not in seen:
+            seen.add(place)
+            with contextlib.suppress(OSError):
+                found += sorted(entry.iterdir(), reverse=True)
 
 
 def forks_of(functions: Mapping[str, Any]) -> dict[str, Path]:

@@ -6,11 +6,12 @@ import base64
 import functools
 import hashlib
 import html
+import itertools
 import os
 import pathlib
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lfjax import files
@@ -25,6 +26,7 @@ from lfjax.terminal import note, visible
 
 PAIRS_SHOWN = 8  # the others are behind a click
 MOST_TEXT, MOST_SAMPLE = 2000, 20_000  # characters of a text, of a sample's
+MOST_NAME, MOST_SETTINGS = 200, 5000  # characters of a setting's name, settings of a config
 MOST_CHARTS, MOST_PAIRS, MOST_TABLE = 3_000_000, 800_000, 200_000  # bytes of a page of less than 5 MB
 SMOOTHED_FROM = 40  # points from which a moving mean is drawn over the raw curve
 PILL = {"alarm": "⚠ ", "watch": "", "ok": "✓ ", "unknown": ""}
@@ -436,13 +438,16 @@ def _everything(run: RunDir) -> str:
     parts = ""
     if run.summary:
         figures = {k: number(v) if isinstance(v, float) else v for k, v in sorted(run.summary.items())}
-        parts += _details(f"All {len(figures)} final figures (summary.json)", _key_table(figures))
+        parts += _details(f"All {len(figures)} final figures (summary.json)", _key_table(list(figures.items())))
     during = [row for row in run.samples if row.get("set") not in ("before", "after")]
     if during:
         parts += _details("Answers during training", _during(during))
     if run.config:
-        flat = dict(_flat(run.config))
-        parts += _details(f"The resolved config ({len(flat)} settings)", _key_table(flat))
+        settings = list(itertools.islice(_settings(run.config), MOST_SETTINGS + 1))
+        more = len(settings) > MOST_SETTINGS
+        count = f"more than {MOST_SETTINGS}" if more else len(settings)
+        table = _key_table(settings[:MOST_SETTINGS])
+        parts += _details(f"The resolved config ({count} settings)", table)
     return _section("Everything else", parts) if parts else ""
 
 
@@ -450,9 +455,9 @@ def _details(title: str, content: str) -> str:
     return f"<details><summary>{_e(title)}</summary>{content}</details>"
 
 
-def _key_table(values: dict[str, Any]) -> str:
+def _key_table(values: Sequence[tuple[str, Any]]) -> str:
     rows = _within(
-        (f'<tr><th scope="row">{_e(key)}</th><td>{_e(value)}</td></tr>' for key, value in values.items()), MOST_TABLE
+        (f'<tr><th scope="row">{_e(key)}</th><td>{_e(value)}</td></tr>' for key, value in values), MOST_TABLE
     )
     table = f'<div class="card keys scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
     return table + _more(len(values) - len(rows), "rows")
@@ -473,9 +478,12 @@ def _during(rows: Sequence[dict[str, Any]], most: int = 30) -> str:
     return f'<div class="pairs card">{"".join(blocks)}</div>' + _more(len(picked) - len(blocks), "of these")
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.key", value), one after the other; a name has at most MOST_NAME characters and the mark of a cut."""
     for key, value in config.items():
-        name = f"{prefix}{key}"
-        items += _flat(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
-    return items
+        name = f"{prefix}{key[: MOST_NAME + 1]}"
+        name = name if len(name) <= MOST_NAME else f"{name[:MOST_NAME]}…"
+        if isinstance(value, dict) and value:
+            yield from _settings(value, f"{name}.")
+        else:
+            yield name, value

@@ -79,10 +79,10 @@ def read(workdir: str | os.PathLike) -> RunDir:
     if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "summary.json")):
         raise InputError(f"{folder}: not a run directory (no config.json, metrics.jsonl or summary.json in it)")
     left_out: list[str] = []
-    config, summary = _config(folder / "config.json", left_out), _summary(folder / "summary.json", left_out)
+    config, summary = _config(folder, left_out), _summary(folder, left_out)
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     extra: set[str] = set()
-    for row in _rows(folder / "metrics.jsonl", left_out):
+    for row in _rows(folder, "metrics.jsonl", left_out):
         metrics = series.get(row["stage"])
         if metrics is None:
             metrics = series.setdefault(row["stage"], {}) if len(series) < MOST_STAGES else {}
@@ -98,11 +98,11 @@ def read(workdir: str | os.PathLike) -> RunDir:
     if extra:
         left_out.append(f"{folder / 'metrics.jsonl'}: {len(extra)} metrics beyond {MOST_METRICS} of a stage")
     timing: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(folder / "timing.jsonl", left_out):
+    for row in _rows(folder, "timing.jsonl", left_out):
         figures = {k: v for k, v in row.items() if k in _TIMED and is_figure(v)}
         if row["stage"] in timing or len(timing) < MOST_STAGES:
             timing.setdefault(row["stage"], []).append(figures)
-    samples = list(_rows(folder / "samples.jsonl", left_out))
+    samples = list(_rows(folder, "samples.jsonl", left_out))
     if left_out and not any((config, summary, series, timing, samples)):
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise InputError(f"{left_out[0]}{more}; nothing in the run directory can be shown")
@@ -139,8 +139,7 @@ def _is_name(stage: str) -> bool:
 def _stages(folder: pathlib.Path, order: list[str], series, timing, left_out: list[str]) -> list[Stage]:
     """A stage is done where its FINISHED file says so, or a later stage has begun."""
     finished = {
-        stage: _json(folder / "checkpoints" / stage / "FINISHED", left_out) if _is_name(stage) else {}
-        for stage in order
+        stage: _json(folder, f"checkpoints/{stage}/FINISHED", left_out) if _is_name(stage) else {} for stage in order
     }
     begun = [stage in series or stage in timing or bool(finished[stage]) for stage in order]
     stages = []
@@ -156,43 +155,45 @@ def _stages(folder: pathlib.Path, order: list[str], series, timing, left_out: li
     return stages
 
 
-def _json(path: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
+def _json(folder: pathlib.Path, name: str, left_out: list[str]) -> dict[str, Any]:
     """The file's object; {} where there is none, or none that can be read."""
-    if not os.path.lexists(path):
+    if not os.path.lexists(folder / name):
         return {}
     try:
-        return files.read_json(path, dict, most=MOST_JSON_BYTES)
+        return files.read_json(files.inside(folder, name), dict, most=MOST_JSON_BYTES)
     except InputError as error:
         left_out.append(str(error))
         return {}
 
 
-def _config(path: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
-    found = _json(path, left_out)
+def _config(folder: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
+    found = _json(folder, "config.json", left_out)
     named = found.get("stages", ())
     if isinstance(named, (list, tuple)) and all(isinstance(stage, str) for stage in named):
         return found
-    left_out.append(f"{path}: field 'stages': found {_brief(named)}; a list of names is expected")
+    left_out.append(f"{folder / 'config.json'}: field 'stages': found {_brief(named)}; a list of names is expected")
     return {key: value for key, value in found.items() if key != "stages"}
 
 
-def _summary(path: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
-    found = _json(path, left_out)
+def _summary(folder: pathlib.Path, left_out: list[str]) -> dict[str, Any]:
+    found = _json(folder, "summary.json", left_out)
     figures = {k: v for k, v in found.items() if v is None or isinstance(v, str) or is_figure(v)}
     wrong = [name for name in found if name not in figures]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        left_out.append(f"{path}: field {wrong[0]!r}{more}: found {_brief(found[wrong[0]])}; a figure is expected")
+        what = f"field {_brief(wrong[0])}{more}: found {_brief(found[wrong[0]])}; a figure is expected"
+        left_out.append(f"{folder / 'summary.json'}: {what}")
     return figures
 
 
-def _rows(path: pathlib.Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(folder: pathlib.Path, name: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
     """The file's rows; a last line without its line feed is still being written and is left out."""
+    path = folder / name
     if not os.path.lexists(path):
         return
     seen, wrong, first, torn = False, 0, "", None
     try:
-        for place, line in _lines(path, left_out):
+        for place, line in _lines(files.inside(folder, name), left_out):
             wrong, first = (wrong + 1, first or torn) if torn else (wrong, first)
             torn = None
             if not line.endswith(b"\n"):
@@ -238,5 +239,6 @@ def _lines(path: pathlib.Path, left_out: list[str]) -> Iterator[tuple[int | str,
 
 
 def _brief(value: Any) -> str:
+    value = value[:60] if isinstance(value, str) else value
     text = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
