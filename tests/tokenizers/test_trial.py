@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import sentencepiece as sentencepiece_library
 import vocabularies as files
 
 from lfjax import tokenizers
@@ -21,15 +22,31 @@ def split(pattern: str) -> dict:
     return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}}
 
 
-def times(each: str, levels: int) -> dict:
+def times(each: str, levels: int, others=()) -> dict:
     one = {"type": "Replace", "pattern": {"String": each[0]}, "content": each}
-    return {"normalizer": {"type": "Sequence", "normalizers": [one] * levels}}
+    rest = [{"type": "Replace", "pattern": {"String": f"{i}"}, "content": "b"} for i in others]
+    return {"normalizer": {"type": "Sequence", "normalizers": [one] * levels + rest}}
+
+
+def replace(pattern: str, content: str) -> dict:
+    return {"normalizer": {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}}
+
+
+def decodes(pattern: dict, content: str) -> dict:
+    spelt = {"type": "Replace", "pattern": pattern, "content": content}
+    return {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, spelt]}}
 
 
 HOSTILE = {
     "crash": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA////AAAAAAAA"}}, "ends its process"),
     "regex": (split("(a+)+$"), "fails: Onig: Regex search error: retry-limit-in-match over"),
-    "slow": (times("a" * 150, 2), r"encoding takes .* ms a character of 'aaaaaaaa'\.\.\., at most 1 is allowed"),
+    "growth": (times("Z" * 100, 5), r"its normalizer makes a text 1000000000 times as long"),
+    "growth by a regex": (replace("(?=Z)|Q?Y", "Z" * 90), r"201 characters \('Z.*\.\.\.\) become \d+"),
+    "a regex of another letter": (split(r"(Z+)+$"), "retry-limit-in-match over"),
+    "a letter by its code": (split(r"(\x5a+)+$"), "retry-limit-in-match over"),
+    "growth of what is decoded": (decodes({"String": "k"}, "k" * 120), r"its decoder makes a text 120 times as long"),
+    "a decoder's regex": (decodes({"Regex": "(k+k+)+y"}, ""), "fails: .*retry-limit"),
+    "many rules": (times("ab", 1, range(6000)), "its rules name 6003 texts"),
 }
 
 
@@ -80,10 +97,28 @@ def test_what_held_is_tried_once_and_what_was_learnt_here_not_at_all(tmp_path, m
 
 
 def test_a_text_that_a_vocabulary_fails_on_is_named_with_its_record(tmp_path):
-    spec = json.loads(files.byte_level().to_str()) | split("(z+)+$")
+    spec = json.loads(files.byte_level().to_str()) | split(r"(\p{Runic}+)+$")
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     tokenizer = tokenizers.load(tmp_path)
-    record = Record("say ", ["z" * 60 + "!"], [], where="f.jsonl:3")
-    with pytest.raises(InputError, match=r"f\.jsonl:3: field 'responses': .*cannot encode 'zzzz"):
+    record = Record("say ", ["ᚠ" * 60 + "!"], [], where="f.jsonl:3")
+    with pytest.raises(InputError, match=r"f\.jsonl:3: field 'responses': .*cannot encode 'ᚠᚠᚠᚠ"):
         examples.sft_documents([record], tokenizer)
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "a table of its own"])
+def test_a_model_may_lengthen_a_character_as_unicode_does_and_not_by_far_more(tmp_path, rule):
+    (tmp_path / "rules.tsv").write_text(f"5A\t{' '.join(['59'] * 300)}\n")
+    own = {"normalization_rule_tsv": str(tmp_path / "rules.tsv")}
+    sentencepiece_library.SentencePieceTrainer.Train(
+        sentence_iterator=iter(files.TEXTS * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=35,
+        minloglevel=2,
+        **({"normalization_rule_name": rule} if rule == "nmt_nfkc" else own),
+    )
+    if rule == "nmt_nfkc":
+        assert tokenizers.load(tmp_path).decode(tokenizers.load(tmp_path).encode("the cat")) == "the cat"
+        return
+    with pytest.raises(InputError, match=r"tokenizer\.model: .* it makes a character 300 characters, at most 100"):
+        tokenizers.load(tmp_path)
