@@ -18,6 +18,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "_HELD", set())
 
 
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """A SentencePiece model."""
+    folder = tmp_path_factory.mktemp("learnt")
+    sentencepiece.train(files.TEXTS * 9, folder, vocab_size=290)
+    return (folder / "tokenizer.model").read_bytes()
+
+
 def split(pattern: str) -> dict:
     return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}}
 
@@ -66,6 +74,45 @@ def test_an_id_far_beyond_the_number_of_tokens_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(InputError, match=r"tokenizer\.json: found the id 2147483648 among 29\d tokens"):
         tokenizers.load(tmp_path)
+
+
+def added(tokens) -> dict:
+    return {"added_tokens_decoder": {str(400 + i): {"content": token} for i, token in enumerate(tokens)}}
+
+
+SETTINGS = {
+    "many added tokens": (added(f"<{i}>" for i in range(100_001)), r"added tokens: found 10000\d of \d+ characters"),
+    "long added tokens": (added("z" * 450 + str(i) for i in range(9000)), r"added tokens: found 900\d of 40\d+ char"),
+    "a token without end": (added(["z" * 501]), "found one of 501 characters, at most 500"),
+    "a special token without end": ({"additional_special_tokens": ["z" * 501]}, "found one of 501 characters"),
+    "a far id": ({"added_tokens_decoder": {"999999999": {"content": "<x>"}}}, "the id 999999999"),
+    "a template of no name": ({"chat_template": [{"name": [1], "template": "x"}]}, None),
+    "a template of no text": ({"chat_template": [{"name": "default", "template": [1]}]}, "'chat_template': found list"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_what_settings_add_is_bounded_before_it_is_added(tmp_path, learnt, kind, name):
+    settings, found = SETTINGS[name]
+    folder = files.write(tmp_path, **settings)
+    if kind == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+        (folder / kind).write_bytes(learnt)
+    if found is None:
+        assert tokenizers.load(folder).template is None
+        return
+    with pytest.raises(InputError, match=found) as error:
+        tokenizers.load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_many_added_tokens_of_every_length_are_read_at_once(tmp_path):
+    tokens = ["z" * (2 + i % 400) + f"<{i}>" for i in range(9000)]
+    held = len(json.loads(files.byte_level().to_str())["model"]["vocab"])
+    decoder = {str(held + i): {"content": token} for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.load(files.write(tmp_path, added_tokens_decoder=decoder))
+    assert tokenizer.encode(f"a{tokens[77]}{tokens[8999]}")[1:] == [held + 77, held + 8999]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
@@ -122,3 +169,17 @@ def test_a_model_may_lengthen_a_character_as_unicode_does_and_not_by_far_more(tm
         return
     with pytest.raises(InputError, match=r"tokenizer\.model: .* it makes a character 300 characters, at most 100"):
         tokenizers.load(tmp_path)
+
+
+def test_what_a_vocabulary_fails_on_when_it_decodes_or_spells_is_one_line(tmp_path, capfd):
+    spec = json.loads(files.byte_level().to_str()) | decodes({"Regex": r"(\p{Runic}+)+$"}, "")
+    spec["pre_tokenizer"], spec["model"]["vocab"]["ᚠ"] = None, len(spec["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = tokenizers.load(tmp_path)
+    ids = [*tokenizer.encode("ᚠ") * 60, *tokenizer.encode("!")]
+    with pytest.raises(InputError, match=rf"tokenizer\.json: this vocabulary cannot decode \[{ids[0]}, .*retry-limit"):
+        tokenizer.decode(ids)
+    assert capfd.readouterr().err.count("\n") < 6  # the library's own words, without its stack
+    with pytest.raises(InputError, match=r"tokenizer\.json: this vocabulary cannot spell an id"):
+        tokenizer.pieces([2**40])
