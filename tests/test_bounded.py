@@ -73,3 +73,9 @@ def test_what_is_longer_than_an_answer_may_be_is_refused(child, monkeypatch):
     assert bounded_child.MOST_TEXT == 1 << 26
     with pytest.raises(bounded.Breach, match="asks for more than"):
         child.ask(rendering("{{ 'a' * 70000000 }}"))
+
+
+def test_the_first_of_the_regexes_that_matches_a_name_is_told(child):
+    asked = {"patterns": ["(.*\\.)?(q)$", r".*\.(?P<idx>\d+)\."], "names": ["a.3.q", "a.3.k", "k"]}
+    assert child.ask(asked) == {"found": [[0, None], [1, "3"], None]}
+    assert child.ask({"patterns": ["a", "("], "names": []})["wrong"][0] == 1
