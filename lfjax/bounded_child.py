@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-MOST_TEXT = 1 << 26  # characters of an answer
+MOST_TEXT, MOST_ANSWER = 1 << 24, 1 << 26  # characters of a rendering, and of all in an answer
 MARKS = "\ufdd1", "\ufdd2"  # around what a template marks with {% generation %}; no characters, so in no text
 HIDDEN = "\ufdd0"  # in place of a message's content
 TODAY = datetime.datetime(2024, 7, 26)  # what templates are told: with the real date a resumed run would differ
@@ -64,7 +64,7 @@ def render(request: dict) -> dict:
         raise
     except Exception as error:  # it can be nested too deep, for one
         return {"syntax": [getattr(error, "lineno", None), _line(error)]}
-    texts, room = [], MOST_TEXT
+    texts, room = [], MOST_ANSWER
     for count, generation, hidden, marks in request["wanted"]:
         messages = [dict(message) for message in request["messages"][:count]]
         if hidden is not None:
@@ -79,7 +79,7 @@ def render(request: dict) -> dict:
             texts.append({"error": _line(error)})
             continue
         room -= len(text)
-        if room < 0:
+        if room < 0 or len(text) > MOST_TEXT:
             raise MemoryError
         texts.append({"text": text})
     return {"texts": texts}

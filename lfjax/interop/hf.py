@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from lfjax import tokenizers
 from lfjax.config import InputError
-from lfjax.files import write_tensors, write_text
+from lfjax.files import write_json, write_tensors
 from lfjax.interop import merge, peft
 from lfjax.interop.families import (
     Family,
@@ -262,31 +262,27 @@ def save(
     fresh.mkdir()
     try:
         write_safetensors(fresh, tensors, dtype, most_bytes=shard_bytes)
-        _write_json(fresh / CONFIG, config)
+        write_json(fresh / CONFIG, config)
         _save_tokenizer(fresh, loaded)
         if generation is None and loaded.model.config.num_labels == 0:
             generation = _generation(loaded, fresh / GENERATION)
         if generation:
-            _write_json(fresh / GENERATION, generation)
+            write_json(fresh / GENERATION, generation)
         _leave_out_code(fresh, target)
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
-            _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
+            write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
             write_tensors(fresh / ADAPTER / peft.TENSORS, adapter.tensors, {"format": "pt"})
             if _names_its_class(fresh):
                 _save_tokenizer(fresh / ADAPTER, loaded)
             if generation:
-                _write_json(fresh / ADAPTER / GENERATION, generation)
+                write_json(fresh / ADAPTER / GENERATION, generation)
             _leave_out_code(fresh / ADAPTER, target)
         _swap(fresh, target)
     except InputError as error:
         raise InputError(str(error).replace(str(fresh), str(target))) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
@@ -322,7 +318,7 @@ def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
             value = read_json(folder / name)
             kept, keys = _without_code(value)
             if keys:
-                _write_json(folder / name, kept)
+                write_json(folder / name, kept)
                 found += [(name, key) for key in sorted(keys) if (name, key) not in _told]
     if found:
         _told.update(found)

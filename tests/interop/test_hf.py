@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 
@@ -342,7 +343,35 @@ def set_key(**changes):
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def fifo_shard(folder):
+    """An index that names a FIFO, which nobody writes to."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    os.mkfifo(folder / "model-00002-of-00002.safetensors")
+    names = dict.fromkeys(
+        safetensors.numpy.load_file(folder / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors"
+    )
+    index = {"weight_map": names | {"x": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def header(text: bytes, length: int | None = None):
+    content = (len(text) if length is None else length).to_bytes(8, "little") + text
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+def empty_tensors(count: int) -> bytes:
+    one = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return b"{" + b",".join(one % i for i in range(count)) + b"}"
+
+
 DAMAGED = {
+    "a FIFO for a file": (fifo_shard, r"model-00002-of-00002\.safetensors: not a regular file"),
+    "many tensors": (header(empty_tensors(200_001)), r"model\.safetensors: its header has more than 100 MB or 200000"),
+    "a long header": (header(b"{}", 10**12), "its header has more than 100 MB"),
+    "a deep header": (header(b"[" * 100_000), r"not a whole safetensors file \(nested deeper than 100\)"),
+    "a header that is a list": (header(b"[]"), "not a whole safetensors file"),
     "truncated": (truncate, r"model\.safetensors: not a whole safetensors file"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
     "no tensor": (lambda f: edit_tensors(f, dict.clear), "holds no tensor"),
@@ -387,19 +416,19 @@ DAMAGED = {
     "partial rope": (set_key(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: not found"),
     "config cut": (lambda f: (f / "config.json").write_text('{\n"a": 1,'), r"config\.json:2: not JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list; must be an object"),
-    "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: cannot be read"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list, not an object"),
+    "config binary": (lambda f: (f / "config.json").write_bytes(b"\n\xff\xfe"), r"config\.json:2: not UTF-8"),
     "config with a number of 5000 digits": (
         lambda f: (f / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
-        r"config\.json: cannot be read",
+        r"config\.json: not JSON",
     ),
     "config nested too deep": (
         lambda f: (f / "config.json").write_text("[" * 100_000),
-        r"config\.json: cannot be read",
+        r"config\.json: not JSON",
     ),
     "model_type a list": (set_key(model_type=["llama"]), r"field 'model_type': found \['llama'\]; known are"),
     "architecture a list": (set_key(architectures=[["a"]]), r"field 'architectures': found \['a'\]; known are"),
-    "eps not a number": (set_key(rms_norm_eps=float("nan")), r"config\.json: cannot be read \(NaN is not JSON\)"),
+    "eps not a number": (set_key(rms_norm_eps=float("nan")), r"config\.json: not JSON \(NaN is not JSON\)"),
     "eps too large": (set_key(rms_norm_eps=10**400), "field 'rms_norm_eps': found 1000"),
     "rope theta too large": (set_key(rope_theta=10**400, rope_parameters=None), "field 'rope_theta': found 1000"),
     "a context too large": (set_key(max_position_embeddings=2**31), "'max_position_embeddings'.*below 2\\^31"),
