@@ -107,9 +107,14 @@ class Adapter:
             else:
                 self.saved[name.replace(".base_layer.", ".")] = key
 
-    def no_place(self, key: str) -> InputError:
-        """What is said of a tensor that is not used."""
-        return InputError(f"{self.tensors.file}: tensor {key!r} has no place in the model of its base")
+    def no_place(self, key: str, name: str = "", family: Family | None = None) -> InputError:
+        """What is said of a tensor that is not used; its name in the family's table may be a head's."""
+        said = f"{self.tensors.file}: tensor {key!r} has no place in the model of its base"
+        heads = family.heads.items() if family is not None and self.task is None else ()
+        for task, (_, tensors) in heads:
+            if name in [tensor.name for tensor in tensors]:
+                return InputError(f"{said}, but in one with a head: say --task={task} (in Python, task={task!r})")
+        return InputError(said)
 
     @property
     def task(self) -> str | None:
@@ -130,15 +135,20 @@ class Adapter:
             f"{self.where}: field 'base_model_name_or_path': found {name!r}; no such model folder here; {fix}"
         )
 
-    def describe(self, config: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
-        """config.json of the base -> of the merged model: its head, and as many labels and tokens as it has rows."""
+    def describe(self, config: dict[str, Any], family: Family, where: str, head: str | None = None) -> dict[str, Any]:
+        """config.json of the base -> of the merged model: its head, and as many labels and tokens as it has rows.
+
+        Args:
+          head: the task of an adapter that names none.
+        """
+        task = self.task or head
         rows = {canonical(name, family): self.tensors.shape(key)[0] for name, key in self.saved.items()}
-        if self.task in family.heads:
-            architecture, head = family.heads[self.task]
+        if task in family.heads:
+            architecture, tensors = family.heads[task]
             config = config | {"architectures": [architecture]}
             labels = config.get("id2label")
             known = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
-            found = [rows[tensor.name] for tensor in head if tensor.paths == "head/kernel" and tensor.name in rows]
+            found = [rows[tensor.name] for tensor in tensors if tensor.paths == "head/kernel" and tensor.name in rows]
             if found and found[0] != known:
                 config = {key: value for key, value in config.items() if key != "num_labels"}
                 config["id2label"] = {str(i): f"LABEL_{i}" for i in range(found[0])}
@@ -146,7 +156,7 @@ class Adapter:
         embedding, head = _tied_names(family)
         if embedding in rows:
             config = config | {"vocab_size": rows[embedding]}
-        form = read_config(config, where, self.task)
+        form = read_config(config, where, task)
         if _is_tied(form):
             changed = {canonical(f"{module}.weight", family) for module in self.pairs} & {embedding, head}
             if changed:
@@ -307,8 +317,9 @@ class Merged(Tensors):
         for name, key in adapter.saved.items():
             name = canonical(name, family)
             found = stored_name(name, family, names) or name
-            if name != head or not _is_tied(form):  # a second copy, which has to be equal
-                self._shape_of(name, key)
+            copy = name == head and _is_tied(form)  # which has to be equal
+            if _line(name) not in self._lines and not copy:
+                raise adapter.no_place(key, name, family)
             self._saved[found] = key
         found, held = {}, names | self._saved.keys() | self._same.keys()
         for module, pair in adapter.pairs.items():
@@ -324,15 +335,13 @@ class Merged(Tensors):
         self.changed = base.changed | self._saved.keys() | self._low_rank.keys()
         self._names = frozenset(names | self._saved.keys() | self._same.keys())
 
-    def _shape_of(self, name: str, key: str) -> tuple[Tensor, tuple[int, ...]]:
-        if _line(name) not in self._lines:
-            raise self._adapter.no_place(key)
+    def _shape_of(self, name: str) -> tuple[Tensor, tuple[int, ...]]:
         tensor, sizes = self._lines[_line(name)]
         return tensor, tensor.their_shape(sizes)
 
     def _add(self, name: str, module: str, pair: dict[str, str], stored: str, low_rank: tuple[int, float]) -> None:
         key = min(pair.values())
-        tensor, shape = self._shape_of(name, key)
+        tensor, shape = self._shape_of(name)
         embeds = "embedding_" if tensor.ours[0].startswith("embed/") else ""
         kinds = (f"lora_{embeds}A", f"lora_{embeds}B")
         if len(shape) != 2:
@@ -430,12 +439,17 @@ class Place(NamedTuple):
         """All that is read, the base first."""
         return list(dict.fromkeys((self.folder, *(adapter.folder for adapter in self.adapters))))
 
-    def describe(self) -> tuple[dict[str, Any], str | None]:
-        """(config.json of the model, the head that the last adapter has or None)."""
+    def describe(self, head: str | None = None) -> tuple[dict[str, Any], str | None]:
+        """(config.json of the model, the head that the last adapter has or None).
+
+        Args:
+          head: that of the last adapter, where it names none.
+        """
         file = self.folder / CONFIG
         config, task = read_json(file), None
         for adapter in self.adapters:
-            config = adapter.describe(config, family_of(config, str(file)), str(file))
+            own = head if adapter is self.adapters[-1] else None
+            config = adapter.describe(config, family_of(config, str(file)), str(file), own)
             task = adapter.task or task
         return config, task
 
@@ -457,6 +471,11 @@ def locate(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = N
       InputError: a base is not there or goes round in a circle, or an adapter is not of a kind that is computed here.
     """
     folder, adapters = pathlib.Path(path), []
+    if not os.path.lexists(folder / CONFIG) and not is_adapter(folder):
+        named = [place for place in sorted(folder.glob(f"*/{peft.CONFIG}"))[:3] if place.is_file()]
+        if named:
+            shown = ", ".join(str(place.parent) for place in named)
+            raise InputError(f"{folder}: holds no model, but adapters in folders of their own; give one: {shown}")
     while is_adapter(folder):
         if any(os.path.samefile(folder, adapter.folder) for adapter in adapters):
             raise InputError(f"{folder / peft.CONFIG}: field 'base_model_name_or_path': goes round in a circle")

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from lfjax import cli
 from lfjax.config import InputError
 from lfjax.interop import hf
 from lfjax.interop.tensors import Tensor
@@ -20,6 +22,9 @@ from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.sampling.generate import generate
 from lfjax.sharding import make_mesh
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tokenizers"))
+import vocabularies
 
 TOLERANCE = 2e-4
 LANGUAGE_MODELS = ("gpt2", "llama_gqa_untied", "qwen2_tied")
@@ -559,6 +564,32 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     hf.save(tmp_path / "empty", loaded)
     assert stored(tmp_path / "empty") == stored(saved)
+
+
+@pytest.mark.parametrize(
+    "place", ["adapter/notes/n.txt", "adapter/n.txt", "generation_config.json/n.txt", "additional_chat_templates/n.txt"]
+)
+def test_folders_of_others_under_our_names_are_never_replaced(saved, place):
+    loaded, file = hf.load(saved), saved / place
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    with pytest.raises(InputError, match=rf"holds other files \({place.rsplit('/', 1)[0]}"):
+        hf.save(saved, loaded)
+    assert file.read_text() == "years of work"
+
+
+def test_a_prompt_that_a_vocabulary_fails_on_is_told_with_its_file(tmp_path, capsys):
+    model, params = random_model(presets.llama_tiny(vocab_size=300, width=16, heads=2, mlp_width=24))
+    hf.save(tmp_path / "model", hf.loaded_from(model, params))
+    spec = json.loads(vocabularies.byte_level().to_str())
+    runic = {"type": "Split", "pattern": {"Regex": r"(\p{Runic}+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": runic}))
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert cli.main(["sample", str(tmp_path / "model"), "--prompt=" + "ᚠ" * 60 + "!"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path / 'model' / 'tokenizer.json'}: this vocabulary cannot encode")
+    assert cli.main(["sample", str(tmp_path / "model"), "--stop=the cat"]) == 2
+    assert capsys.readouterr().err.startswith("error: --stop: 'the cat' is ")
 
 
 # --- the tables' axis notation

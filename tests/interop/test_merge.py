@@ -242,6 +242,18 @@ def test_layers_are_found_by_a_pattern_with_groups_as_peft_does(tmp_path, base):
     np.testing.assert_allclose(found, expected.T, rtol=0, atol=2e-5)
 
 
+def test_an_adapter_of_a_head_that_names_no_task_is_read_with_the_one_that_is_said(tmp_path, base):
+    folder, tensors = llama_adapter(tmp_path / "adapter", base, task_type=None, modules_to_save=["score"])
+    score = {f"{PREFIX}score.weight": values(3, D)}
+    safetensors.numpy.save_file(tensors | score, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"score\.weight' has no place .*: say --task=sequence \(in Python, task='seq"):
+        hf.load(folder)
+    loaded = hf.load(folder, task="sequence")
+    np.testing.assert_array_equal(loaded.params["head"]["kernel"], *(x.T for x in score.values()))
+    with pytest.raises(InputError, match=rf"{tmp_path}: holds no model, but adapters in folders .*: {folder}"):
+        hf.load(tmp_path)
+
+
 def test_low_rank_changes_of_a_tied_matrix_are_refused(tmp_path):
     base = write(tmp_path / "base", config_of("gemma"), tensors_of("gemma"))
     for module, a, b in (
