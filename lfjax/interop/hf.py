@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from lfjax import tokenizers
 from lfjax.config import InputError
-from lfjax.files import write_json, write_tensors
+from lfjax.files import MOST_BYTES, write_json, write_tensors
 from lfjax.interop import merge, peft
 from lfjax.interop.families import (
     Family,
@@ -299,13 +299,15 @@ def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
 
 def _pads_left(folder: pathlib.Path) -> bool:
     file = folder / TOKENIZER
-    return file.exists() and read_json(file).get("padding_side") == "left"
+    return file.exists() and read_json(file, most=MOST_BYTES).get("padding_side") == "left"
 
 
 def _names_its_class(folder: pathlib.Path) -> bool:
     """Whether other tools read the tokenizer's files without a config.json beside them."""
     file = folder / TOKENIZER
-    return (folder / "tokenizer.json").exists() or (file.exists() and "tokenizer_class" in read_json(file))
+    return (folder / "tokenizer.json").exists() or (
+        file.exists() and "tokenizer_class" in read_json(file, most=MOST_BYTES)
+    )
 
 
 _told: set[tuple[str, str]] = set()  # (file, key) of what `_leave_out_code` has told this process's user
@@ -316,7 +318,7 @@ def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
     found = []
     for name in (CONFIG, GENERATION, TOKENIZER):
         if (folder / name).is_file():
-            value = read_json(folder / name)
+            value = read_json(folder / name, most=MOST_BYTES)
             kept, keys = _without_code(value)
             if keys:
                 write_json(folder / name, kept)

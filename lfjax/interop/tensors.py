@@ -24,6 +24,7 @@ NAMES = {kind: dtype.name for kind, dtype in STORED.items()}  # as config.json c
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FETCH = "fetch or export it again"
 MOST_HEADER, MOST_TENSORS = 100_000_000, 200_000  # bytes of a header, as the format has it; tensors of a folder
+MOST_CONFIG = 4 * 2**20  # bytes of a config.json and the like
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 BLOCK = 1 << 22  # values compared at a time
 
@@ -231,7 +232,7 @@ class TensorFolder(Tensors):
 
 
 def _read_index(file: pathlib.Path) -> dict[str, str]:
-    weight_map = read_json(file).get("weight_map")
+    weight_map = read_json(file, most=files.MOST_BYTES).get("weight_map")
     plain = isinstance(weight_map, dict) and all(
         isinstance(name, str) and name.isprintable() and name == pathlib.PurePath(name).name
         for name in weight_map.values()
@@ -265,15 +266,15 @@ def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[mmap.mmap
         yield name, (mapped, 8 + length, entry)
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+def read_json(file: pathlib.Path, *, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """A JSON object from a file of a model folder, of at most so many bytes.
 
     Raises:
       InputError: naming the file, and the line where it is damaged; also where it is a link out of its folder.
     """
     if not file.exists():
         raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}")
-    return files.read_json(inside(file.parent, file.name), dict, fix=FETCH)
+    return files.read_json(inside(file.parent, file.name), dict, most=most, fix=FETCH)
 
 
 def lossless_dtype(tensors: dict[str, np.ndarray], dtype: str) -> str:

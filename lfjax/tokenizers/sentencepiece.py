@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pathlib
@@ -49,8 +50,12 @@ class SentencePieceTokenizer:
         self._added = {i: token for token, i in added.items()}
         flags = self.settings.flags | {token: new.flags for token, new in self.settings.added.items() if new.flags}
         self._plain = _splitter(added.keys() - special.keys(), flags)
-        self._marked = _splitter({*added, *self.specials}, flags)
+        self._flags = flags
         self._ids = self.specials | added
+
+    @functools.cached_property
+    def _marked(self) -> re.Pattern[str] | None:
+        return _splitter(self._ids, self._flags)
 
     @property
     def template(self) -> tuple[str, str] | None:

@@ -375,6 +375,7 @@ DAMAGED = {
     "a FIFO for a file": (fifo_shard, r"model-00002-of-00002\.safetensors: not a regular file"),
     "many tensors": (header(empty_tensors(200_001)), r"model\.safetensors: its header has more than 100 MB or 200000"),
     "a long header": (header(b"{}", 10**12), "its header has more than 100 MB"),
+    "a long config": (set_key(x=list(range(10**6))), r"config\.json: larger than 4 MB"),
     "a deep header": (header(b"[" * 100_000), r"not a whole safetensors file \(nested deeper than 100\)"),
     "a header that is a list": (header(b"[]"), "not a whole safetensors file"),
     "truncated": (truncate, r"model\.safetensors: not a whole safetensors file"),
