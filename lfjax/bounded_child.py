@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-MOST_TEXT, MOST_ANSWER = 1 << 24, 1 << 26  # characters of a rendering, and of all in an answer
+MOST_TEXT, MOST_ANSWER = 1 << 22, 1 << 26  # characters of a rendering, and of all in an answer
 MARKS = "\ufdd1", "\ufdd2"  # around what a template marks with {% generation %}; no characters, so in no text
 HIDDEN = "\ufdd0"  # in place of a message's content
 TODAY = datetime.datetime(2024, 7, 26)  # what templates are told: with the real date a resumed run would differ
@@ -80,7 +80,7 @@ def render(request: dict) -> dict:
             continue
         room -= len(text)
         if room < 0 or len(text) > MOST_TEXT:
-            raise MemoryError
+            raise ValueError(f"it makes more than {MOST_TEXT} characters of one conversation")
         texts.append({"text": text})
     return {"texts": texts}
 

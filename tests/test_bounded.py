@@ -71,10 +71,10 @@ def test_it_may_write_no_file_and_has_no_chance_of_its_own(child):
 
 def test_what_is_longer_than_a_rendering_or_an_answer_may_be_is_refused(child):
     most, longest = bounded_child.MOST_TEXT, rendering(f"{{{{ 'a' * {bounded_child.MOST_TEXT} }}}}")
-    assert bounded_child.MOST_ANSWER == 4 * most == 1 << 26
+    assert bounded_child.MOST_ANSWER == 16 * most == 1 << 26
     assert len(child.ask(longest)["texts"][0]["text"]) == most
-    for many in (longest | {"wanted": longest["wanted"] * 5}, rendering(f"{{{{ 'a' * {most + 1} }}}}")):
-        with pytest.raises(bounded.Breach, match="asks for more than"):
+    for many in (longest | {"wanted": longest["wanted"] * 17}, rendering(f"{{{{ 'a' * {most + 1} }}}}")):
+        with pytest.raises(bounded.Breach, match="fails: it makes more than 4194304 characters"):
             child.ask(many)
 
 

@@ -29,7 +29,7 @@ PICKLED = "adapter_model.bin"
 TASKS = {name: task for task, name in peft.TASKS.items()} | {"FEATURE_EXTRACTION": None, None: None}
 # Starts of A and B from the base's own matrices, which are changed along: the file alone does not say the model.
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-SECONDS = 4.0  # of processor time, for the regexes of one key
+SECONDS = 2.0  # of processor time, for the regexes of one key
 _CHILD = Child()
 # Keys of adapter_config.json that do not change what is computed, or that name where the base is.
 NEUTRAL = {
