@@ -1,4 +1,4 @@
-"""What strangers wrote, chat templates and vocabularies, run in a child process of bounded time and memory.
+"""What strangers wrote, chat templates, vocabularies and regexes, run in a child process of bounded time and memory.
 
 The child (`lfjax.bounded_child`) is a new Python that holds nothing of this process: no fork, so that JAX's threads do
 not matter, and no code in it between fork and exec. Whatever happens in it, a request ends in an answer or a `Breach`.

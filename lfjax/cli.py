@@ -448,8 +448,10 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     options = {name: getattr(arguments, name) for name in SAMPLING}
     try:
         responses = sample_texts(loaded, prompts, **options)
-    except InputError as error:  # which names the keyword
+    except InputError as error:
         key, _, rest = str(error).partition(":")
+        if key not in ("prompt", *SAMPLING):
+            raise
         raise InputError(f"--{key.replace('_', '-')}:{rest}") from error
     for prompt, response in zip(prompts, responses, strict=True):
         show(prompt + response)

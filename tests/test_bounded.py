@@ -69,7 +69,16 @@ def test_it_may_write_no_file_and_has_no_chance_of_its_own(child):
     assert found["Max file size"] == "0" and found["Max address space"] == str(bounded.MEMORY)
 
 
-def test_what_is_longer_than_an_answer_may_be_is_refused(child, monkeypatch):
-    assert bounded_child.MOST_TEXT == 1 << 26
-    with pytest.raises(bounded.Breach, match="asks for more than"):
-        child.ask(rendering("{{ 'a' * 70000000 }}"))
+def test_what_is_longer_than_a_rendering_or_an_answer_may_be_is_refused(child):
+    most, longest = bounded_child.MOST_TEXT, rendering(f"{{{{ 'a' * {bounded_child.MOST_TEXT} }}}}")
+    assert bounded_child.MOST_ANSWER == 16 * most == 1 << 26
+    assert len(child.ask(longest)["texts"][0]["text"]) == most
+    for many in (longest | {"wanted": longest["wanted"] * 17}, rendering(f"{{{{ 'a' * {most + 1} }}}}")):
+        with pytest.raises(bounded.Breach, match="fails: it makes more than 4194304 characters"):
+            child.ask(many)
+
+
+def test_the_first_of_the_regexes_that_matches_a_name_is_told(child):
+    asked = {"patterns": ["(.*\\.)?(q)$", r".*\.(?P<idx>\d+)\."], "names": ["a.3.q", "a.3.k", "k"]}
+    assert child.ask(asked) == {"found": [[0, None], [1, "3"], None]}
+    assert child.ask({"patterns": ["a", "("], "names": []})["wrong"][0] == 1

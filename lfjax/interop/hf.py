@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from lfjax import tokenizers
 from lfjax.config import InputError
-from lfjax.files import write_tensors, write_text
+from lfjax.files import MOST_BYTES, write_json, write_tensors
 from lfjax.interop import merge, peft
 from lfjax.interop.families import (
     Family,
@@ -60,8 +60,9 @@ from lfjax.terminal import note
 
 CONFIG, ADAPTER, ADAPTER_CONFIG = "config.json", "adapter", peft.CONFIG
 GENERATION = "generation_config.json"
-# all that `save` may find in a folder that it replaces, beside the files that an index names
-WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, ADAPTER, tokenizers.TEMPLATES, *tokenizers.NAMES}
+# all that `save` may find in a folder that it replaces, beside the files that an index names, and in the folders there
+WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, *tokenizers.NAMES}
+WRITTEN_ADAPTER = {peft.CONFIG, peft.TENSORS, GENERATION, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
 TOKENIZER = "tokenizer_config.json"
 # Keys by which transformers finds code of the model's own, and those that may name kernels to fetch.
@@ -141,7 +142,7 @@ def load_form(path: str | os.PathLike[str], task: str | None = None) -> tuple[Fo
 
 
 def _read_form(place: merge.Place, task: str | None) -> tuple[Form, dict[str, Any], Any]:
-    config, own = place.describe()
+    config, own = place.describe(task)
     form = read_config(config, str(place.folder / CONFIG), task or own)
     return form, config, _load_tokenizer(place, form.vocab_size)
 
@@ -262,31 +263,27 @@ def save(
     fresh.mkdir()
     try:
         write_safetensors(fresh, tensors, dtype, most_bytes=shard_bytes)
-        _write_json(fresh / CONFIG, config)
+        write_json(fresh / CONFIG, config)
         _save_tokenizer(fresh, loaded)
         if generation is None and loaded.model.config.num_labels == 0:
             generation = _generation(loaded, fresh / GENERATION)
         if generation:
-            _write_json(fresh / GENERATION, generation)
+            write_json(fresh / GENERATION, generation)
         _leave_out_code(fresh, target)
         if adapter is not None:
             (fresh / ADAPTER).mkdir()
-            _write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
+            write_json(fresh / ADAPTER / peft.CONFIG, adapter.config)
             write_tensors(fresh / ADAPTER / peft.TENSORS, adapter.tensors, {"format": "pt"})
             if _names_its_class(fresh):
                 _save_tokenizer(fresh / ADAPTER, loaded)
             if generation:
-                _write_json(fresh / ADAPTER / GENERATION, generation)
+                write_json(fresh / ADAPTER / GENERATION, generation)
             _leave_out_code(fresh / ADAPTER, target)
         _swap(fresh, target)
     except InputError as error:
         raise InputError(str(error).replace(str(fresh), str(target))) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
@@ -302,13 +299,15 @@ def _save_tokenizer(folder: pathlib.Path, loaded: Loaded) -> None:
 
 def _pads_left(folder: pathlib.Path) -> bool:
     file = folder / TOKENIZER
-    return file.exists() and read_json(file).get("padding_side") == "left"
+    return file.exists() and read_json(file, most=MOST_BYTES).get("padding_side") == "left"
 
 
 def _names_its_class(folder: pathlib.Path) -> bool:
     """Whether other tools read the tokenizer's files without a config.json beside them."""
     file = folder / TOKENIZER
-    return (folder / "tokenizer.json").exists() or (file.exists() and "tokenizer_class" in read_json(file))
+    return (folder / "tokenizer.json").exists() or (
+        file.exists() and "tokenizer_class" in read_json(file, most=MOST_BYTES)
+    )
 
 
 _told: set[tuple[str, str]] = set()  # (file, key) of what `_leave_out_code` has told this process's user
@@ -319,10 +318,10 @@ def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
     found = []
     for name in (CONFIG, GENERATION, TOKENIZER):
         if (folder / name).is_file():
-            value = read_json(folder / name)
+            value = read_json(folder / name, most=MOST_BYTES)
             kept, keys = _without_code(value)
             if keys:
-                _write_json(folder / name, kept)
+                write_json(folder / name, kept)
                 found += [(name, key) for key in sorted(keys) if (name, key) not in _told]
     if found:
         _told.update(found)
@@ -420,10 +419,38 @@ def _check_replaceable(target: pathlib.Path) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file; give the folder that the model is to become")
-    held = {entry.name for entry in target.iterdir() if not SHARD.fullmatch(entry.name)}
-    if held and (CONFIG not in held or held - WRITTEN):
-        other = ", ".join(sorted(held - WRITTEN)[:3]) or f"no {CONFIG}"
-        raise InputError(f"{target}: holds other files ({other}); give a new folder, or remove this one first")
+    held = {entry.name for entry in target.iterdir()}
+    other = sorted(str(entry.relative_to(target)) for entry in _not_written(target))
+    if held and (other or CONFIG not in held):
+        shown = ", ".join(other[:3]) or f"no {CONFIG}"
+        raise InputError(f"{target}: holds other files ({shown}); give a new folder, or remove this one first")
+
+
+def _not_written(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """What a folder holds that `save` does not write: other names, and folders in place of files."""
+    for entry in target.iterdir():
+        if entry.name in (ADAPTER, tokenizers.TEMPLATES) and _is_folder(entry):
+            yield from _others(entry, WRITTEN_ADAPTER if entry.name == ADAPTER else ())
+        elif not (_is_file(entry) and (entry.name in WRITTEN or SHARD.fullmatch(entry.name))):
+            yield entry
+
+
+def _others(folder: pathlib.Path, names: Container[str]) -> Iterator[pathlib.Path]:
+    """Of a folder that holds files of these names, or is one of templates (of an adapter it holds one)."""
+    templates = folder.name == tokenizers.TEMPLATES
+    for entry in folder.iterdir():
+        if entry.name == tokenizers.TEMPLATES and not templates and _is_folder(entry):
+            yield from _others(entry, ())
+        elif not (_is_file(entry) and (entry.name in names or (templates and entry.suffix == ".jinja"))):
+            yield entry
+
+
+def _is_file(entry: pathlib.Path) -> bool:
+    return entry.is_symlink() or entry.is_file()
+
+
+def _is_folder(entry: pathlib.Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink()
 
 
 def _swap(fresh: pathlib.Path, target: pathlib.Path) -> None:

@@ -12,11 +12,12 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lfjax.bounded import Breach, Child
 from lfjax.config import InputError
 from lfjax.interop import peft
 from lfjax.interop.families import Family, Form, active, family_of, input_output_axes, read_config, stored_name
@@ -28,6 +29,8 @@ PICKLED = "adapter_model.bin"
 TASKS = {name: task for task, name in peft.TASKS.items()} | {"FEATURE_EXTRACTION": None, None: None}
 # Starts of A and B from the base's own matrices, which are changed along: the file alone does not say the model.
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+SECONDS = 2.0  # of processor time, for the regexes of one key
+_CHILD = Child()
 # Keys of adapter_config.json that do not change what is computed, or that name where the base is.
 NEUTRAL = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
@@ -37,11 +40,11 @@ NEUTRAL = {
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _names(value: Any) -> bool:
@@ -104,9 +107,14 @@ class Adapter:
             else:
                 self.saved[name.replace(".base_layer.", ".")] = key
 
-    def no_place(self, key: str) -> InputError:
-        """What is said of a tensor that is not used."""
-        return InputError(f"{self.tensors.file}: tensor {key!r} has no place in the model of its base")
+    def no_place(self, key: str, name: str = "", family: Family | None = None) -> InputError:
+        """What is said of a tensor that is not used; its name in the family's table may be a head's."""
+        said = f"{self.tensors.file}: tensor {key!r} has no place in the model of its base"
+        heads = family.heads.items() if family is not None and self.task is None else ()
+        for task, (_, tensors) in heads:
+            if name in [tensor.name for tensor in tensors]:
+                return InputError(f"{said}, but in one with a head: say --task={task} (in Python, task={task!r})")
+        return InputError(said)
 
     @property
     def task(self) -> str | None:
@@ -127,15 +135,20 @@ class Adapter:
             f"{self.where}: field 'base_model_name_or_path': found {name!r}; no such model folder here; {fix}"
         )
 
-    def describe(self, config: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
-        """config.json of the base -> of the merged model: its head, and as many labels and tokens as it has rows."""
+    def describe(self, config: dict[str, Any], family: Family, where: str, head: str | None = None) -> dict[str, Any]:
+        """config.json of the base -> of the merged model: its head, and as many labels and tokens as it has rows.
+
+        Args:
+          head: the task of an adapter that names none.
+        """
+        task = self.task or head
         rows = {canonical(name, family): self.tensors.shape(key)[0] for name, key in self.saved.items()}
-        if self.task in family.heads:
-            architecture, head = family.heads[self.task]
+        if task in family.heads:
+            architecture, tensors = family.heads[task]
             config = config | {"architectures": [architecture]}
             labels = config.get("id2label")
             known = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
-            found = [rows[tensor.name] for tensor in head if tensor.paths == "head/kernel" and tensor.name in rows]
+            found = [rows[tensor.name] for tensor in tensors if tensor.paths == "head/kernel" and tensor.name in rows]
             if found and found[0] != known:
                 config = {key: value for key, value in config.items() if key != "num_labels"}
                 config["id2label"] = {str(i): f"LABEL_{i}" for i in range(found[0])}
@@ -143,7 +156,7 @@ class Adapter:
         embedding, head = _tied_names(family)
         if embedding in rows:
             config = config | {"vocab_size": rows[embedding]}
-        form = read_config(config, where, self.task)
+        form = read_config(config, where, task)
         if _is_tied(form):
             changed = {canonical(f"{module}.weight", family) for module in self.pairs} & {embedding, head}
             if changed:
@@ -156,40 +169,72 @@ class Adapter:
                 config = config | {next(field.theirs for field in family.fields if field.ours == "tied"): False}
         return config
 
-    def targets(self, modules: Iterable[str]) -> set[str]:
+    def targets(self, modules: Sequence[str]) -> set[str]:
         """Those of the modules that the config says to adapt, as PEFT reads it ("all-linear" but for the head)."""
-        return {name for name in modules if self._excludes(name) is False and self._targets(name)}
-
-    def _excludes(self, name: str) -> bool:
-        excluded, saved = self.config["exclude_modules"], self.config["modules_to_save"] or ()
-        if excluded and _named(name, excluded, self.where):
-            return True
+        excluded, saved = self._named("exclude_modules", modules), self.config["modules_to_save"] or ()
         saved = [saved] if isinstance(saved, str) else saved
-        return any(_match(rf"(^|.*\.){part}($|\..*)", name, self.where) for part in saved)
-
-    def _targets(self, name: str) -> bool:
-        given = self.config["target_modules"]
+        kept = self._first([rf"(^|.*\.){part}($|\..*)" for part in saved], modules, "modules_to_save")
+        rest = [name for name, match in zip(modules, kept, strict=True) if match is None and name not in excluded]
+        given, layers = self.config["target_modules"], self.config["layers_to_transform"]
         if given is None or (isinstance(given, str) and given.lower() == "all-linear"):
-            return True
-        found, layers = _named(name, given, self.where), self.config["layers_to_transform"]
-        if isinstance(given, str) or name in given or layers in (None, []) or not found:
+            return set(rest)
+        found = self._named("target_modules", rest)
+        if isinstance(given, str) or layers in (None, []):
             return found
-        lists = self.config["layers_pattern"] or [r"[^.]*"]
-        lists = [lists] if isinstance(lists, str) else lists
-        numbers = [_match(rf"(?:.*?\.){part}\.(\d+)\.", name, self.where) for part in lists]
-        index = next((int(number[1]) for number in numbers if number), None)
-        return index in (layers if isinstance(layers, list) else [layers])
+        within = [name for name in rest if name in found and name not in set(given)]
+        lists = self.config["layers_pattern"] or ()
+        lists = [rf"(?:^|.*?\.){part}" for part in ([lists] if isinstance(lists, str) else lists)] or [r".*?\.[^.]*"]
+        numbers = self._first([rf"{part}\.(?P<idx>\d{{1,9}})\." for part in lists], within, "layers_pattern")
+        wanted = set(layers if isinstance(layers, list) else [layers])
+        of_layers = zip(within, numbers, strict=True)
+        return found - {name for name, match in of_layers if not (match and match[1] and int(match[1]) in wanted)}
 
-    def low_rank(self, module: str) -> tuple[int, float]:
-        """(rank, what B A is multiplied by) of a module."""
+    def low_ranks(self, modules: Sequence[str], most: int) -> list[tuple[int, float]]:
+        """(rank, what B A is multiplied by) of each module; `most`: of patterns."""
 
-        def of(pattern: dict, default):
-            keys = (key for key in pattern if _match(rf"(.*\.)?({key})$", module, self.where))
-            return pattern.get(next(keys, None), default)
+        def of(key: str, default: str) -> list:
+            pattern = self.config[key] or {}
+            if len(pattern) > most:
+                raise InputError(f"{self.where}: field {key!r}: found {len(pattern)} names; allowed: at most {most}")
+            matches = self._first([rf"(.*\.)?({name})$" for name in pattern], modules, key)
+            values = list(pattern.values())
+            return [self.config[default] if match is None else values[match[0]] for match in matches]
 
-        rank = of(self.config["rank_pattern"] or {}, self.config["r"])
-        alpha = of(self.config["alpha_pattern"] or {}, self.config["lora_alpha"])
-        return rank, alpha / (math.sqrt(rank) if self.config["use_rslora"] else rank)
+        ranks, alphas = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+        by_root = self.config["use_rslora"]
+        return [
+            (rank, alpha / (math.sqrt(rank) if by_root else rank)) for rank, alpha in zip(ranks, alphas, strict=True)
+        ]
+
+    def _named(self, key: str, modules: Sequence[str]) -> set[str]:
+        """Those of the modules that a key gives: by a regex of their whole name, or by names that they end in."""
+        given = self.config[key]
+        if isinstance(given, str):
+            matches = self._first([rf"(?:{given})\Z"] if given else [], modules, key)
+            return {name for name, match in zip(modules, matches, strict=True) if match is not None}
+        parts = set(given or ())
+        return {name for name in modules if not parts.isdisjoint(_ends(name))}
+
+    def _first(self, patterns: Sequence[str], names: Sequence[str], key: str) -> list[tuple[int, str | None] | None]:
+        """For each name the first of the patterns that matches it, and what its group "idx" is."""
+        if not patterns or not names:
+            return [None] * len(names)
+        try:
+            answer = _CHILD.ask({"patterns": list(patterns), "names": list(names)}, seconds=SECONDS)
+        except Breach as breach:
+            raise InputError(f"{self.where}: field {key!r}: matching its regexes {breach}; simplify them") from None
+        if "wrong" in answer:
+            index, message = answer["wrong"]
+            raise InputError(
+                f"{self.where}: field {key!r}: {patterns[index][:60]!r} is no regex ({message}); correct it"
+            )
+        return answer["found"]
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The name, and what stands behind each of its dots."""
+    yield name
+    yield from (name[i + 1 :] for i, character in enumerate(name) if character == ".")
 
 
 def _checked(config: dict[str, Any], where: pathlib.Path) -> dict[str, Any]:
@@ -208,20 +253,6 @@ def _checked(config: dict[str, Any], where: pathlib.Path) -> dict[str, Any]:
             fix = "merge it with PEFT where it was trained, and give that model"
             raise InputError(f"{where}: field {key!r}: found {str(value)[:60]!r}; not computed here: {fix}")
     return found
-
-
-def _match(pattern: str, name: str, where: pathlib.Path) -> re.Match[str] | None:
-    try:
-        return re.match(pattern, name)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"{where}: {pattern[:60]!r} is no regex ({error}); correct it") from None
-
-
-def _named(name: str, given: str | list[str], where: pathlib.Path) -> bool:
-    """Whether a module is one of the given: a regex of its whole name, or names that it ends in."""
-    if isinstance(given, str):
-        return _match(rf"(?:{given})\Z", name, where) is not None
-    return any(name == part or name.endswith(f".{part}") for part in given)
 
 
 def canonical(name: str, family: Family) -> str:
@@ -286,37 +317,40 @@ class Merged(Tensors):
         for name, key in adapter.saved.items():
             name = canonical(name, family)
             found = stored_name(name, family, names) or name
-            if name != head or not _is_tied(form):  # a second copy, which has to be equal
-                self._shape_of(name, key)
+            copy = name == head and _is_tied(form)  # which has to be equal
+            if _line(name) not in self._lines and not copy:
+                raise adapter.no_place(key, name, family)
             self._saved[found] = key
-        found = {}
+        found, held = {}, names | self._saved.keys() | self._same.keys()
         for module, pair in adapter.pairs.items():
             name = canonical(f"{module}.weight", family)
-            found[module] = stored_name(name, family, names | self._saved.keys() | self._same.keys())
-            self._add(name, module, pair, found[module])
+            found[module] = stored_name(name, family, held)
+            if found[module] is None or _line(name) not in self._lines:
+                raise adapter.no_place(min(pair.values()))
+        for (module, pair), low_rank in zip(
+            adapter.pairs.items(), adapter.low_ranks(list(found), max(len(names), 1000)), strict=True
+        ):
+            self._add(canonical(f"{module}.weight", family), module, pair, found[module], low_rank)
         self._check_targets(found, names, family)
         self.changed = base.changed | self._saved.keys() | self._low_rank.keys()
         self._names = frozenset(names | self._saved.keys() | self._same.keys())
 
-    def _shape_of(self, name: str, key: str) -> tuple[Tensor, tuple[int, ...]]:
-        if _line(name) not in self._lines:
-            raise self._adapter.no_place(key)
+    def _shape_of(self, name: str) -> tuple[Tensor, tuple[int, ...]]:
         tensor, sizes = self._lines[_line(name)]
         return tensor, tensor.their_shape(sizes)
 
-    def _add(self, name: str, module: str, pair: dict[str, str], stored: str | None) -> None:
+    def _add(self, name: str, module: str, pair: dict[str, str], stored: str, low_rank: tuple[int, float]) -> None:
         key = min(pair.values())
-        tensor, shape = self._shape_of(name, key)
+        tensor, shape = self._shape_of(name)
         embeds = "embedding_" if tensor.ours[0].startswith("embed/") else ""
         kinds = (f"lora_{embeds}A", f"lora_{embeds}B")
-        if stored is None or len(shape) != 2:
+        if len(shape) != 2:
             raise self._adapter.no_place(key)
         if set(pair) != set(kinds):
             missing = f"{peft.PREFIX}{module}.{next((kind for kind in kinds if kind not in pair), kinds[0])}"
             raise InputError(f"{self._adapter.tensors.file}: tensor {missing!r} is missing, which {key!r} goes with")
         swapped = input_output_axes(tensor)[2]
-        rank, scale = self._adapter.low_rank(module)
-        change = _LowRank(pair[kinds[0]], pair[kinds[1]], rank, scale, swapped)
+        change = _LowRank(pair[kinds[0]], pair[kinds[1]], *low_rank, swapped)
         for part, part_shape in zip(change[:2], change.shapes(shape), strict=True):
             self._adapter.tensors.check(part, part_shape)
         self._low_rank[stored] = change
@@ -338,7 +372,7 @@ class Merged(Tensors):
                 continue
             module = name.removesuffix(".weight")
             modules[module.removeprefix(family.base) if bare else module] = stored
-        targets = adapter.targets(modules)
+        targets = adapter.targets(list(modules))
         for module in sorted(found.keys() - targets):
             key = min(adapter.pairs[module].values())
             raise InputError(
@@ -405,12 +439,17 @@ class Place(NamedTuple):
         """All that is read, the base first."""
         return list(dict.fromkeys((self.folder, *(adapter.folder for adapter in self.adapters))))
 
-    def describe(self) -> tuple[dict[str, Any], str | None]:
-        """(config.json of the model, the head that the last adapter has or None)."""
+    def describe(self, head: str | None = None) -> tuple[dict[str, Any], str | None]:
+        """(config.json of the model, the head that the last adapter has or None).
+
+        Args:
+          head: that of the last adapter, where it names none.
+        """
         file = self.folder / CONFIG
         config, task = read_json(file), None
         for adapter in self.adapters:
-            config = adapter.describe(config, family_of(config, str(file)), str(file))
+            own = head if adapter is self.adapters[-1] else None
+            config = adapter.describe(config, family_of(config, str(file)), str(file), own)
             task = adapter.task or task
         return config, task
 
@@ -432,6 +471,11 @@ def locate(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = N
       InputError: a base is not there or goes round in a circle, or an adapter is not of a kind that is computed here.
     """
     folder, adapters = pathlib.Path(path), []
+    if not os.path.lexists(folder / CONFIG) and not is_adapter(folder):
+        named = [place for place in sorted(folder.glob(f"*/{peft.CONFIG}"))[:3] if place.is_file()]
+        if named:
+            shown = ", ".join(str(place.parent) for place in named)
+            raise InputError(f"{folder}: holds no model, but adapters in folders of their own; give one: {shown}")
     while is_adapter(folder):
         if any(os.path.samefile(folder, adapter.folder) for adapter in adapters):
             raise InputError(f"{folder / peft.CONFIG}: field 'base_model_name_or_path': goes round in a circle")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import abc
-import json
 import math
 import mmap
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from lfjax import files
 from lfjax.config import InputError
-from lfjax.files import inside, json_value, read_bytes, write_json, write_tensors
+from lfjax.files import inside, json_value, open_regular, write_json, write_tensors
 
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {kind: dtype.name for kind, dtype in STORED.items()}  # as config.json calls them
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FETCH = "fetch or export it again"
+MOST_HEADER, MOST_TENSORS = 100_000_000, 200_000  # bytes of a header, as the format has it; tensors of a folder
+MOST_CONFIG = 4 * 2**20  # bytes of a config.json and the like
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 BLOCK = 1 << 22  # values compared at a time
 
@@ -150,26 +154,28 @@ class TensorFolder(Tensors):
         index: dict[str, str] = {}
         one, several = inside(folder, single), inside(folder, f"{single}.index.json")
         if one.is_file():
-            files = [one]
+            found = [one]
         elif several.is_file():
             index = _read_index(several)
-            files = [inside(folder, name) for name in sorted(set(index.values()))]
+            found = [inside(folder, name) for name in sorted(set(index.values()))]
         else:
             pickled = "".join(f" (a pickled {file.name} is never read)" for file in sorted(folder.glob("*.bin"))[:1])
             raise InputError(f"{folder}: no {single} and no {several.name}{pickled}; save the model as safetensors")
-        for file in files:
+        for file in found:
             for name, entry in _open_safetensors(file):
                 if name in self._tensors:
                     raise InputError(f"{file}: tensor {name!r} is also in {self._tensors[name][0].name}")
                 self._tensors[name] = (file, *entry)
+            if len(self._tensors) > MOST_TENSORS:
+                raise InputError(f"{folder}: holds more than {MOST_TENSORS} tensors; {FETCH}")
         for name, file in index.items():
             if name not in self._tensors:
                 raise InputError(f"{folder / file}: tensor {name!r} is missing, which {several.name} says is here")
-            found = self._tensors[name][0].name
-            if found != file:
+            place = self._tensors[name][0].name
+            if place != file:
                 fix = "fetch or export the model again"
-                raise InputError(f"{several}: tensor {name!r}: said to be in {file}, found in {found}; {fix}")
-        self.file = files[0] if len(files) == 1 else several
+                raise InputError(f"{several}: tensor {name!r}: said to be in {file}, found in {place}; {fix}")
+        self.file = found[0] if len(found) == 1 else several
 
     def names(self) -> set[str]:
         """All tensor names."""
@@ -226,7 +232,7 @@ class TensorFolder(Tensors):
 
 
 def _read_index(file: pathlib.Path) -> dict[str, str]:
-    weight_map = read_json(file).get("weight_map")
+    weight_map = read_json(file, most=files.MOST_BYTES).get("weight_map")
     plain = isinstance(weight_map, dict) and all(
         isinstance(name, str) and name.isprintable() and name == pathlib.PurePath(name).name
         for name in weight_map.values()
@@ -237,43 +243,38 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
 
 
 def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, tuple[mmap.mmap, int, dict]]]:
+    if not os.path.lexists(file):
+        raise InputError(f"{file}: not there, though the index names it; fetch or export it again")
     try:
+        with open_regular(file, fix=FETCH) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            text = stream.read(length) if length <= MOST_HEADER else b""
+            if length > MOST_HEADER or text.count(b'"data_offsets"') > MOST_TENSORS:
+                raise InputError(f"{file}: its header has more than 100 MB or {MOST_TENSORS} tensors; {FETCH}")
+            header = json_value(text)
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         with safetensors.safe_open(file, framework="np"):  # checks sizes, offsets and types of the whole header
             pass
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        header.pop("__metadata__", None)
-        if not header:
-            raise InputError(f"{file}: holds no tensor")
-    except FileNotFoundError:
-        raise InputError(f"{file}: not there, though the index names it; fetch or export it again") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}); fetch or export it again") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: not a whole safetensors file ({error}); {FETCH}") from error
+    header.pop("__metadata__", None)
+    if not header:
+        raise InputError(f"{file}: holds no tensor")
     for name, entry in header.items():
         yield name, (mapped, 8 + length, entry)
 
 
-def read_json(file: pathlib.Path) -> dict:
-    """A JSON object from a file of a model folder.
+def read_json(file: pathlib.Path, *, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """A JSON object from a file of a model folder, of at most so many bytes.
 
     Raises:
       InputError: naming the file, and the line where it is damaged; also where it is a link out of its folder.
     """
     if not file.exists():
         raise InputError(f"{file}: not found; a model folder holds config.json and {SINGLE}")
-    try:
-        value = json_value(read_bytes(inside(file.parent, file.name)))
-    except InputError:
-        raise
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    except ValueError as error:  # not UTF-8; a number of too many digits; nested too deep
-        raise InputError(f"{file}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: found a JSON {type(value).__name__}; must be an object")
-    return value
+    return files.read_json(inside(file.parent, file.name), dict, most=most, fix=FETCH)
 
 
 def lossless_dtype(tensors: dict[str, np.ndarray], dtype: str) -> str:

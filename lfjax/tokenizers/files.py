@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Container
+from collections.abc import Collection, Container
 from typing import Any, NamedTuple
 
 from lfjax.config import InputError
@@ -17,6 +17,10 @@ MODEL, LIBRARY = "tokenizer.model", "tokenizer.json"
 BPE = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the second pair is GPT-2's as published
 WORDPIECE = "vocab.txt"
 MOST_BYTES = 128 * 2**20
+MOST_ADDED, MOST_ADDED_CHARACTERS = 100_000, 4_000_000  # beyond the vocabulary file; models of speech have 70,000
+MOST_TOKEN = 500  # characters of one of them
+MOST_ENDS = 1000  # ids that end a response
+MOST_HOLES = 100_000  # ids without a token, beside as many as there are tokens
 SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -160,12 +164,15 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     tokens = {role: tokens[role] for role in ROLES if role in tokens}
     ids = {role: _ids(model, f"{role}_token_id", config)[:1] for role in ("bos", "eos", "pad")}
     ends = _ids(generation, "eos_token_id", folder / SETTINGS[4]) or _ids(model, "eos_token_id", config)
+    more = _added(own, added, folder, {*tokens.values(), *further})
+    every = {*filter(None, tokens.values()), *further, *more}
+    check_added(every, f"{folder}: its settings ({SETTINGS[0]} and others)")
     return Settings(
         files,
         tokens,
         tuple(dict.fromkeys(further)),
         flags,
-        _added(own, added, folder, {*tokens.values(), *further}),
+        more,
         {role: found[0] for role, found in ids.items() if found},
         ends,
         _template(folder, files, own),
@@ -226,6 +233,8 @@ def _ids(data: dict[str, Any], key: str, file: pathlib.Path) -> tuple[int, ...]:
     found = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int for i in found):
         raise InputError(f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: an id, a list of ids, or null")
+    if len(found) > MOST_ENDS:
+        raise InputError(f"{file}: {key!r}: found {len(found)} ids; allowed: at most {MOST_ENDS}; take some out")
     return tuple(i for i in found if i >= 0)
 
 
@@ -249,14 +258,34 @@ def _added(
     return dict(sorted(found.items(), key=lambda item: item[1].id))
 
 
+def check_added(added: Collection[str], where: str) -> None:
+    """What is looked for in every text is bounded: InputError names what is beyond."""
+    length, total = max(map(len, added), default=0), sum(map(len, added))
+    where = f"{where}: added tokens"
+    if length > MOST_TOKEN:
+        raise InputError(f"{where}: found one of {length} characters, at most {MOST_TOKEN} are allowed; take it out")
+    if len(added) > MOST_ADDED or total > MOST_ADDED_CHARACTERS:
+        found = f"{len(added)} of {total} characters"
+        allowed = f"at most {MOST_ADDED} of {MOST_ADDED_CHARACTERS} are allowed"
+        raise InputError(f"{where}: found {found}, {allowed}; put them into the vocabulary itself")
+
+
+def check_numbering(size: int, count: int, where: str) -> None:
+    """Raises InputError where the ids of `count` tokens go up to `size` - 1, far beyond: models have a row for each."""
+    if size > 2 * count + MOST_HOLES:
+        raise InputError(f"{where}: found the id {size - 1} among {count} tokens; number them")
+
+
 def _template(folder: pathlib.Path, files: dict[str, bytes], own: dict[str, Any]) -> tuple[str, str] | None:
     """The chat template: a file of its own, else a key; where several are named, the default one."""
     if SETTINGS[3] in files:
         return decoded(files[SETTINGS[3]], folder / SETTINGS[3]), str(folder / SETTINGS[3])
     where, template = f"{folder / SETTINGS[0]}: 'chat_template'", own.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [
+            entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
+        ]
+        template = named[-1] if named else None
     if template is not None and not isinstance(template, str):
         raise InputError(f"{where}: found {type(template).__name__}; allowed: a Jinja template, or several with names")
     return (template, where) if template else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -18,6 +19,8 @@ from lfjax.tokenizers.files import (
     LIBRARY,
     WORDPIECE,
     Settings,
+    check_added,
+    check_numbering,
     content_of,
     json_object,
     read_settings,
@@ -30,7 +33,6 @@ _QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MOST_HOLES = 100_000  # ids without a token, beside as many as there are tokens
 
 
 class LibraryTokenizer:
@@ -60,8 +62,7 @@ class LibraryTokenizer:
         unknown = settings.tokens.get("unk") or spec.get("model", {}).get("unk_token")
         self.unk_id: int = vocabulary.get(unknown, self.pad_id) if isinstance(unknown, str) else self.pad_id
         self.vocab_size: int = max(*vocabulary.values(), self.pad_id) + 1
-        if self.vocab_size > 2 * len(vocabulary) + MOST_HOLES:
-            raise InputError(f"{where}: found the id {self.vocab_size - 1} among {len(vocabulary)} tokens; number them")
+        check_numbering(self.vocab_size, len(vocabulary), where)
         if begin is not None and settings.options.get("add_bos_token"):  # a tokenizer.json says itself what begins
             before = [self.bos_id]
         self._begin = before
@@ -77,6 +78,7 @@ class LibraryTokenizer:
 
     def _make(self, spec: dict[str, Any], *, markup: bool = False):
         """The library's object, with every named token in it; in plain text special ones are not looked for."""
+        os.environ["RUST_BACKTRACE"] = "0"  # of the library's panics, which are told in one line
         import tokenizers
 
         text = json.dumps(spec)
@@ -86,22 +88,27 @@ class LibraryTokenizer:
         made.no_padding()
         made.encode_special_tokens = not markup
         held = {token.content: token for token in made.get_added_tokens_decoder().values()}
-        for token, (place, special, flags) in self.settings.added.items():
-            if token not in held or flags is not None:
-                new = tokenizers.AddedToken(token, special=special, **({"normalized": not special} | (flags or {})))
-                made.add_tokens([new])
-                held[token] = new
+        new = {
+            token: tokenizers.AddedToken(token, special=special, **({"normalized": not special} | (flags or {})))
+            for token, (_, special, flags) in self.settings.added.items()
+            if token not in held or flags is not None
+        }
+        made.add_tokens(list(new.values()))  # each call goes over all that there are
+        held |= new
+        for token, (place, _, _) in self.settings.added.items():
             if made.token_to_id(token) != place:
                 found = f"{token!r} has the id {place}; in the vocabulary it is {made.token_to_id(token)}"
                 raise InputError(f"{self._where}: added token {found}; restore the files of one model")
+        further, named = set(self.settings.further), []
         for token in self.settings.special:
-            if token in self.settings.further and made.token_to_id(token) is None:
+            if token in further and made.token_to_id(token) is None:
                 continue  # a token that the model has no row for
             flags = {"normalized": False} | self.settings.flags.get(token, {})
-            named = held.get(token) or tokenizers.AddedToken(token, **flags)
-            if not named.special:
-                named.special = True
-                made.add_special_tokens([named])
+            one = held.get(token) or tokenizers.AddedToken(token, **flags)
+            if not one.special:
+                one.special = True
+                named.append(one)
+        made.add_special_tokens(named)
         return made
 
     def _before(self) -> list[int]:
@@ -129,23 +136,30 @@ class LibraryTokenizer:
         return self._ids(self._marked[first], text)
 
     def _ids(self, made, text: str) -> list[int]:
-        try:
+        with self._naming(f"encode {text[:40]!r}"):
             return made.encode(text, add_special_tokens=False).ids
+
+    @contextlib.contextmanager
+    def _naming(self, what: str):
+        try:
+            yield
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises no class of its own, and its panics are no Exception
             found = " ".join(str(error).split())
-            raise InputError(f"{self._where}: this vocabulary cannot encode {text[:40]!r}: {found}") from None
+            raise InputError(f"{self._where}: this vocabulary cannot {what}: {found}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
         own = self._first if len(ids) and ids[0] == self.bos_id else self._inner
         shown = [i for i in map(int, ids) if i not in self._silent and i < self.vocab_size]
-        return own.decode(shown, skip_special_tokens=False)
+        with self._naming(f"decode {str(shown[:8])[:-1]}..."):
+            return own.decode(shown, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own spelling of each id, to show."""
-        return [self._first.id_to_token(int(i)) or "" for i in ids]
+        with self._naming("spell an id"):
+            return [self._first.id_to_token(int(i)) or "" for i in ids]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files that it was read from, each in place of an older one when it is whole."""
@@ -219,6 +233,9 @@ def load(file: pathlib.Path) -> LibraryTokenizer:
     spec = json_object(file, content)
     if not isinstance(spec.get("model"), dict):
         raise InputError(f"{file}: no 'model' in it; give a tokenizer.json as the `tokenizers` library writes it")
+    added = spec.get("added_tokens")
+    tokens = [entry.get("content") for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    check_added([token for token in tokens if isinstance(token, str)], str(file))
     return LibraryTokenizer(spec, settings, str(file))
 
 

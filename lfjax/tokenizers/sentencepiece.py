@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pathlib
@@ -14,7 +15,7 @@ import sentencepiece
 from lfjax.config import InputError
 from lfjax.tokenizers import trial
 from lfjax.tokenizers.files import MODEL as MODEL_FILE
-from lfjax.tokenizers.files import Settings, content_of, read_settings, special_ids
+from lfjax.tokenizers.files import Settings, check_numbering, content_of, read_settings, special_ids
 
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
 _CLASS = "PreTrainedTokenizerFast"  # transformers' own reading of a model file, whatever model it stands beside
@@ -42,14 +43,19 @@ class SentencePieceTokenizer:
         self.unk_id: int = own.unk_id()
         self.names = {f"{role}_token": own.IdToPiece(i) for role, i in ids.items() if i >= 0} | self.settings.names
         self.vocab_size: int = max(len(pieces) - 1, *added.values(), self.pad_id) + 1
+        check_numbering(self.vocab_size, len(pieces) + len(added), where)
         self._starts = own.bos_id() >= 0 and bool(options.get("add_bos_token", True))
         self._segments_first = bool(options.get("legacy", options.get("tokenizer_class", _CLASS) == _CLASS))
         self._silent = {self.bos_id, self.pad_id, *self.eos_ids, *special.values()}
         self._added = {i: token for token, i in added.items()}
         flags = self.settings.flags | {token: new.flags for token, new in self.settings.added.items() if new.flags}
         self._plain = _splitter(added.keys() - special.keys(), flags)
-        self._marked = _splitter({*added, *self.specials}, flags)
+        self._flags = flags
         self._ids = self.specials | added
+
+    @functools.cached_property
+    def _marked(self) -> re.Pattern[str] | None:
+        return _splitter(self._ids, self._flags)
 
     @property
     def template(self) -> tuple[str, str] | None:

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from lfjax import cli
 from lfjax.config import InputError
 from lfjax.interop import hf
 from lfjax.interop.tensors import Tensor
@@ -19,6 +22,9 @@ from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.sampling.generate import generate
 from lfjax.sharding import make_mesh
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tokenizers"))
+import vocabularies
 
 TOLERANCE = 2e-4
 LANGUAGE_MODELS = ("gpt2", "llama_gqa_untied", "qwen2_tied")
@@ -342,7 +348,36 @@ def set_key(**changes):
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def fifo_shard(folder):
+    """An index that names a FIFO, which nobody writes to."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    os.mkfifo(folder / "model-00002-of-00002.safetensors")
+    names = dict.fromkeys(
+        safetensors.numpy.load_file(folder / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors"
+    )
+    index = {"weight_map": names | {"x": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def header(text: bytes, length: int | None = None):
+    content = (len(text) if length is None else length).to_bytes(8, "little") + text
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+def empty_tensors(count: int) -> bytes:
+    one = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return b"{" + b",".join(one % i for i in range(count)) + b"}"
+
+
 DAMAGED = {
+    "a FIFO for a file": (fifo_shard, r"model-00002-of-00002\.safetensors: not a regular file"),
+    "many tensors": (header(empty_tensors(200_001)), r"model\.safetensors: its header has more than 100 MB or 200000"),
+    "a long header": (header(b"{}", 10**12), "its header has more than 100 MB"),
+    "a long config": (set_key(x=list(range(10**6))), r"config\.json: larger than 4 MB"),
+    "a deep header": (header(b"[" * 100_000), r"not a whole safetensors file \(nested deeper than 100\)"),
+    "a header that is a list": (header(b"[]"), "not a whole safetensors file"),
     "truncated": (truncate, r"model\.safetensors: not a whole safetensors file"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
     "no tensor": (lambda f: edit_tensors(f, dict.clear), "holds no tensor"),
@@ -387,19 +422,19 @@ DAMAGED = {
     "partial rope": (set_key(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: not found"),
     "config cut": (lambda f: (f / "config.json").write_text('{\n"a": 1,'), r"config\.json:2: not JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list; must be an object"),
-    "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: cannot be read"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list, not an object"),
+    "config binary": (lambda f: (f / "config.json").write_bytes(b"\n\xff\xfe"), r"config\.json:2: not UTF-8"),
     "config with a number of 5000 digits": (
         lambda f: (f / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
-        r"config\.json: cannot be read",
+        r"config\.json: not JSON",
     ),
     "config nested too deep": (
         lambda f: (f / "config.json").write_text("[" * 100_000),
-        r"config\.json: cannot be read",
+        r"config\.json: not JSON",
     ),
     "model_type a list": (set_key(model_type=["llama"]), r"field 'model_type': found \['llama'\]; known are"),
     "architecture a list": (set_key(architectures=[["a"]]), r"field 'architectures': found \['a'\]; known are"),
-    "eps not a number": (set_key(rms_norm_eps=float("nan")), r"config\.json: cannot be read \(NaN is not JSON\)"),
+    "eps not a number": (set_key(rms_norm_eps=float("nan")), r"config\.json: not JSON \(NaN is not JSON\)"),
     "eps too large": (set_key(rms_norm_eps=10**400), "field 'rms_norm_eps': found 1000"),
     "rope theta too large": (set_key(rope_theta=10**400, rope_parameters=None), "field 'rope_theta': found 1000"),
     "a context too large": (set_key(max_position_embeddings=2**31), "'max_position_embeddings'.*below 2\\^31"),
@@ -530,6 +565,32 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     hf.save(tmp_path / "empty", loaded)
     assert stored(tmp_path / "empty") == stored(saved)
+
+
+@pytest.mark.parametrize(
+    "place", ["adapter/notes/n.txt", "adapter/n.txt", "generation_config.json/n.txt", "additional_chat_templates/n.txt"]
+)
+def test_folders_of_others_under_our_names_are_never_replaced(saved, place):
+    loaded, file = hf.load(saved), saved / place
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    with pytest.raises(InputError, match=rf"holds other files \({place.rsplit('/', 1)[0]}"):
+        hf.save(saved, loaded)
+    assert file.read_text() == "years of work"
+
+
+def test_a_prompt_that_a_vocabulary_fails_on_is_told_with_its_file(tmp_path, capsys):
+    model, params = random_model(presets.llama_tiny(vocab_size=300, width=16, heads=2, mlp_width=24))
+    hf.save(tmp_path / "model", hf.loaded_from(model, params))
+    spec = json.loads(vocabularies.byte_level().to_str())
+    runic = {"type": "Split", "pattern": {"Regex": r"(\p{Runic}+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": runic}))
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert cli.main(["sample", str(tmp_path / "model"), "--prompt=" + "ᚠ" * 60 + "!"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path / 'model' / 'tokenizer.json'}: this vocabulary cannot encode")
+    assert cli.main(["sample", str(tmp_path / "model"), "--stop=the cat"]) == 2
+    assert capsys.readouterr().err.startswith("error: --stop: 'the cat' is ")
 
 
 # --- the tables' axis notation

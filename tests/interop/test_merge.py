@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from test_peft import adapted
 
 from lfjax import cli
 from lfjax.config import InputError
-from lfjax.interop import hf, peft
+from lfjax.interop import hf, merge, peft
 from lfjax.models import lora
 from lfjax.sharding import make_mesh
 
@@ -201,6 +202,56 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path, base, case):
     with pytest.raises(InputError, match=message) as error:
         hf.load(folder, base=base)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+ENDLESS = "(.|.)*!"
+HUGE = "(?:a{0,65535}){0,65535}" * 50 + "q"
+HOSTILE = {
+    "ranks": ({"rank_pattern": {ENDLESS: 2}}, "field 'rank_pattern': matching its regexes takes more than"),
+    "alphas": ({"alpha_pattern": {ENDLESS: 2}}, "field 'alpha_pattern': matching"),
+    "targets": ({"target_modules": ENDLESS}, "field 'target_modules': matching"),
+    "exclusions": ({"exclude_modules": ENDLESS}, "field 'exclude_modules': matching"),
+    "saved": ({"modules_to_save": [ENDLESS]}, "field 'modules_to_save': matching"),
+    "layers": ({"layers_to_transform": [0], "layers_pattern": ENDLESS}, "field 'layers_pattern': matching"),
+    "a regex without end": ({"target_modules": HUGE}, r"field 'target_modules': matching its regexes (asks|takes)"),
+    "a regex too deep": ({"target_modules": "(" * 5000 + ")" * 5000}, "field 'target_modules': .* is no regex"),
+    "many ranks": ({"rank_pattern": dict.fromkeys(map(str, range(1001)), 2)}, "found 1001 names; allowed: at most"),
+    "a huge alpha": ({"lora_alpha": 10**400}, "field 'lora_alpha': found '1000"),
+    "a huge rank": ({"rank_pattern": {"q_proj": 10**400}}, "field 'rank_pattern': found"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_regexes_and_numbers_of_a_config_take_bounded_time(tmp_path, base, monkeypatch, case):
+    monkeypatch.setattr(merge, "SECONDS", 0.3)
+    config, message = HOSTILE[case]
+    folder, _ = llama_adapter(tmp_path / "adapter", base, **config)
+    began = time.process_time()
+    with pytest.raises(InputError, match=message) as error:
+        hf.load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert time.process_time() - began < 2  # in this process
+
+
+def test_layers_are_found_by_a_pattern_with_groups_as_peft_does(tmp_path, base):
+    folder, tensors = llama_adapter(
+        tmp_path / "adapter", base, layers=[1], layers_to_transform=[1], layers_pattern="(layers)"
+    )
+    expected = merged_by_formula(base, tensors, lambda _: 1.5)[f"model.layers.1.{DOWN}.weight"]
+    found = hf.load(folder).params["layers"]["mlp"]["down"][1]
+    np.testing.assert_allclose(found, expected.T, rtol=0, atol=2e-5)
+
+
+def test_an_adapter_of_a_head_that_names_no_task_is_read_with_the_one_that_is_said(tmp_path, base):
+    folder, tensors = llama_adapter(tmp_path / "adapter", base, task_type=None, modules_to_save=["score"])
+    score = {f"{PREFIX}score.weight": values(3, D)}
+    safetensors.numpy.save_file(tensors | score, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"score\.weight' has no place .*: say --task=sequence \(in Python, task='seq"):
+        hf.load(folder)
+    loaded = hf.load(folder, task="sequence")
+    np.testing.assert_array_equal(loaded.params["head"]["kernel"], *(x.T for x in score.values()))
+    with pytest.raises(InputError, match=rf"{tmp_path}: holds no model, but adapters in folders .*: {folder}"):
+        hf.load(tmp_path)
 
 
 def test_low_rank_changes_of_a_tied_matrix_are_refused(tmp_path):

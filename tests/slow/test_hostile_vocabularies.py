@@ -40,9 +40,14 @@ def regex(pattern: str) -> list[dict]:
     ]
 
 
-def replaces(each: int, levels: int) -> dict:
-    one = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * each}
+def replaces(each: int, levels: int, letter: str = "a") -> dict:
+    one = {"type": "Replace", "pattern": {"String": letter}, "content": letter * each}
     return {"normalizer": {"type": "Sequence", "normalizers": [one] * levels}}
+
+
+def decodes(pattern: dict, content: str) -> dict:
+    one = {"type": "Replace", "pattern": pattern, "content": content}
+    return {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, one]}}
 
 
 def model(kind: str, **fields) -> dict:
@@ -54,7 +59,11 @@ PARTS = {
     "fields of wrong types": [
         {"model": SPEC["model"] | {name: value}} for name in SPEC["model"] if name != "type" for value in ODD
     ],
-    "memory": [replaces(100, 8), replaces(1000, 4), replaces(2, 40)],
+    "memory": [
+        replaces(each, levels, letter) for letter in "aZ߷" for each, levels in ((100, 8), (1000, 4), (2, 40), (9, 2))
+    ],
+    "decoders": [decodes({"String": "k"}, "k" * count) for count in (19, 99, 10**6)]
+    + [decodes({"Regex": pattern}, "k") for pattern in ("(z+z+)+y", "(?=)", "[k-m]*?", "\\x{7a}|\\u0079")],
     "regexes": [
         part for pattern in ("(a+)+$", "(.*)*x", "(a|aa)+$", "(?=(a*)*b)", "(", "\\p{Nope}") for part in regex(pattern)
     ],
