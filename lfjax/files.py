@@ -413,6 +413,8 @@ def _check_shape(content: bytes) -> None:
     if opened <= MOST_DEPTH and opened + content.count(b",") <= MOST_VALUES:
         return
     bare = content.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_STRUCTURE)
+    if bare.count(b'"') > 4 * MOST_VALUES:  # a name and a text each
+        raise ValueError(f"more than {MOST_VALUES} values")
     outside = b"".join(bare.replace(b'""', b"").split(b'"')[::2])
     brackets = outside.replace(b",", b"")
     if outside.count(b",") + len(brackets) // 2 > MOST_VALUES:

@@ -263,6 +263,7 @@ def test_json_is_read_with_or_without_a_mark_and_has_the_kind_that_is_asked_for(
         (b"[" + b"0," * 5_000_000 + b"0]", "more than 4000000 values"),
         (b"[" + b"[]," * 5_000_000 + b"0]", "more than 4000000 values"),
         (b"[" + b"{}" * 5_000_000 + b"0]", "more than 4000000 values"),
+        (b'"[[' * 20_000_000, "more than 4000000 values"),
         (b"\x00" * 70 * 2**20, "larger than 64 MB"),
     ],
 )
