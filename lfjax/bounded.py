@@ -67,9 +67,9 @@ class Child:
             return
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
+        for pipe in filter(None, (process.stdin, process.stdout)):
             with contextlib.suppress(OSError):  # what it has not read
-                pipe.close()  # type: ignore
+                pipe.close()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:

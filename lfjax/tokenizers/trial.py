@@ -36,9 +36,12 @@ def check(library: Literal["tokenizers", "sentencepiece"], vocabulary: bytes, wh
         times as long.
     """
     digest = _digest(library, vocabulary)
+    if digest in _HELD:
+        return
     kept = cache.location() / _KEPT / digest
     trusted = not cache.exposure(cache.location(), _KEPT)
-    if digest in _HELD or (trusted and kept.exists()):
+    if trusted and kept.exists():
+        _HELD.add(digest)
         return
     content = vocabulary.decode() if library == "tokenizers" else base64.b64encode(vocabulary).decode()
     try:
