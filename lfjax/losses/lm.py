@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # logit of a column that is no token: its probability is exactly 0, and 0 * MASKED is 0, not NaN
@@ -74,6 +75,7 @@ def chunked_token_stats(
 
     T is cut into equal chunks of at most `chunk_size` positions of every row. The backward pass computes each chunk's
     logits again and applies their gradient at once, so that it costs one matmul by the vocabulary more than autodiff.
+    What a loss does not use (entropy, say) costs nothing.
 
     Args:
       hidden: final hidden states. The matmul runs in their dtype and accumulates in float32.
@@ -158,7 +160,8 @@ def _chunked(chunk_size, hidden, unembed, targets, temperature):
     return jax.tree.map(lambda x: _join(x, targets.shape[-1], axis), stats)
 
 
-def _chunked_forward(chunk_size, hidden, unembed, targets, temperature):
+def _chunked_forward(chunk_size, *primals):
+    hidden, unembed, targets, temperature = jax.tree.map(lambda primal: primal.value, primals)
     stats = _chunked(chunk_size, hidden, unembed, targets, temperature)
     return stats, (hidden, unembed, targets, temperature, stats)
 
@@ -166,17 +169,23 @@ def _chunked_forward(chunk_size, hidden, unembed, targets, temperature):
 def _chunked_backward(chunk_size, residuals, cotangents):
     hidden, unembed, targets, temperature, stats = residuals
     axis = targets.ndim - 1
+    d_logprob, d_entropy, d_log_z = cotangents
+    entropy = None if isinstance(d_entropy, SymbolicZero) else (stats.entropy, d_entropy)
+    d_logprob, d_log_z = (jnp.zeros(d.shape) if isinstance(d, SymbolicZero) else d for d in (d_logprob, d_log_z))
     # XLA's CPU backend runs no product of half precision into float32 whose result is then transposed (a tied weight).
     exact = jnp.float32 if jax.default_backend() == "cpu" else hidden.dtype
 
     def chunk(totals, slices):
-        h, y, log_z, ent, (d_logprob, d_entropy, d_log_z) = slices
+        h, y, log_z, entropy, d_logprob, d_log_z = slices
         # The two matmuls are written out: autodiff's would come out transposed, which is twice as slow on a CPU.
         logits, to_raw = jax.vjp(lambda raw: _finish(raw, unembed, temperature), _raw_logits(h, unembed.weight))
         logprobs = jnp.minimum(logits - log_z[..., None], 0.0)  # also where T is padded and log_z means nothing
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         hit = column == jnp.clip(y, 0, logits.shape[-1] - 1)[..., None]
-        slope = (d_log_z - d_logprob)[..., None] - d_entropy[..., None] * (logprobs + ent[..., None])
+        slope = (d_log_z - d_logprob)[..., None]
+        if entropy is not None:
+            value, d_entropy = (x[..., None] for x in entropy)
+            slope = slope - d_entropy * (logprobs + value)
         (d_raw,) = to_raw(jnp.exp(logprobs) * slope + jnp.where(hit, d_logprob[..., None], 0.0))
         d_logits = d_raw.astype(h.dtype)
         operands = h.astype(exact), d_logits.astype(exact)
@@ -187,10 +196,10 @@ def _chunked_backward(chunk_size, residuals, cotangents):
 
     arrays = (unembed.weight, unembed.bias)
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)
-    slices = (hidden, targets, stats.logsumexp, stats.entropy, cotangents)
+    slices = (hidden, targets, stats.logsumexp, entropy, d_logprob, d_log_z)
     totals, dh = jax.lax.scan(chunk, totals, jax.tree.map(lambda x: _split(x, chunk_size, axis), slices))
     d_weight, d_bias = jax.tree.map(lambda total, x: total.astype(x.dtype), totals, arrays)
     return _join(dh, targets.shape[-1], axis), Unembed(d_weight, d_bias), None, None
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)  # says which statistics a loss has used
