@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +24,7 @@ from lfjax.config import InputError
 from lfjax.signals import handled
 from lfjax.terminal import cell, line, note, show, visible
 
+BEGAN = time.perf_counter()  # of this process, but for what Python itself needs to start
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
 LEAVE_SECONDS = 10.0  # for the others to end as well, where this process has failed
 
@@ -259,6 +261,8 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lfjax import report
     from lfjax.loops.chain import STAGE_FUNCTIONS
     from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
+    from lfjax.report import rundir
+    from lfjax.report.costs import cost_lines
 
     run = Run(
         config,
@@ -278,11 +282,14 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
     if jax.process_index() == 0:
+        ended = time.perf_counter()
         path = report.build(arguments.workdir)
         for name in sorted(summary):
             figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else str(summary[name])
             print(f"{cell(name):40s} {cell(figure)}")
         print(visible(f"report: {path}"))
+        for row in cost_lines(rundir.read(arguments.workdir), run.began - BEGAN, time.perf_counter() - ended):
+            print(visible(row))
     return 0
 
 

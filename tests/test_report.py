@@ -17,6 +17,7 @@ from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
 from lfjax.report import catalogue, charts, checks, findings, picture, rundir
 from lfjax.report import html as html_page
+from lfjax.report.costs import cost_lines
 
 SUMMARY = {
     "compile/count": 14,
@@ -874,6 +875,25 @@ def test_a_classifiers_figures_are_known_by_title_and_unit():
 
 
 # In a browser
+
+
+def test_the_costs_add_up_and_line_up(tmp_path):
+    RunLog(tmp_path).summary({"time/total_s": 170.0})
+    write_json(tmp_path / "config.json", {"stages": ["pretrain", "sft"]})
+    for stage, seconds in (("pretrain", 120.0), ("sft", 50.0)):
+        folder = tmp_path / "checkpoints" / stage
+        folder.mkdir(parents=True)
+        write_json(folder / "FINISHED", {"seconds": seconds, "parts": {"compile": 8.0}, "matmul_gflops": 113.6})
+    lines = cost_lines(rundir.read(tmp_path), 12.0, 3.0)
+    assert [line.split() for line in lines] == [
+        ["part", "time", "compiling", "matmul,", "GFLOP/s"],
+        ["start", "12", "s"],
+        ["pretrain", "2", "min", "00", "s", "8.0", "s", "114"],
+        ["sft", "50", "s", "8.0", "s", "114"],
+        ["report", "3.0", "s"],
+        ["all", "3", "min", "05", "s", "16", "s"],
+    ]
+    assert lines[2].index(" 8.0 s") == lines[3].index(" 8.0 s")
 
 
 @pytest.mark.slow

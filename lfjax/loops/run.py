@@ -46,7 +46,7 @@ from lfjax.loops import starts
 from lfjax.loops.workdir import Workdir, forks_of
 from lfjax.metrics import RunLog
 from lfjax.models import lora
-from lfjax.models.flops import peak_flops
+from lfjax.models.flops import cpu_matmul_rate, peak_flops
 from lfjax.models.lora import LoRA
 from lfjax.models.network import Network
 from lfjax.records import Edit, Preference, Ranking, mean_values
@@ -141,6 +141,7 @@ class Run:
         self._directory.open(config, self._forks(), fits=self._check_models, check=self._check_data)
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
+        self.began = 0.0  # time.perf_counter() when its stages began
         self.meter = Meter()
         self._programs: dict[Any, Step] = {}
 
@@ -658,7 +659,7 @@ def run_stages(run: Run, stages: Mapping[str, Callable[[Run], dict[str, float]]]
             raise KeyboardInterrupt
         run.stop_requested = True
 
-    totals = []
+    totals, run.began = [], time.perf_counter()
     with contextlib.closing(run), handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for stage in run.stages:
             done = run.finished(stage) or _run_stage(run, stage, stages[stage])
@@ -678,6 +679,8 @@ def _run_stage(run: Run, stage: str, function: Callable[[Run], dict[str, float]]
     run.meter = Meter()
     figures = function(run)
     done = {"figures": figures, **run.meter.read(), "config": run.config_hash}
+    if jax.default_backend() == "cpu":  # what the machine gave, beside the seconds that it took
+        done["matmul_gflops"] = cpu_matmul_rate() / 1e9
     if jax.process_index() == 0:
         run.checkpoint_folder(stage).mkdir(parents=True, exist_ok=True)
         write_json(run.checkpoint_folder(stage) / FINISHED, done)

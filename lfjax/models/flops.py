@@ -55,13 +55,13 @@ def forward_flops(config: TransformerConfig | EncoderConfig | LSTMConfig, length
 def peak_flops(device) -> float:
     """FLOP/s that one device could reach: from its data sheet, or for a CPU the measured rate of a float32 matmul."""
     if device.platform == "cpu":
-        return _cpu_matmul_rate() / max(1, sum(other.platform == "cpu" for other in jax.local_devices()))
+        return cpu_matmul_rate() / max(1, sum(other.platform == "cpu" for other in jax.local_devices()))
     kind = device.device_kind
     return next((rate for name, rate in PEAK.items() if name in kind), float("nan"))
 
 
-def _cpu_matmul_rate(size: int = 1024) -> float:
-    """The best of a few products of two [size size] matrices, over all cores."""
+def cpu_matmul_rate(size: int = 1024) -> float:
+    """FLOP/s now: the best of a few float32 products of two [size size] matrices, over all cores."""
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()  # compiles

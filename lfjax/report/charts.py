@@ -69,6 +69,14 @@ def percent(value: float | None) -> str:
     return f"{number(100 * value)} %" if abs(value) >= LONG else f"{100 * value:.1f} %".replace("-", "\u2212")
 
 
+def clock(seconds: float) -> str:
+    """A duration as "8.2 s", "61 s" or "1 h 5 min 07 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return (f"{hours} h " if hours else "") + f"{rest // 60} min {rest % 60:02d} s"
+
+
 def axis_texts(values: Sequence[float], form: Callable[[float | None], str]) -> list[str]:
     """Tick labels with as many decimals as their distance needs, the same for all."""
     scale, unit = (100.0, " %") if form is percent else (1.0, "")

@@ -17,7 +17,7 @@ from typing import Any
 from lfjax import files
 from lfjax.report import catalogue, findings, rundir
 from lfjax.report import checks as watching
-from lfjax.report.charts import Line, Mark, bar, dumbbell, line_chart, number, percent, smooth
+from lfjax.report.charts import Line, Mark, bar, clock, dumbbell, line_chart, number, percent, smooth
 from lfjax.report.checks import KL_LIMIT, Check
 from lfjax.report.findings import Comparison, Word
 from lfjax.report.rundir import RunDir, Stage, is_figure
@@ -365,7 +365,7 @@ def _time(run: RunDir) -> str:
     total = sum(stage.seconds or 0.0 for stage in known)
     rows = "".join(
         f"<tr><td>{_e(stage.name)}</td><td class='bars'>{bar((stage.seconds or 0.0) / total)}</td>"
-        f'<td class="num">{_clock(stage.seconds or 0.0)}</td>'
+        f'<td class="num">{clock(stage.seconds or 0.0)}</td>'
         + "".join(f'<td class="num soft">{cell}</td>' for cell in _speed(run, stage))
         + "</tr>"
         for stage in known
@@ -374,8 +374,8 @@ def _time(run: RunDir) -> str:
     said = "programs were compiled, each once and before its first use."
     compiled = f" {number(programs)} {said}" if is_figure(programs) else ""
     whole = run.summary.get("time/total_s")
-    spent = f"{_clock(whole)} in all." if isinstance(whole, (int, float)) else f"{_clock(total)} in the stages so far."
-    columns = ("Time", "Training", "Tokens/s", "MFU", "Programs")
+    spent = f"{clock(whole)} in all." if isinstance(whole, (int, float)) else f"{clock(total)} in the stages so far."
+    columns = ("Time", "Compiling", "Training", "Tokens/s", "MFU", "Programs")
     head = "".join(f"<th class='num'>{column}</th>" for column in columns)
     head = f"<thead><tr><th>Stage</th><th></th>{head}</tr></thead>"
     table = f'<div class="card words scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
@@ -383,11 +383,12 @@ def _time(run: RunDir) -> str:
 
 
 def _speed(run: RunDir, stage: Stage) -> list[str]:
-    """Share of the stage's time in training steps, tokens a second and MFU (medians of the log rows), programs."""
+    """Time to compile, the share in training steps, tokens a second and MFU (medians of the log rows), programs."""
     rows = run.timing.get(stage.name, ())
     rates = {key: [row[key] for row in rows if isinstance(row.get(key), float)] for key in ("tokens_per_s", "mfu")}
     middle = {key: statistics.median(found) for key, found in rates.items() if found}
     return [
+        clock(stage.parts["compile"]) if "compile" in stage.parts else "",
         percent(stage.parts["train"] / stage.seconds) if stage.seconds and "train" in stage.parts else "",
         f"{middle['tokens_per_s']:,.0f}" if "tokens_per_s" in middle else "",
         percent(middle["mfu"]) if "mfu" in middle else "",
@@ -400,7 +401,7 @@ def _goodput(run: RunDir) -> str:
     if not isinstance(share, float):
         return ""
     parts = {name: sum(stage.parts.get(name, 0.0) for stage in run.stages) for name in ("compile", "evaluate", "save")}
-    rest = ", ".join(f"{_clock(seconds)} {_PARTS[name]}" for name, seconds in parts.items())
+    rest = ", ".join(f"{clock(seconds)} {_PARTS[name]}" for name, seconds in parts.items())
     return (
         f" Goodput, the share of it spent in training steps, was {percent(share)}; {rest}. MFU is the model's matrix"
         " products (three forward passes a training step, padding counted) a second, of what the device could do."
@@ -424,13 +425,6 @@ def _update_parts(run: RunDir) -> str:
     )
     head = f"<thead><tr><th>A PPO update ({len(rows)} timed)</th><th></th><th class='num'>Time</th></tr></thead>"
     return f'<div class="card words scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return (f"{hours} h " if hours else "") + f"{rest // 60} min {rest % 60:02d} s"
 
 
 def _everything(run: RunDir) -> str:

@@ -26,7 +26,8 @@ LAST_STEP = 2**53
 class Stage:
     """What is known of one stage: "done", "started" or "missing"; seconds and compiled programs where recorded.
 
-    `parts`: of the seconds, those of "train", "evaluate", "save" and "compile".
+    `parts`: of the seconds, those of "train", "evaluate", "save" and "compile". `matmul_gflops`: a CPU's rate of a
+    float32 matmul when the stage ended.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     seconds: float | None = None
     programs: int | None = None
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    matmul_gflops: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,9 @@ def _stages(folder: pathlib.Path, order: list[str], series, timing, left_out: li
         state = "done" if done else "started" if begun[index] else "missing"
         counts = [int(count) for count in programs.values() if is_figure(count)] if isinstance(programs, dict) else None
         known = {k: v for k, v in parts.items() if is_figure(v)} if isinstance(parts, dict) else {}
-        stages.append(Stage(stage, state, seconds, None if counts is None else sum(counts), known))
+        rate = finished[stage].get("matmul_gflops")
+        rate = float(rate) if is_figure(rate) and rate > 0 else None
+        stages.append(Stage(stage, state, seconds, None if counts is None else sum(counts), known, rate))
     return stages
 
 
