@@ -1,5 +1,5 @@
 # make quickstart: the main job, from nothing to runs/quickstart/report.html. make test: all quick tests.
-# Environments are made here, with uv where it is installed, else with venv and pip.
+# Environments are made here, with uv where it is installed, else with venv and pip; Python compiles what it imports.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,8 @@ export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test test-slow lint lock clean
 
-quickstart: $(STAMP)
+quickstart:
+	@began=$$(date +%s); $(MAKE) -s $(STAMP) && echo "installed in $$(($$(date +%s) - began)) s"
 	$(BIN)/lfjax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(TEST_STAMP)
@@ -45,8 +46,8 @@ if command -v uv >/dev/null; then \
   uv pip install -q --python $(BIN)/python --no-deps -e .; \
 else \
   $(PYTHON) -m venv $(VENV) && \
-  $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r $(1) && \
-  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .; \
+  $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --require-hashes -r $(1) && \
+  $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -e .; \
 fi
 endef
 
