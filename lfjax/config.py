@@ -119,6 +119,18 @@ def shared_sections() -> Config:
         clip_norm=1.0,  # 0: no clipping
         groups=((r"norm\d?/|bias$|positions$|token_types$|cutpoints$", 1.0, 0.0),),  # (regex, rate x, weight decay x)
     )
+    config.sampling = section(  # of every stage that writes; a stage's own values come before these
+        prompt_buckets=(8,),  # prompt lengths in tokens with BOS, each compiled once
+        prompt_min=4,  # tokens of a record without prompt that start a continuation
+        prompt_max=6,
+        stop=(),  # texts of one token each that end a response, besides EOS
+        max_new_tokens=28,
+        temperature=1.0,
+        min_new_tokens=0,  # tokens before which nothing ends a response
+        top_k=0,  # 0: off. What trains on its samples takes them from the whole distribution, and refuses these three
+        top_p=1.0,  # 1: off
+        min_p=0.0,  # 0: off; else tokens less probable than this x the most probable one are left out
+    )
     config.run = section(
         matmul_precision="highest",  # on CPU free; "default" is faster on accelerators
         breakdown_every=10,  # PPO updates between those whose parts are timed one by one, in timing.jsonl; 0: never
@@ -186,10 +198,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"{path}: mend the config file: get_config() fails: {cause_of(error, path)}") from error
         if not isinstance(config, ConfigDict):
             raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
-        outside = tuple(config.get("outside", ()))
-        _check_keys(config, base_config(*outside), str(path), _step_sections(_stages().declared(outside)))
+        stages = _stages().declared(tuple(config.get("outside", ())))
+        moved = {old: new for stage in stages.values() for old, new in stage.moved.items()}
+        _check_keys(config, base_config(*config.get("outside", ())), str(path), _step_sections(stages), moved)
         for item in overrides:
-            apply_override(config, item)
+            apply_override(config, item, moved)
     config.lock()
     return config
 
@@ -218,27 +231,42 @@ def _step_sections(stages: Mapping[str, Any]) -> set[str]:
     return {step.section for stage in stages.values() for step in stage.steps.values() if step.section}
 
 
-def _check_keys(config: Config, base: Config, where: str, of_steps: set[str], prefix: str = "config") -> None:
+def _check_keys(
+    config: Config, base: Config, where: str, of_steps: set[str], moved: Mapping[str, str], prefix: str = "config"
+) -> None:
     """A config file may not invent keys (they would be read by nobody) nor lose any."""
     for key in config:
+        if f"{prefix}.{key}".removeprefix("config.") in moved:
+            raise InputError(f"{where}: {_moved(f'{prefix}.{key}'.removeprefix('config.'), moved)}")
         if key not in base:
             raise InputError(f"{where}: {_unknown_key(f'{prefix}.{key}', key, list(base))}")
         if isinstance(config[key], ConfigDict) != isinstance(base[key], ConfigDict):
             kind = "a section" if isinstance(base[key], ConfigDict) else "a value, not a section"
             raise InputError(f"{where}: {prefix}.{key}: has to be {kind}; start from base_config() and set its keys")
-        if isinstance(base[key], ConfigDict) and f"{prefix}.{key}".removeprefix("config.") not in of_steps:
-            _check_keys(config[key], base[key], where, of_steps, f"{prefix}.{key}")
+        if isinstance(base[key], ConfigDict):
+            own = config[key] if f"{prefix}.{key}".removeprefix("config.") in of_steps else base[key]
+            _check_keys(config[key], own, where, of_steps, moved, f"{prefix}.{key}")
     missing = [key for key in base if key not in config]
     if missing:
         raise InputError(f"{where}: {prefix}.{missing[0]}: missing; start from lfjax.config.base_config()")
 
 
-def apply_override(config: Config, item: str) -> None:
-    """Applies one "--config.a.b=value"; "none" empties an optional leaf."""
+def _moved(key: str, moved: Mapping[str, str]) -> str:
+    return f"config.{key}: is called config.{moved[key]} now; set that"
+
+
+def apply_override(config: Config, item: str, moved: Mapping[str, str] | None = None) -> None:
+    """Applies one "--config.a.b=value"; "none" empties an optional leaf.
+
+    Args:
+      moved: what a key was called before -> what it is called now, for the message.
+    """
     match = re.fullmatch(r"--config\.([\w.]+)=(.*)", item, re.DOTALL)
     if not match:
         raise InputError(f"{item}: not an override; write --config.section.key=value")
     dotted, text = match.groups()
+    if dotted in (moved or {}):
+        raise InputError(_moved(dotted, moved or {}))
     section: Any = config
     parts = dotted.split(".")
     for depth, part in enumerate(parts):
@@ -297,8 +325,17 @@ def _example(kind: type) -> str:
 
 def optim_section(config: Config, stage: str, name: str = "optim") -> dict[str, Any]:
     """A stage's optimiser settings: `config.optim` with the stage's own values on top."""
-    own = {key: value for key, value in config[stage][name].items() if value is not None}
-    return {**config.optim.to_dict(), **own}
+    return {**config.optim.to_dict(), **_set(config[stage][name])}
+
+
+def sampling_section(config: Config, stage: str) -> Config:
+    """How a stage writes: `config.sampling` with the stage's own values on top."""
+    return ConfigDict({**config.sampling.to_dict(), **_set(config[stage].sampling)})
+
+
+def _set(section: Config) -> dict[str, Any]:
+    """What is not left to the shared section."""
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -111,8 +111,8 @@ def keys(stage: Stage) -> list[str]:
     lines = []
     for key, value in configs.flatten(configs.to_plain(stage.section()), f"config.{stage.name}").items():
         parts = key.split(".")[2:]
-        if parts[0].endswith("optim") and value is None:
-            continue  # as config.optim has it
+        if value is None and (parts[0].endswith("optim") or parts[0] == "sampling"):
+            continue  # as the section of that name has it
         comment = said.get(".".join(parts)) or shared.get(key.removeprefix("config."))
         lines.append(f"{key} = {value!r}" + (f"  # {comment}" if comment else ""))
     return lines

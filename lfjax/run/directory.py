@@ -82,7 +82,7 @@ class Workdir:
         self._hold()
         begun = any((self.path / name).exists() for name in ("checkpoints", METRICS))
         if path.exists():
-            differs = changes(files.read_json(path, dict), resolved, config)
+            differs = changes(files.read_json(path, dict), resolved, config, self._stages)
             moved = [change for change in differs if change.startswith("config.mesh.")]  # where, not what, is computed
             differs = [change for change in differs if change not in moved]
             if moved and begun and not differs and jax.process_index() == 0:
@@ -241,13 +241,15 @@ def covered(config: Config, stages: Mapping[str, Stage]) -> dict[str, Any]:
     }
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], config: Config) -> list[str]:
+def changes(before: dict[str, Any], now: dict[str, Any], config: Config, stages: Mapping[str, Stage]) -> list[str]:
     """One "key: old -> new" for each leaf of `covered` that differs and may not: what is in `run` may.
 
-    A key that was not there before is no difference where it has its default.
+    A key that was not there before is no difference where it has its default, nor is one that has moved.
     """
+    moved = {f"config.{old}": f"config.{new}" for s in stages.values() for old, new in s.moved.items()}
     default = configs.flatten(configs.to_plain(configs.base_config(*config.outside)))
-    known, found = configs.flatten(before), configs.flatten(now)
+    known = {moved.get(key, key): value for key, value in configs.flatten(before).items()}
+    found = configs.flatten(now)
     added = {key: value for key, value in found.items() if key not in known and default.get(key) == value}
 
     def counts(key: str) -> bool:

@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from lfjax.config import Config, InputError, at_least, check_buckets, check_group, optim_section, section
+from lfjax.config import (
+    Config,
+    InputError,
+    at_least,
+    check_buckets,
+    check_group,
+    optim_section,
+    sampling_section,
+    section,
+)
 
 
 def optim_overrides(**set_here) -> Config:
@@ -18,6 +27,60 @@ def optim_overrides(**set_here) -> Config:
     found = ConfigDict({name: placeholder(kind) for name, kind in types.items()})
     found.update(set_here)
     return found
+
+
+def sampling_overrides(**set_here) -> Config:
+    """A stage's own values; what is None is taken from `config.sampling`."""
+    types = {"prompt_buckets": tuple, "prompt_min": int, "prompt_max": int, "stop": tuple, "max_new_tokens": int,
+             "temperature": float, "min_new_tokens": int, "top_k": int, "top_p": float, "min_p": float}  # fmt: skip
+    found = ConfigDict({name: placeholder(kind) for name, kind in types.items()})
+    found.update(set_here)
+    return found
+
+
+def check_sampling(config: Config, stage: str, *, whole: bool) -> None:
+    """What prompts and responses of a stage are.
+
+    Args:
+      whole: it trains on its samples, which have to come from the whole distribution.
+    Raises:
+      InputError: a value cannot be; names the key that was set.
+    """
+    found = sampling_section(config, stage)
+
+    def key(leaf: str) -> str:
+        own = config[stage].sampling[leaf] is not None
+        return f"config.{stage}.sampling.{leaf}" if own else f"config.sampling.{leaf}"
+
+    if whole and (found.top_k or found.top_p != 1.0 or found.min_p):
+        leaf = "top_k" if found.top_k else "top_p" if found.top_p != 1.0 else "min_p"
+        raise InputError(
+            f"{key(leaf)}: {found[leaf]}; what trains on its samples takes them from the whole distribution, or its"
+            " ratios are wrong; set top_k=0, top_p=1.0 and min_p=0.0"
+        )
+    lengths = found.prompt_buckets
+    if not lengths or not all(type(length) is int and length >= 1 for length in lengths):
+        raise InputError(
+            f"{key('prompt_buckets')}: {lengths}; give lengths in tokens, such as (32, 64), each at least 1"
+        )
+    if not all(isinstance(text, str) and text for text in found.stop):
+        raise InputError(f"{key('stop')}: {found.stop!r}; give texts of one token each, such as ('.', '!')")
+    lowest = {"temperature": 1e-6, "prompt_min": 1, "max_new_tokens": 1, "min_new_tokens": 0, "top_k": 0}
+    for leaf, low in lowest.items():
+        if found[leaf] < low:
+            raise InputError(f"{key(leaf)}: {found[leaf]}; allowed: at least {low:g}")
+    if not 0.0 < found.top_p <= 1.0 or not 0.0 <= found.min_p <= 1.0:
+        leaf = "min_p" if 0.0 < found.top_p <= 1.0 else "top_p"
+        raise InputError(f"{key(leaf)}: {found[leaf]}; allowed: {'0' if leaf == 'min_p' else 'above 0, up'} to 1")
+    if found.min_new_tokens > found.max_new_tokens:
+        most = f"at most max_new_tokens = {found.max_new_tokens}"
+        raise InputError(f"{key('min_new_tokens')}: {found.min_new_tokens}; allowed: {most}")
+    most = max(lengths) - 1
+    if not found.prompt_min <= found.prompt_max <= most:
+        raise InputError(
+            f"{key('prompt_max')}: {found.prompt_max}; allowed: from prompt_min {found.prompt_min} to the largest of"
+            f" prompt_buckets less BOS = {most}"
+        )
 
 
 def training(**differs) -> Config:

@@ -38,6 +38,7 @@ class Stage:
       title: what a report calls it in a sentence: "before fine-tuning and after".
       summary, source: what it is, in a line, and where it was published.
       section: its keys with their defaults; `lfjax.run.sections.training` has what all training stages have.
+      moved: what a key was called before -> what it is called now.
       run: (run) -> final figures, "name/leaf" -> value.
       steps: name in `config.steps` -> step; stages that share a step give it the same default.
       makes: what models/<name>/ holds; "": it makes nothing that others start from.
@@ -50,7 +51,7 @@ class Stage:
       reads_only: (config) -> the keys of `sources` whose models it does not train.
       functions: (config) -> {config key: "module:function"} of Python functions that it calls.
       heads: it trains a head of scores on the models that it starts from.
-      longest: (config) -> (key below its section, with what else counts, tokens) of its longest sequence.
+      longest: (config) -> (key and what else counts, tokens) of its longest sequence.
       check: (config) raises InputError where the config alone is wrong.
       check_encoders: (config, {key of a source: folder of an encoder}) raises where these do not fit.
       check_data: (config, data) raises where the records do not fit.
@@ -69,6 +70,7 @@ class Stage:
     section: Callable[[], Config]
     run: Callable[[Any], dict[str, float]]
     steps: Mapping[str, Step] = dataclasses.field(default_factory=dict)
+    moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     makes: str = ""
     learns_from: str = ""
     teaches: Callable[[Record], bool] = lambda record: True
@@ -134,11 +136,12 @@ class Stage:
         if longest > context:
             key, _, more = key.partition(" ")
             counted = f"{longest} tokens {more}".rstrip()
-            raise InputError(f"config.{self.name}.{key}: {counted}; allowed: at most {whose} = {context}")
+            raise InputError(f"config.{key}: {counted}; allowed: at most {whose} = {context}")
 
     def _longest(self, config: Config) -> tuple[str, int]:
         own = config[self.name]
-        return ("buckets", max(own.buckets)) if "buckets" in own else ("seq_len", own.get("seq_len", 0))
+        key = "buckets" if "buckets" in own else "seq_len"
+        return f"{self.name}.{key}", max(own.buckets) if key == "buckets" else own.get(key, 0)
 
 
 def start_from(stage: str) -> Callable[[Config], dict[str, str]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 
-from lfjax.config import Config
+from lfjax.config import Config, InputError
 from lfjax.data.batching import PromptBatches
 from lfjax.data.examples import prompts_from_records
 from lfjax.models import lora
@@ -16,8 +17,11 @@ from lfjax.records import Record
 from lfjax.run.devices import Devices
 from lfjax.run.parts import compute_settings, trained_part
 from lfjax.sharding import jit_step
-from lfjax.tokenizers import Tokenizer, response_text
+from lfjax.tokenizers import Tokenizer, response_text, stop_ids
 from lfjax.types import Generation, Rollout
+
+# What of `config.sampling` a rollout takes as keywords.
+KEYWORDS = ("max_new_tokens", "temperature", "min_new_tokens", "top_k", "top_p", "min_p")
 
 
 class Policy:
@@ -54,11 +58,34 @@ class Policy:
         return self._step(params, prompts, key, index, self.base)
 
 
-def prompts(section: Config, records: Iterable[Record], tokenizer: Tokenizer, *, key: str) -> list[list[int]]:
+def keywords(sampling: Config, function: Callable, own: Mapping[str, object]) -> dict[str, object]:
+    """The values of `KEYWORDS` that the rollout step takes, but for those that are in its own section.
+
+    Raises:
+      InputError: one is on that the step does not know.
+    """
+    known, off = inspect.signature(function).parameters, {"min_new_tokens": 0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    everything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    found = {}
+    for name in (name for name in KEYWORDS if name not in own):
+        if name in known or everything:
+            found[name] = sampling[name]
+        elif sampling[name] != off.get(name, sampling[name]):
+            raise InputError(f"config.sampling.{name}: {sampling[name]}; the rollout step takes no such keyword")
+    return found
+
+
+def check_texts(section: Config, records: Iterable[Record], tokenizer: Tokenizer) -> None:
+    """The prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
+    prompts(section, records, tokenizer)
+    stop_ids(tokenizer, section.stop, "config.sampling.stop")
+
+
+def prompts(section: Config, records: Iterable[Record], tokenizer: Tokenizer) -> list[list[int]]:
     """One prompt a record.
 
     Args:
-      section: prompt_min, prompt_max, prompt_buckets. key: of the last, for the message.
+      section: prompt_min, prompt_max, prompt_buckets.
     Raises:
       InputError: one is longer than the largest bucket.
     """
@@ -68,16 +95,16 @@ def prompts(section: Config, records: Iterable[Record], tokenizer: Tokenizer, *,
         min_tokens=section.prompt_min,
         max_tokens=section.prompt_max,
         max_length=max(section.prompt_buckets),
-        remedy=f"raise config.{key} (with config.model.context), or shorten the prompt",
+        remedy="raise config.sampling.prompt_buckets (with config.model.context), or shorten the prompt",
     )
 
 
 def prompt_batches(
-    section: Config, records: Sequence[Record], tokenizer: Tokenizer, *, key: str, batch_size: int, seed: int
+    section: Config, records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, seed: int
 ) -> PromptBatches:
     """One prompt a record; a batch's rows are `indices_at(step)` into the records. Arguments as of `prompts`."""
     options = {"buckets": section.prompt_buckets, "seed": seed, "pad_id": tokenizer.pad_id}
-    return PromptBatches(prompts(section, records, tokenizer, key=key), batch_size=batch_size, **options)
+    return PromptBatches(prompts(section, records, tokenizer), batch_size=batch_size, **options)
 
 
 def texts(tokenizer: Tokenizer, generation: Generation | Rollout) -> tuple[list[str], list[str]]:

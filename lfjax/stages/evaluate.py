@@ -10,12 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import Config, InputError, at_least, section
+from lfjax.config import Config, InputError, at_least, sampling_section, section
 from lfjax.records import Record
 from lfjax.rewards import diversity, lexicon
-from lfjax.run.data import texts_of
+from lfjax.run import writing
+from lfjax.run.data import Data, texts_of
 from lfjax.run.devices import fetch
 from lfjax.run.run import Run
+from lfjax.run.sections import check_sampling, sampling_overrides
 from lfjax.run.stage import Stage
 from lfjax.run.writing import Policy, texts
 from lfjax.sharding import Step, global_batch, jit_step
@@ -23,6 +25,21 @@ from lfjax.stages import ppo
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.tokenizers import stop_ids
 from lfjax.types import Generation
+
+
+def evaluate_section() -> Config:
+    """The keys of the stage."""
+    return section(
+        prompts=512,  # of the test split; where it has fewer they come again, with other noise
+        batch_size=128,
+        samples=24,  # rows of samples.jsonl a model
+        sampling=sampling_overrides(),
+    )
+
+
+def check_texts(config: Config, data: Data, tokenizer) -> None:
+    """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
+    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer)
 
 
 def check(config: Config) -> None:
@@ -33,7 +50,7 @@ def check(config: Config) -> None:
         raise InputError(
             'config.stages: "evaluate" compares before and after; it needs an "sft" or "ppo" stage before it'
         )
-    ppo.check_sampling(config)  # it samples as PPO does
+    check_sampling(config, "evaluate", whole=False)
 
 
 def evaluate_stage(run: Run) -> dict[str, float]:
@@ -45,7 +62,9 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     before = run.stages[: run.stages.index("evaluate")]
     after = "ppo" if "ppo" in before else "sft"  # the config was checked for one of them
     key, start = run.start(after)
-    policies = {which: ppo.policy_of(run, key, name) for which, name in (("before", start), ("after", after))}
+    policies = {
+        which: ppo.policy_of(run, key, name, "evaluate") for which, name in (("before", start), ("after", after))
+    }
     measure = _logprobs(run.config, policies["before"].model)
     reward = ppo.reward_of(run) if after == "ppo" else None
     figures: dict[str, float] = {}
@@ -79,7 +98,7 @@ def _logprobs(config: Config, model) -> Step:
     stats = functools.partial(
         response_stats,
         model,
-        temperature=config.ppo.rollout_step.get("temperature", 1.0),
+        temperature=sampling_section(config, "evaluate").temperature,
         chunk_size=config.ppo.update_step.get("chunk_size", 64),
     )
 
@@ -96,8 +115,10 @@ def _write(run: Run, policy: Policy, reference, measure: Step, reward) -> dict[s
     records = held_out_records(run.records.test, run.config.evaluate.prompts)
     key = run.devices.key("evaluate")
     rows: list[dict[str, Any]] = [{}] * len(records)
-    stops = stop_ids(run.tokenizer, run.config.ppo.stop, "config.ppo.stop")
-    for indices, whole in ppo.prompts_of(run, records, run.config.evaluate.batch_size).evaluation():
+    sampling = sampling_section(run.config, "evaluate")
+    options = {"batch_size": run.config.evaluate.batch_size, "seed": run.config.seed}
+    stops = stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop")
+    for indices, whole in writing.prompt_batches(sampling, records, run.tokenizer, **options).evaluation():
         prompts = global_batch(whole, run.devices.mesh)
         # the same key for every batch: row ids are global, so no two rows share their noise
         generation = policy.rollout(policy.params, prompts, key, np.int32(0))
@@ -154,9 +175,9 @@ STAGE = Stage(
     title="the evaluation",
     summary="Before and after on the same held-out prompts with the same noise, under a judge that training never saw",
     source="Hutto and Gilbert 2014, VADER, ICWSM; Li et al. 2016, arXiv:1510.03055 (distinct-n)",
-    section=lambda: section(prompts=512, batch_size=128, samples=24),
+    section=evaluate_section,
     check=check,
-    check_texts=functools.partial(ppo.check_texts, split="test"),
+    check_texts=check_texts,
     compares=True,
     run=evaluate_stage,
 )

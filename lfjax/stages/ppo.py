@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfjax.config import Config, InputError, at_least, check_buckets, one_of, optim_section, section
-from lfjax.data.batching import PromptBatches
+from lfjax.config import Config, InputError, at_least, one_of, optim_section, sampling_section, section
 from lfjax.models import lora
 from lfjax.models.flops import forward_flops
 from lfjax.modules import is_named
@@ -22,7 +21,7 @@ from lfjax.run.devices import Devices, fetch
 from lfjax.run.parts import optimizer, passes, total_steps, trained_part
 from lfjax.run.rewards import FunctionReward, LearnedReward
 from lfjax.run.run import Run
-from lfjax.run.sections import optim_overrides
+from lfjax.run.sections import check_sampling, optim_overrides, sampling_overrides
 from lfjax.run.sections import training as training_section
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
 from lfjax.run.values import measure_norm, no_values, value_network
@@ -32,6 +31,11 @@ from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.tokenizers import stop_ids
 from lfjax.types import Rollout
+
+# What the stage gives the rollout.
+ROLLOUT = ("model", "eos_ids", "pad_id", *writing.KEYWORDS)
+MOVED = {f"ppo.{key}": f"sampling.{key}" for key in ("prompt_buckets", "stop", "prompt_min", "prompt_max")}
+MOVED |= {f"ppo.rollout_step.{k}": f"sampling.{k}" for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
 def ppo_section() -> Config:
@@ -43,16 +47,13 @@ def ppo_section() -> Config:
         batch_size=128,  # episodes an update
         optim=optim_overrides(eps=1e-5),
         steps=40,  # updates
-        prompt_buckets=(8,),  # prompt lengths in tokens with BOS, each compiled once
-        stop=(),  # texts of one token each that end a response, besides EOS
-        prompt_min=4,  # tokens of a record without prompt that start a continuation
-        prompt_max=6,
+        sampling=sampling_overrides(),
         norm_samples=512,  # reference samples that fix the score's mean and deviation; 0: scores as they are
         kl_coef=0.1,
         reference_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU
         value_optim=optim_overrides(eps=1e-5),
         samples_every=10,  # updates between rows in samples.jsonl
-        rollout_step=section(max_new_tokens=28, temperature=1.0, top_k=0, top_p=1.0),
+        rollout_step=section(),  # what a fork takes besides `sampling`
         experience_step=section(
             gamma=1.0,
             lam=0.95,
@@ -85,17 +86,17 @@ def check(config: Config) -> None:
     ppo = config.ppo
     one_of(config, "ppo.experience_step.kl_kind", ("k1", "k2", "k3", "abs"))
     one_of(config, "ppo.reference_dtype", ("auto", "float32", "bfloat16"))
-    check_sampling(config)
+    check_sampling(config, "ppo", whole=True)
     at_least(config, 1, "ppo.update_step.epochs", "ppo.update_step.chunk_size", "ppo.experience_step.chunk_size")
     at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every", "ppo.experience_step.penalty")
     at_least(config, 0, "ppo.experience_step.min_length")
     at_least(config, 0, "ppo.update_step.value_clip", "ppo.update_step.value_coef", "ppo.update_step.kl_target")
     at_least(config, 1, "ppo.update_step.kl_horizon")
-    longest = ppo.rollout_step.max_new_tokens
+    longest = sampling_section(config, "ppo").max_new_tokens
     if ppo.experience_step.get("min_length", 0) > longest:
         raise InputError(
             f"config.ppo.experience_step.min_length: {ppo.experience_step.min_length}; allowed: at most"
-            f" ppo.rollout_step.max_new_tokens = {longest}"
+            f" sampling.max_new_tokens = {longest}"
         )
     for key in ("clip_low", "clip_high"):
         if not 0.0 < ppo.update_step.get(key, 0.2) < 1.0:
@@ -107,31 +108,9 @@ def check(config: Config) -> None:
         raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
 
 
-def check_sampling(config: Config) -> None:
-    """What prompts and responses are, here and in the evaluation. Raises InputError."""
-    ppo = config.ppo
-    if ppo.rollout_step.get("top_k", 0) or ppo.rollout_step.get("top_p", 1.0) != 1.0:
-        raise InputError(
-            "config.ppo.rollout_step.top_k/top_p: PPO samples from the whole distribution, or its ratios are wrong;"
-            " set top_k=0 and top_p=1.0"
-        )
-    at_least(config, 1e-6, "ppo.rollout_step.temperature")
-    check_buckets(config, "ppo.prompt_buckets", 1)
-    if not all(isinstance(text, str) and text for text in ppo.stop):
-        raise InputError(f"config.ppo.stop: {ppo.stop!r}; give texts of one token each, such as ('.', '!')")
-    at_least(config, 1, "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
-    most = max(ppo.prompt_buckets) - 1
-    if not ppo.prompt_min <= ppo.prompt_max <= most:
-        raise InputError(
-            f"config.ppo.prompt_max: {ppo.prompt_max}; allowed: from prompt_min {ppo.prompt_min} to the largest of"
-            f" prompt_buckets less BOS = {most}"
-        )
-
-
-def check_texts(config: Config, data: Data, tokenizer, split: str = "train") -> None:
-    """The prompts of a split fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.prompts(config.ppo, data.records[split], tokenizer, key="ppo.prompt_buckets")
-    stop_ids(tokenizer, config.ppo.stop, "config.ppo.stop")
+def check_texts(config: Config, data: Data, tokenizer) -> None:
+    """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
+    writing.check_texts(sampling_section(config, "ppo"), data.records.train, tokenizer)
 
 
 def check_encoders(config: Config, encoders: Mapping[str, str]) -> None:
@@ -151,23 +130,26 @@ def sources(config: Config) -> dict[str, str]:
 
 def longest(config: Config) -> tuple[str, int]:
     """The longest prompt with the longest response."""
-    tokens = max(config.ppo.prompt_buckets) + config.ppo.rollout_step.max_new_tokens
-    return "prompt_buckets with rollout_step.max_new_tokens", tokens
+    sampling = sampling_section(config, "ppo")
+    tokens = max(sampling.prompt_buckets) + sampling.max_new_tokens
+    return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
 
 
-def policy_of(run: Run, key: str, name: str, **adapters) -> Policy:
-    """A language model that writes as `config.ppo` says; `adapters` and `purpose` as of `Policy`."""
-    section = run.config.ppo
+def policy_of(run: Run, key: str, name: str, stage: str = "ppo", **adapters) -> Policy:
+    """A language model that writes as `stage` does; `adapters` and `purpose` as of `Policy`."""
+    step, own = run.steps["ppo_rollout"], run.config.ppo.rollout_step.to_dict()
+    sampling = sampling_section(run.config, stage)
     return Policy(
         run.devices,
         run.load_model(key, name, language=True),
-        run.steps["ppo_rollout"],
+        step,
         name="ppo_rollout",
         settings=run.config.model,
         shapes=prompt_shapes(run.config),
-        eos_ids=stop_ids(run.tokenizer, section.stop, "config.ppo.stop"),
+        eos_ids=stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop"),
         pad_id=run.tokenizer.pad_id,
-        **section.rollout_step.to_dict(),
+        **writing.keywords(sampling, step, own),
+        **own,
         **adapters,
     )
 
@@ -189,15 +171,14 @@ def reward_of(run: Run) -> LearnedReward | FunctionReward:
     )
 
 
-def prompts_of(run: Run, records, batch_size: int) -> PromptBatches:
-    """One prompt a record, as `config.ppo` says; a batch's rows are `indices_at(step)` into the records."""
-    options = {"key": "ppo.prompt_buckets", "batch_size": batch_size, "seed": run.config.seed}
-    return writing.prompt_batches(run.config.ppo, records, run.tokenizer, **options)
-
-
 def prompt_shapes(config: Config) -> int:
     """How many shapes prompts come in: every length, in PPO's batches and in the evaluation's."""
-    return len(config.ppo.prompt_buckets) * len({config.ppo.batch_size, config.evaluate.batch_size})
+    rows = {
+        (config[stage].batch_size, length)
+        for stage in ("ppo", "evaluate")
+        for length in sampling_section(config, stage).prompt_buckets
+    }
+    return len(rows)
 
 
 def ppo_stage(run: Run) -> dict[str, float]:
@@ -207,7 +188,10 @@ def ppo_stage(run: Run) -> dict[str, float]:
     too, and the value network's is that of the reward or the policy, whichever it starts from.
     """
     section, devices, records = run.config.ppo, run.devices, run.records.train
-    batches = prompts_of(run, records, section.batch_size)
+    sampling = sampling_section(run.config, "ppo")
+    batches = writing.prompt_batches(
+        sampling, records, run.tokenizer, batch_size=section.batch_size, seed=run.config.seed
+    )
     policy, reward = policy_of(run, *run.start("ppo"), adapters=run.adapters("ppo"), purpose="ppo-lora"), reward_of(run)
     keys = {p: devices.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
     norm = measure_norm(devices, policy, reward, batches, records, keys["norm"], wanted=section.norm_samples)
@@ -244,7 +228,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
             run.log.samples("ppo", done, rollout_rows(run.tokenizer, latest["rollout"], limit=8))
 
     scored = [reward.config] if isinstance(reward, LearnedReward) else []
-    tokens = section.batch_size * (float(np.mean(batches.lengths)) + section.rollout_step.max_new_tokens)
+    tokens = section.batch_size * (float(np.mean(batches.lengths)) + sampling.max_new_tokens)
     read = [policy.model.config] * 3 + [value_model.config, *scored]  # rollout, old and reference; values; scores
     learned = [policy.model.config, value_model.config] * (
         passes(run.adapters("ppo")) * section.update_step.get("epochs", 1)
@@ -294,8 +278,7 @@ def create(devices: Devices, policy: Policy, value_params, txs, kl_coef: float, 
 
 def programs(run: Run, models: PPOModels, txs, state_shardings):
     """(experience, update), each compiled once a prompt length."""
-    section, adapters = run.config.ppo, run.adapters("ppo")
-    temperature = section.rollout_step.get("temperature", 1.0)  # a fork may have deleted what it does not take
+    section, sampling, adapters = run.config.ppo, sampling_section(run.config, "ppo"), run.adapters("ppo")
     update_step = section.update_step.to_dict()
     pieces = update_step.get("minibatches", 1) * update_step.get("num_microbatches", 1)
 
@@ -305,18 +288,18 @@ def programs(run: Run, models: PPOModels, txs, state_shardings):
 
     make = functools.partial(
         run.steps["ppo_experience"],
-        eos_ids=stop_ids(run.tokenizer, section.stop, "config.ppo.stop"),
-        temperature=temperature,
+        eos_ids=stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop"),
+        temperature=sampling.temperature,
         minibatches=pieces,
         **section.experience_step.to_dict(),
     )
-    learn = functools.partial(run.steps["ppo_update"], txs=txs, temperature=temperature, **update_step)
+    learn = functools.partial(run.steps["ppo_update"], txs=txs, temperature=sampling.temperature, **update_step)
     experience = jit_step(
         lambda policy, value, ref, generation, scores, kl_coef, norm, bases: make(
             policy, value, ref, generation, scores, models=bound(bases), kl_coef=kl_coef, reward_norm=norm
         ),
         name="ppo_experience",
-        shapes=len(section.prompt_buckets),
+        shapes=len(sampling.prompt_buckets),
     )
     update = jit_step(
         lambda state, rollout, key, bases: learn(
@@ -325,7 +308,7 @@ def programs(run: Run, models: PPOModels, txs, state_shardings):
         name="ppo_update",
         donate=(0,),
         out_shardings=(state_shardings, run.devices.replicated),
-        shapes=len(section.prompt_buckets),
+        shapes=len(sampling.prompt_buckets),
     )
     return experience, update
 
@@ -352,11 +335,12 @@ STAGE = Stage(
     summary="Proximal policy optimisation towards a reward, near the model that it starts from",
     source="Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593",
     section=ppo_section,
+    moved=MOVED,
     check=check,
     check_encoders=check_encoders,
     check_texts=check_texts,
     steps={
-        "ppo_rollout": Step("lfjax.steps.ppo_rollout:ppo_rollout", "ppo.rollout_step", ("model", "eos_ids", "pad_id")),
+        "ppo_rollout": Step("lfjax.steps.ppo_rollout:ppo_rollout", "ppo.rollout_step", ROLLOUT),
         "ppo_score": Step("lfjax.steps.ppo_score:ppo_score"),
         "ppo_experience": Step(
             "lfjax.steps.ppo_experience:ppo_experience",

@@ -904,9 +904,9 @@ MUTANTS = {
     ),
     # library
     "top-p on by default": Mutant(
-        "ppo_section",
-        "top_p=1.0)",
-        "top_p=0.9)",
+        "shared_sections",
+        "top_p=1.0,  # 1: off",
+        "top_p=0.9,  # 1: off",
         ("rollouts_come_from_the_whole_distribution",),
         "learning_rates_count_updates_and_end_at_zero",
     ),

@@ -6,6 +6,7 @@ import pytest
 import smallest
 
 from lfjax import stages
+from lfjax.config import apply_override
 from lfjax.run import directory, run
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -84,3 +85,40 @@ def test_forks_are_looked_for_once_on_a_resume(straight, train, monkeypatch):
     monkeypatch.setattr(run, "forks_of", lambda *given: calls.append(1) or whole(*given))
     assert train(straight) == 0
     assert len(calls) == 1
+
+
+def changed(before, *overrides: str, drop: tuple[str, ...] = ()) -> list[str]:
+    """What differs from the smallest config, without the leaves `drop`, once it is overridden."""
+    config = smallest.get_config()
+    now = directory.covered(config, stages.declared())
+    for key in drop:
+        section, _, leaf = key.partition(".")
+        del now[section][leaf]
+    for override in overrides:
+        apply_override(config, f"--config.{override}")
+    return directory.changes(before or now, directory.covered(config, stages.declared()), config, stages.declared())
+
+
+def test_a_run_is_its_shared_sections_and_those_of_its_stages():
+    assert changed(None, "ppo.kl_coef=0.5", "seed=1") == ["config.ppo.kl_coef: 0.1 -> 0.5", "config.seed: 0 -> 1"]
+    assert changed(None, "classify.steps=7", "steps.classify=a:b") == []  # not in this run
+    assert changed(None, "steps.sft=a:b") == ['config.steps.sft: "lfjax.steps.sft:sft_step" -> "a:b"']
+
+
+def test_how_a_run_is_computed_and_watched_may_change():
+    assert changed(None, "run.max_skipped=3", "run.matmul_precision=default", "run.breakdown_every=0") == []
+
+
+def test_a_key_that_was_not_there_is_no_difference_where_it_has_its_default():
+    assert changed(None, drop=("sampling.min_p", "ppo.kl_coef")) == []
+    assert changed(None, "ppo.kl_coef=0.5", drop=("ppo.kl_coef",)) == ['config.ppo.kl_coef: "(absent)" -> 0.5']
+
+
+def test_a_key_that_has_moved_is_compared_under_its_new_name():
+    config = smallest.get_config()
+    before = directory.covered(config, stages.declared())
+    before["ppo"] |= {"stop": [], "prompt_min": before["sampling"]["prompt_min"]}
+    before["ppo"]["rollout_step"] = {"max_new_tokens": 8, "temperature": 1.0}
+    del before["sampling"], before["outside"]
+    assert changed(before) == []
+    assert changed(before, "sampling.max_new_tokens=9") == ["config.sampling.max_new_tokens: 8 -> 9"]
