@@ -92,6 +92,7 @@ def untouched(workdir: pathlib.Path) -> bool:
     return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {
         "config.json",
         "inputs.json",
+        "stages.json",
         "steps",
     }
 
@@ -358,9 +359,9 @@ def test_broken_data_is_named_by_file_line_and_field_before_a_run_directory_is_m
         file.write_bytes(content)
     else:
         smallest.write_records(file, content)
-    line = command(
-        *arguments(tmp_path / "w", file, *(("--config.reward.step.ordinal=1",) if "classes" in kind else ()))
-    )
+    ordinal = ("--config.stages=tokenizer,pretrain,reward", "--config.reward.init_from=pretrain")
+    ordinal += ("--config.reward.step.ordinal=1",)
+    line = command(*arguments(tmp_path / "w", file, *(ordinal if "classes" in kind else ())))
     assert found in line and fix in line
     assert str(file) in line or "config." in line or "data.validation_path" in line
     assert not (tmp_path / "w").exists()

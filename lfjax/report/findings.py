@@ -56,14 +56,15 @@ class Word:
 
 def comparisons(run: RunDir) -> dict[str, Comparison]:
     """Every before/after figure that the run has, by key, in reading order."""
-    human, tuned = figure(run, "judge/positive_human"), tuned_by(run)
+    human, scored = figure(run, "judge/positive_human"), run.about(run.scored).title
     table = (
-        ("score", f"The {reward_name(run)}'s score", f"as it says it; {tuned} was trained on this", number, None),
+        ("score", f"The {reward_name(run)}'s score", f"as it says it; {scored} was trained on this", number, None),
         ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),
         ("judge/positive_response", "Answer alone positive", "share; the same judge on the answer only", percent, None),
         ("diversity/distinct2", "Variety, matched distinct-2", "new word pairs in equal amounts of text", number, None),
         ("diversity/unique", "Different answers", "share of answers that are not copies", percent, None),
         ("length", "Length", "tokens an answer", number, None),
+        *_further_judges(run),
         ("eos_share", "Answers that end", "share that ends before the limit", percent, None),
     )  # fmt: skip
     found = {}
@@ -85,10 +86,19 @@ def comparisons(run: RunDir) -> dict[str, Comparison]:
     return found
 
 
+def _further_judges(run: RunDir):
+    """Rows of `comparisons` for the judges beside the lexicon; one that training learnt to please says so."""
+    for key in (name.removesuffix("_before") for name in run.summary if name.startswith("judge/")):
+        if f"{key}_before" in run.summary and key not in ("judge/positive", "judge/positive_response"):
+            learnt = "; training has learnt to please it" if figure(run, f"{key}_trained_on") else ""
+            yield key, f"Judge {key.removeprefix('judge/')}", f"mean score{learnt}", number, None
+
+
 def tuned_by(run: RunDir) -> str:
-    """What lies between before and after: the last stage that makes a language model of another."""
-    made = (run.about(stage.name) for stage in reversed(run.stages))
-    return next((about.title for about in made if about.makes == "language model" and not about.builds), "training")
+    """What lies between before and after: the stages that make a language model of another."""
+    made = (run.about(stage.name) for stage in run.stages)
+    titles = [about.title for about in made if about.makes == "language model" and not about.builds]
+    return " and ".join(titles) or "training"
 
 
 def reward_name(run: RunDir) -> str:

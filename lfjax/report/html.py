@@ -285,7 +285,7 @@ def _frontier(run: RunDir, words: Sequence[Word]) -> str:
     cards = _figure("Score against distance", chart, unit, number(points[-1][1])) + card
     intro = (
         "Every point of score is paid for in KL, the distance from the model before"
-        f" {_e(findings.tuned_by(run))}. Where the curve flattens, further updates buy distance without score."
+        f" {_e(run.about(run.scored).title)}. Where the curve flattens, further updates buy distance without score."
     )
     title = "What the score cost" + (", and the words that gained" if words else "")
     return _section(title, f'<div class="two">{cards}</div>', intro)

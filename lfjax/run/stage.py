@@ -127,7 +127,9 @@ class Stage:
         if self.trains(config):
             check_training(config, self.name, [step.section for step in self.steps.values()])
         self.check(config)
-        if self.trains(config) and not config.model.init_from:  # else its context counts, once it is read
+        if (
+            self.trains(config) or self.longest
+        ) and not config.model.init_from:  # else its context counts, once it is read
             self.check_room(config, config.model.context, "model.context")
 
     def check_room(self, config: Config, context: int, whose: str) -> None:

@@ -38,7 +38,7 @@ def test_a_run_leaves_the_files_of_every_stage(straight):
     stages = smallest.STAGES
     assert {path.name for path in straight.iterdir()} == {
         "config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "checkpoints", "models",
-        "inputs.json", "report.html",
+        "inputs.json", "stages.json", "report.html",
     }  # fmt: skip
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {*stages}
     for stage in stages:
@@ -82,7 +82,7 @@ def test_metrics_have_a_row_every_log_interval_and_nothing_that_depends_on_the_c
 def test_samples_hold_what_people_read_in_the_report(straight):
     found = rows(straight, "samples.jsonl")
     assert collections.Counter((row["stage"], row["step"]) for row in found) == {
-        ("ppo", 3): 8, ("ppo", 6): 8, ("evaluate", 0): 8,
+        ("ppo", 3): 8, ("ppo", 6): 8, ("evaluate", 0): 12,
     }  # fmt: skip
     assert all({"prompt", "response", "score", "logprob", "kl"} <= row.keys() for row in found)
     sides = {side: [row["prompt"] for row in found if row.get("set") == side] for side in ("before", "after")}
@@ -237,3 +237,30 @@ def test_a_recurrent_model_goes_through_every_stage(train, tmp_path, devices):
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert summary["pretrain/perplexity"] < 300 and summary["compile/count"] > 0
     assert json.loads((tmp_path / "w" / "models" / "ppo" / "config.json").read_text())["model_type"] == "lfjax_lstm"
+
+
+def test_an_evaluation_compares_every_language_model_of_the_chain(straight):
+    """Before is the run's start, after its last model; KL is from the start, and from what a stage itself began with."""
+    summary = json.loads((straight / "summary.json").read_text())
+    for name in ("ppo/length", "judge/positive", "diversity/distinct2"):
+        assert {f"{name}_{which}" for which in ("before", "sft", "after")} <= summary.keys()
+    assert summary["ppo/kl_sft"] > 0 and summary["ppo/kl"] != summary["ppo/kl_own"] > 0
+    assert not {"ppo/kl_before", "ppo/kl_after", "ppo/kl_own_sft"} & summary.keys()
+
+
+def loud(prompts, responses, records):
+    """A judge: the length of a response."""
+    return [float(len(text)) for text in responses]
+
+
+def test_judges_are_named_and_one_that_was_trained_on_says_so(straight, train, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
+    for name in ("checkpoints/evaluate", "config.json", "inputs.json"):
+        path = workdir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train(workdir, "--config.evaluate.judges=reward,test_chain:loud") == 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["judge/reward_trained_on"] == 1.0 and "judge/test_chain_loud_trained_on" not in summary
+    assert summary["judge/reward_after"] == pytest.approx(summary["ppo/score_after"])
+    assert {f"judge/test_chain_loud_{which}" for which in ("before", "sft", "after")} <= summary.keys()
+    assert "training has learnt to please it" in (workdir / "report.html").read_text()
