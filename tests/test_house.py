@@ -96,3 +96,31 @@ def test_without_a_stage_in_the_table_everything_else_works(monkeypatch):
     assert "classify" not in config and "classify" not in config.steps
     for path in (ROOT.parent / "configs").glob("*.py"):
         validate(load(path, ["--config.data.path=x"] * (load(path).data.source != "vader")), stages.declared())
+
+
+@pytest.mark.parametrize(
+    "chain, stage, start",
+    [
+        (("tokenizer", "pretrain", "sft", "reward", "ppo", "classify"), "classify", "ppo"),
+        (("tokenizer", "pretrain", "sft", "reward", "ppo"), "ppo", "sft"),
+        (("tokenizer", "pretrain", "reward", "ppo"), "reward", "pretrain"),
+        (("tokenizer", "pretrain", "ppo", "sft"), "sft", "ppo"),
+        (("tokenizer", "sft"), "sft", "pretrain"),  # which model.init_from stands for
+    ],
+)
+def test_a_stage_starts_from_the_last_language_model_before_it(chain, stage, start):
+    config, declared = base_config(), stages.declared()
+    config.stages = chain
+    assert declared[stage].start(config, declared) == (f"{stage}.init_from", start)
+    config[stage].init_from = "a/folder"
+    assert declared[stage].start(config, declared)[1] == "a/folder"
+
+
+def test_files_of_stages_and_of_what_they_share_stay_short():
+    for folder, most in (("run", 350), ("stages", 400)):
+        for path in (ROOT / folder).glob("*.py"):
+            assert len(path.read_text().splitlines()) <= most, path
+    for path in [path for folder in ("run", "stages", "steps") for path in (ROOT / folder).glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno + 1 <= 62, f"{path.name}: {node.name}"
