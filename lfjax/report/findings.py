@@ -95,10 +95,16 @@ def _further_judges(run: RunDir):
 
 
 def tuned_by(run: RunDir) -> str:
-    """What lies between before and after: the stages that make a language model of another."""
-    made = (run.about(stage.name) for stage in run.stages)
-    titles = [about.title for about in made if about.makes == "language model" and not about.builds]
-    return " and ".join(titles) or "training"
+    """What lies between before and after: the last stage that makes a language model of another, and those before it.
+
+    Without figures of a model between, the last one was compared with its own start.
+    """
+    made = ((stage.name, run.about(stage.name)) for stage in run.stages)
+    tuned = [(name, about.title) for name, about in made if about.makes == "language model" and not about.builds]
+    between = [
+        title for name, title in tuned[:-1] if f"length_{name}" in {key.rpartition("/")[2] for key in run.summary}
+    ]
+    return " and ".join([*between, *(title for _, title in tuned[-1:])]) or "training"
 
 
 def reward_name(run: RunDir) -> str:
