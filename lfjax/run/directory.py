@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ def forks_of(
     Args:
       functions: config key -> function.
     """
-    functions = {f"{key.rpartition('.')[2]}_function": function for key, function in functions.items()}
+    functions = {re.sub(r"\W+", "_", key.rpartition(".")[2] + "_function"): f for key, f in functions.items()}
     found = _sources({**steps, **functions})
     own = _sources({f"{stage}_stage": stages[stage].run for stage in config.stages})
     return found | {name: path for name, path in own.items() if path not in found.values()}

@@ -276,6 +276,7 @@ STAGE = Stage(
     section=evaluate_section,
     check=check,
     check_texts=check_texts,
+    steps={name: ppo.STAGE.steps[name] for name in ("ppo_rollout", "ppo_score")},
     sources=sources,
     functions=functions,
     longest=longest,
