@@ -198,9 +198,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"{path}: mend the config file: get_config() fails: {cause_of(error, path)}") from error
         if not isinstance(config, ConfigDict):
             raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
-        stages = _stages().declared(tuple(config.get("outside", ())))
+        outside: Any = config.get("outside", ())
+        stages = _stages().declared(outside)
         moved = {old: new for stage in stages.values() for old, new in stage.moved.items()}
-        _check_keys(config, base_config(*config.get("outside", ())), str(path), _step_sections(stages), moved)
+        _check_keys(config, base_config(*outside), str(path), _step_sections(stages), moved)
         for item in overrides:
             apply_override(config, item, moved)
     config.lock()

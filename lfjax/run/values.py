@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +19,15 @@ from lfjax.state import RewardNorm
 
 
 def value_network(
-    devices: Devices, settings: Config, policy: Policy, reward, norm: RewardNorm, *, start: str, key: str, loaded=None
+    devices: Devices,
+    settings: Config,
+    policy: Policy,
+    reward,
+    norm: RewardNorm,
+    *,
+    start: str,
+    key: str,
+    loaded: Any = None,
 ):
     """(model, parameters) that start as the reward model's scores, normalised, or as the policy with a zero head.
 

@@ -59,7 +59,7 @@ def reward_step(
     cutpoints = state.params["head"]["cutpoints"] if ordinal else None
 
     def forward(params, rows, key):
-        return values_at_tokens(model, model_params(params) if ordinal else params, *rows, key)
+        return values_at_tokens(model, model_params(params) if ordinal else params, rows[0], rows[1], key)
 
     def batch_loss(values, cutpoints=cutpoints):
         pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
