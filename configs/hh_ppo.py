@@ -17,10 +17,8 @@ from lfjax.config import load
 def get_config():
     config = load(Path(__file__).with_name("hh_reward.py")).unlock()
     config.stages = ("tokenizer", "reward", "ppo", "evaluate")
-    config.ppo.update(
-        steps=12, batch_size=32, prompt_buckets=(128, 256, 384), norm_samples=128, log_every=1, save_every=6
-    )
-    config.ppo.rollout_step.max_new_tokens = 32
+    config.sampling.update(prompt_buckets=(128, 256, 384), max_new_tokens=32)
+    config.ppo.update(steps=12, batch_size=32, norm_samples=128, log_every=1, save_every=6)
     config.ppo.experience_step.require_eos = False  # the model ends no answer within so few tokens
     config.ppo.update_step.update(epochs=2, minibatches=2)
     for optim in (config.ppo.optim, config.ppo.value_optim):

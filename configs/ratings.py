@@ -27,10 +27,10 @@ def get_config():
     config.reward.optim.update(learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, end_factor=0.05)
     config.reward.step.every_token = 1.0
 
-    config.ppo.update(steps=20, batch_size=64, prompt_buckets=(16, 48), norm_samples=256, log_every=1, save_every=10)
+    config.sampling.update(prompt_buckets=(16, 48), max_new_tokens=32)
+    config.ppo.update(steps=20, batch_size=64, norm_samples=256, log_every=1, save_every=10)
     config.ppo.optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95, eps=1e-8)
     config.ppo.value_optim.update(learning_rate=6e-4, warmup_steps=4, end_factor=0.1, b2=0.95, eps=1e-8)
-    config.ppo.rollout_step.max_new_tokens = 32
     config.ppo.experience_step.min_length = 4  # tokens; without it responses shrink to a word of praise
     config.ppo.update_step.update(epochs=4, minibatches=2)
     return config

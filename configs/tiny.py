@@ -16,7 +16,7 @@ def get_config():
     config.pretrain.optim.update(learning_rate=1e-2, warmup_steps=5)
     config.reward.update(steps=30, batch_size=8, seq_len=64, buckets=(32, 64), log_every=5, save_every=10)
     config.ppo.update(steps=6, batch_size=16, log_every=1, save_every=2, samples_every=2, norm_samples=32)
-    config.ppo.rollout_step.max_new_tokens = 16
+    config.sampling.max_new_tokens = 16
     config.ppo.update_step.update(epochs=2, minibatches=2)
     config.evaluate.update(prompts=32, batch_size=16, samples=8)
     return config

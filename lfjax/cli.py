@@ -50,6 +50,10 @@ def _command(argv: list[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
     commands.add_parser("configs", help="the configs that come with lfjax").set_defaults(run=_configs)
+    methods = commands.add_parser("methods", help="every stage: what it learns from, its steps, sources, keys")
+    methods.add_argument("name", nargs="?", help="a stage: all its keys with their defaults")
+    methods.add_argument("--markdown", action="store_true", help="as docs/methods.md")
+    methods.set_defaults(run=_methods)
     _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
     _eval_arguments(commands.add_parser("eval", help="perplexity of a text, or log-probabilities of completions"))
     _import_arguments(commands.add_parser("import", help="read and check a model folder, and write it in our layout"))
@@ -255,24 +259,27 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
         config = configs.load(file, overrides)
     except SystemExit as stop:
         raise InputError(f"{arguments.config}: mend the config file: it ends the program (exit {stop.code})") from stop
-    configs.validate(config)
+    from lfjax import report, stages
+
+    declared = stages.declared(config.outside)
+    configs.validate(config, declared)
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
 
-    from lfjax import report
-    from lfjax.loops.chain import STAGE_FUNCTIONS
-    from lfjax.loops.run import Interrupted, Run, TrainingFailed, run_stages
     from lfjax.report import rundir
     from lfjax.report.costs import cost_lines
+    from lfjax.run.chain import run_stages
+    from lfjax.run.run import Interrupted, Run, TrainingFailed
 
     run = Run(
         config,
         arguments.workdir,
+        declared,
         search=(file.resolve().parent,),
         profile=arguments.profile,
         follow_links=arguments.follow_links,
     )
     try:
-        summary = run_stages(run, STAGE_FUNCTIONS)
+        summary = run_stages(run)
     except Interrupted as stop:
         note(f"{stop}; start the same command to go on")
         return 130
@@ -283,7 +290,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if jax.process_index() == 0:
         ended = time.perf_counter()
-        path = report.build(arguments.workdir)
+        path = report.build(arguments.workdir, stages.described)
         for name in sorted(summary):
             figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else str(summary[name])
             print(f"{cell(name):40s} {cell(figure)}")
@@ -302,6 +309,18 @@ def _configs(arguments: argparse.Namespace, _) -> int:
         print(f"{name:<{max(map(len, known))}}  {configs.summary(path)}")
     for folder in {path.parent for path in known.values()}:
         print(f"lfjax train --config=NAME; to change one, copy its file: {folder}")
+    return 0
+
+
+def _methods(arguments: argparse.Namespace, _) -> int:
+    """Prints what every stage is, or one of them with its keys."""
+    from lfjax import methods, stages
+
+    declared = stages.declared()
+    if arguments.name is not None:
+        print(methods.of(declared, arguments.name), end="")
+    else:
+        print(methods.markdown(declared) if arguments.markdown else methods.overview(declared), end="")
     return 0
 
 
@@ -481,8 +500,8 @@ def _eval(arguments: argparse.Namespace, _) -> int:
     _set_up_jax("highest", True)
 
     from lfjax.interop import hf
-    from lfjax.loops import scoring
     from lfjax.records import read_records
+    from lfjax.run import scoring
 
     texts = [scoring.read_text(path) if path else None for path in (arguments.text, arguments.train_text)]
     records = [] if arguments.text else list(read_records(arguments.completions, feedback=False))
@@ -556,18 +575,22 @@ def _model_folder(path: Path, stage: str | None = None) -> Path:
             found = f"its models are of {', '.join(known)}" if known else "it is no run directory with models"
             raise InputError(f"--stage: {path} has no model of {stage!r}; {found}")
         return files.inside(path, f"models/{stage}")
-    if (path / "models").is_dir():
-        for stage in ("ppo", "sft", "pretrain"):
-            if (path / "models" / stage).is_dir():
-                return files.inside(path, f"models/{stage}")
-        raise InputError(f"{path}/models: no language model in it yet; finish the pretrain stage first")
-    return path
+    if not (path / "models").is_dir():
+        return path
+
+    from lfjax import stages
+    from lfjax.report import rundir
+
+    for stage in reversed(rundir.stages_that_make(path, "language model", stages.described)):
+        if (path / "models" / stage).is_dir():
+            return files.inside(path, f"models/{stage}")
+    raise InputError(f"{path}/models: no language model in it yet; finish the stage that makes one first")
 
 
 def _report(arguments: argparse.Namespace, _) -> int:
-    from lfjax import report
+    from lfjax import report, stages
 
-    print(visible(str(report.build(arguments.workdir))))
+    print(visible(str(report.build(arguments.workdir, stages.described))))
     return 0
 
 

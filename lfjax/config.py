@@ -1,20 +1,22 @@
 """Run configs: ml_collections sections with documented defaults; load, override, lock, validate, dump.
 
 A config file holds one `get_config()` that starts from `base_config()` and sets what differs. Every leaf can be
-overridden on the command line as `--config.section.key=value`; the dict is locked, so a misspelt key is an error.
+overridden on the command line as `--config.section.key=value`; the dict is locked, so a misspelt key is an error. The
+sections here are those that stages share; each stage's declaration (`lfjax.run.stage.Stage`) brings its own.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
-import itertools
 import json
 import math
 import re
 import runpy
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +25,47 @@ from ml_collections.config_dict import placeholder
 
 Config = Any  # an ml_collections ConfigDict: its leaves get their types from `base_config`, which no checker can follow
 
-STAGES = ("tokenizer", "pretrain", "sft", "reward", "classify", "ppo", "evaluate")
-
 
 class InputError(ValueError):
     """Bad input: one line that names the file, line and field, or the config key, and the fix. Exit code 2."""
 
 
-def _section(**fields) -> Config:
+def section(**fields) -> Config:
+    """A section with these keys and defaults."""
     return ConfigDict(fields)
 
 
-def _optim_overrides(**set_here) -> Config:
-    """A stage's own values; what is None is taken from `config.optim`."""
-    types = {"name": str, "learning_rate": float, "schedule": str, "warmup_steps": int, "end_factor": float,
-             "b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float}  # fmt: skip
-    section = ConfigDict({name: placeholder(kind) for name, kind in types.items()})
-    section.update(set_here)
-    return section
+def _stages() -> Any:
+    """The stages, which are above this module; read only once a config is made, and never on import."""
+    from lfjax import stages
+
+    return stages
 
 
-def _training(**differs) -> dict[str, Any]:
-    """What every training stage has."""
-    return {
-        "steps": 0,  # optimiser steps; 0: as many as `epochs` say
-        "epochs": 1.0,
-        "batch_size": 16,  # rows of the global batch, over all devices and processes
-        "log_every": 10,  # steps a row of metrics.jsonl
-        "eval_every": 0,  # steps; 0: only at the end
-        "save_every": 100,  # steps between checkpoints
-        "keep": 2,  # checkpoints kept
-        "optim": _optim_overrides(),
-        **differs,
-    }
+def base_config(*outside: str) -> Config:
+    """Every section with its defaults. Fields are scalars or tuples; optional ones are typed placeholders.
+
+    Args:
+      outside: methods that are not lfjax's own, each the "module:STAGE" of its declaration; modules beside the config
+        file are found.
+    Raises:
+      InputError: no such declaration, or a name that is taken.
+    """
+    config = shared_sections()
+    config.stages = _stages().CHAIN  # what runs, in this order
+    config.outside = outside  # what this function was given
+    config.steps = section()  # swap any of these for a fork: "my_module:my_step"
+    for stage in _stages().declared(outside).values():
+        config[stage.name] = stage.section()
+        config.steps.update({name: step.path for name, step in stage.steps.items()})
+    return config
 
 
-def base_config() -> Config:
-    """Every section with its defaults. Fields are scalars or tuples; optional ones are typed placeholders."""
+def shared_sections() -> Config:
+    """What is no stage's own."""
     config: Config = ConfigDict()
     config.seed = 0
-    config.stages = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")  # what runs, in this order
-    config.data = _section(
+    config.data = section(
         source="vader",  # "vader": rated sentences fetched with pip; "jsonl": feedback records; "text": paragraphs
         path=placeholder(str),  # jsonl, text: the file (or its training split)
         validation_path=placeholder(str),  # given splits; else split by hash of the text
@@ -74,12 +76,12 @@ def base_config() -> Config:
         max_records=0,  # 0: all
         seed=0,
     )
-    config.tokenizer = _section(
+    config.tokenizer = section(
         path=placeholder(str),  # a tokenizer's folder or file, of any kind; else a sentencepiece model is trained
         model_type="unigram",  # or "bpe"
         vocab_size=2000,
     )
-    config.model = _section(
+    config.model = section(
         init_from=placeholder(str),  # a model folder (Hugging Face layout) to start from; its shape wins
         # "llama": RoPE, RMSNorm, SwiGLU; "gpt2": learned positions, LayerNorm, GELU, biases; "lstm": recurrent, of
         # width and layers alone
@@ -95,7 +97,7 @@ def base_config() -> Config:
         remat="none",  # "none" | "dots" | "full"
         unroll=0,  # layers unrolled in the scan; 0: all
         vocab_multiple=1,  # embedding rows are padded to a multiple of this and of mesh.tensor
-        lora=_section(  # stages that start from a model train adapters (and a head) alone, the model stays as it is
+        lora=section(  # stages that start from a model train adapters (and a head) alone, the model stays as it is
             rank=0,  # 0: off
             alpha=16.0,  # the change is A B x alpha / rank
             targets=("layers/",),  # regexes on the paths of the layers' matrices; ("attention/[qv]$",), say
@@ -103,8 +105,8 @@ def base_config() -> Config:
             dropout=0.0,  # on the adapters' input, in the sft and reward stages
         ),
     )
-    config.mesh = _section(data=-1, fsdp=1, tensor=1, rules=())  # rules: () is lfjax.sharding.DEFAULT_RULES
-    config.optim = _section(
+    config.mesh = section(data=-1, fsdp=1, tensor=1, rules=())  # rules: () is lfjax.sharding.DEFAULT_RULES
+    config.optim = section(
         name="adamw",  # "adamw" | "adafactor" | "lion" | "muon"
         learning_rate=1e-3,
         schedule="cosine",  # "constant" | "linear" | "cosine"
@@ -117,102 +119,19 @@ def base_config() -> Config:
         clip_norm=1.0,  # 0: no clipping
         groups=((r"norm\d?/|bias$|positions$|token_types$|cutpoints$", 1.0, 0.0),),  # (regex, rate x, weight decay x)
     )
-    lm = {"num_microbatches": 1, "chunk_size": 64, "z_loss": 0.0}
-    config.pretrain = _section(**_training(seq_len=64, dropout=0.0, step=_section(**lm)))
-    config.sft = _section(**_training(seq_len=64, dropout=0.0, init_from="auto", step=_section(**lm)))
-    config.reward = _section(
-        **_training(
-            init_from="auto",  # stage or model folder; "auto": sft where that runs before, else pretrain
-            seq_len=128,
-            buckets=(32, 64, 128),  # sequence lengths, each compiled once
-            max_candidates=0,  # answers a record that are read, the best ranked first; 0: as many as there are
-            dropout=0.0,
-            center_ratings=True,  # learn ratings less the training mean (reward/rating_mean): the head has no bias
-            min_gap=1.0,  # figures: rating points between the held-out answers of a pair that counts; as step.min_gap
-            head_init="normal",  # "normal": std 1/sqrt(D+1); "zero"
-            step=_section(
-                regression=1.0,  # weights of the losses; 0 leaves one out
-                every_token=0.0,
-                bradley_terry=1.0,
-                hinge=0.0,
-                listwise_hinge=0.0,
-                plackett_luce=0.0,
-                softmax=0.0,
-                centering=0.0,
-                ordinal=0.0,  # above 0: classes of ratings, with learnt cutpoints
-                ordinal_bounds=(),  # rating points between the classes; (): midway between the scale's whole points
-                across_records=True,  # also pair answers of different records by their ratings
-                min_gap=1.0,  # training: rating points between two answers that the pair losses take as a pair
-                margin_scale=0.0,  # margin = this x rating gap
-                num_microbatches=1,
-            ),
-        )
+    config.sampling = section(  # of every stage that writes; a stage's own values come before these
+        prompt_buckets=(8,),  # prompt lengths in tokens with BOS, each compiled once
+        prompt_min=4,  # tokens of a record without prompt that start a continuation
+        prompt_max=6,
+        stop=(),  # texts of one token each that end a response, besides EOS
+        max_new_tokens=28,
+        temperature=1.0,
+        min_new_tokens=0,  # tokens before which nothing ends a response
+        top_k=0,  # 0: off. What trains on its samples takes them from the whole distribution, and refuses these three
+        top_p=1.0,  # 1: off
+        min_p=0.0,  # 0: off; else tokens less probable than this x the most probable one are left out
     )
-    config.classify = _section(
-        **_training(
-            init_from="auto",  # as reward.init_from
-            seq_len=128,
-            buckets=(32, 64, 128),  # sequence lengths, each compiled once
-            dropout=0.0,
-            step=_section(label_smoothing=0.0, num_microbatches=1),
-        )
-    )
-    config.ppo = _section(
-        **_training(
-            init_from="auto",  # the policy's start and the frozen reference; as reward.init_from
-            reward="reward",  # stage, model folder, or "module:function" f(prompts, responses, records) -> scores
-            value_init="reward",  # "reward" | "policy" | a model folder
-            batch_size=128,  # episodes an update
-            optim=_optim_overrides(eps=1e-5),
-            steps=40,  # updates
-            prompt_buckets=(8,),  # prompt lengths in tokens with BOS, each compiled once
-            stop=(),  # texts of one token each that end a response, besides EOS
-            prompt_min=4,  # tokens of a record without prompt that start a continuation
-            prompt_max=6,
-            norm_samples=512,  # reference samples that fix the score's mean and deviation; 0: scores as they are
-            kl_coef=0.1,
-            reference_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU
-            value_optim=_optim_overrides(eps=1e-5),
-            samples_every=10,  # updates between rows in samples.jsonl
-            rollout_step=_section(max_new_tokens=28, temperature=1.0, top_k=0, top_p=1.0),
-            experience_step=_section(
-                gamma=1.0,
-                lam=0.95,
-                kl_kind="k1",  # "k1" | "k2" | "k3" | "abs"
-                whiten_rewards=False,
-                whiten_advantages=True,
-                min_length=0,  # a response of fewer tokens, or without EOS, scores min(score, 0) - penalty
-                require_eos=True,
-                penalty=1.0,
-                chunk_size=64,
-            ),
-            update_step=_section(
-                epochs=4,
-                minibatches=1,
-                clip_low=0.2,
-                clip_high=0.2,
-                value_clip=0.2,
-                value_coef=1.0,
-                entropy_coef=0.0,
-                kl_target=0.0,  # nats a sequence; above 0 the KL coefficient adapts to it
-                kl_horizon=10000.0,
-                num_microbatches=1,
-                chunk_size=64,
-            ),
-        )
-    )
-    config.evaluate = _section(prompts=512, batch_size=128, samples=24)
-    config.steps = _section(  # swap any of these for a fork: "my_module:my_step"
-        sft="lfjax.steps.sft:sft_step",
-        reward="lfjax.steps.reward:reward_step",
-        classify="lfjax.steps.classify:classify_step",
-        ppo_rollout="lfjax.steps.ppo_rollout:ppo_rollout",
-        ppo_score="lfjax.steps.ppo_score:ppo_score",
-        ppo_experience="lfjax.steps.ppo_experience:ppo_experience",
-        ppo_update="lfjax.steps.ppo_update:ppo_update",
-        evaluate="lfjax.steps.evaluate:evaluate_step",
-    )
-    config.run = _section(
+    config.run = section(
         matmul_precision="highest",  # on CPU free; "default" is faster on accelerators
         breakdown_every=10,  # PPO updates between those whose parts are timed one by one, in timing.jsonl; 0: never
         max_skipped=10,  # non-finite updates in a row before the run stops
@@ -266,23 +185,38 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       InputError: no such file, the file fails, an unknown key (with the nearest right one), a value of the wrong type.
     """
     path = find(path)
-    try:
-        namespace = runpy.run_path(str(path))
-    except Exception as error:  # whatever a config file does wrong is the user's to mend
-        raise InputError(f"{path}: mend the config file: {cause_of(error, path)}") from error
-    if not callable(namespace.get("get_config")):
-        raise InputError(f"{path}: no get_config() function; a config file defines one that returns a ConfigDict")
-    try:
-        config = namespace["get_config"]()
-    except Exception as error:
-        raise InputError(f"{path}: mend the config file: get_config() fails: {cause_of(error, path)}") from error
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
-    _check_keys(config, base_config(), str(path))
-    for item in overrides:
-        apply_override(config, item)
+    with on_path((path.resolve().parent, Path.cwd())):
+        try:
+            namespace = runpy.run_path(str(path))
+        except Exception as error:  # whatever a config file does wrong is the user's to mend
+            raise InputError(f"{path}: mend the config file: {cause_of(error, path)}") from error
+        if not callable(namespace.get("get_config")):
+            raise InputError(f"{path}: no get_config() function; a config file defines one that returns a ConfigDict")
+        try:
+            config = namespace["get_config"]()
+        except Exception as error:
+            raise InputError(f"{path}: mend the config file: get_config() fails: {cause_of(error, path)}") from error
+        if not isinstance(config, ConfigDict):
+            raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
+        outside: Any = config.get("outside", ())
+        stages = _stages().declared(outside)
+        moved = {old: new for stage in stages.values() for old, new in stage.moved.items()}
+        _check_keys(config, base_config(*outside), str(path), _step_sections(stages), moved)
+        for item in overrides:
+            apply_override(config, item, moved)
     config.lock()
     return config
+
+
+@contextlib.contextmanager
+def on_path(folders: Iterable[Path]) -> Iterator[None]:
+    """Modules in these folders can be imported inside, and are found first."""
+    added = [name for name in map(str, folders) if name not in sys.path]
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        sys.path[:] = [name for name in sys.path if name not in added]
 
 
 def cause_of(error: BaseException, source: str | Path) -> str:
@@ -293,40 +227,47 @@ def cause_of(error: BaseException, source: str | Path) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}" + (f" (line {line})" if line else "")
 
 
-# Step -> the sections that hold its keywords: a fork may take others, which its config file adds or deletes there.
-STEP_SECTIONS = {
-    "sft": ("pretrain.step", "sft.step"),
-    "reward": ("reward.step",),
-    "classify": ("classify.step",),
-    "ppo_rollout": ("ppo.rollout_step",),
-    "ppo_experience": ("ppo.experience_step",),
-    "ppo_update": ("ppo.update_step",),
-}
+def _step_sections(stages: Mapping[str, Any]) -> set[str]:
+    """Those that hold a step's keywords: a fork may take others, which its config file adds or deletes there."""
+    return {step.section for stage in stages.values() for step in stage.steps.values() if step.section}
 
 
-def _check_keys(config: Config, base: Config, where: str, prefix: str = "config") -> None:
+def _check_keys(
+    config: Config, base: Config, where: str, of_steps: set[str], moved: Mapping[str, str], prefix: str = "config"
+) -> None:
     """A config file may not invent keys (they would be read by nobody) nor lose any."""
     for key in config:
+        if f"{prefix}.{key}".removeprefix("config.") in moved:
+            raise InputError(f"{where}: {_moved(f'{prefix}.{key}'.removeprefix('config.'), moved)}")
         if key not in base:
             raise InputError(f"{where}: {_unknown_key(f'{prefix}.{key}', key, list(base))}")
         if isinstance(config[key], ConfigDict) != isinstance(base[key], ConfigDict):
             kind = "a section" if isinstance(base[key], ConfigDict) else "a value, not a section"
             raise InputError(f"{where}: {prefix}.{key}: has to be {kind}; start from base_config() and set its keys")
-        section = f"{prefix}.{key}".removeprefix("config.")
-        of_a_step = any(section in sections for sections in STEP_SECTIONS.values())
-        if isinstance(base[key], ConfigDict) and not of_a_step:
-            _check_keys(config[key], base[key], where, f"{prefix}.{key}")
+        if isinstance(base[key], ConfigDict):
+            own = config[key] if f"{prefix}.{key}".removeprefix("config.") in of_steps else base[key]
+            _check_keys(config[key], own, where, of_steps, moved, f"{prefix}.{key}")
     missing = [key for key in base if key not in config]
     if missing:
         raise InputError(f"{where}: {prefix}.{missing[0]}: missing; start from lfjax.config.base_config()")
 
 
-def apply_override(config: Config, item: str) -> None:
-    """Applies one "--config.a.b=value"; "none" empties an optional leaf."""
+def _moved(key: str, moved: Mapping[str, str]) -> str:
+    return f"config.{key}: is called config.{moved[key]} now; set that"
+
+
+def apply_override(config: Config, item: str, moved: Mapping[str, str] | None = None) -> None:
+    """Applies one "--config.a.b=value"; "none" empties an optional leaf.
+
+    Args:
+      moved: what a key was called before -> what it is called now, for the message.
+    """
     match = re.fullmatch(r"--config\.([\w.]+)=(.*)", item, re.DOTALL)
     if not match:
         raise InputError(f"{item}: not an override; write --config.section.key=value")
     dotted, text = match.groups()
+    if dotted in (moved or {}):
+        raise InputError(_moved(dotted, moved or {}))
     section: Any = config
     parts = dotted.split(".")
     for depth, part in enumerate(parts):
@@ -385,8 +326,17 @@ def _example(kind: type) -> str:
 
 def optim_section(config: Config, stage: str, name: str = "optim") -> dict[str, Any]:
     """A stage's optimiser settings: `config.optim` with the stage's own values on top."""
-    own = {key: value for key, value in config[stage][name].items() if value is not None}
-    return {**config.optim.to_dict(), **own}
+    return {**config.optim.to_dict(), **_set(config[stage][name])}
+
+
+def sampling_section(config: Config, stage: str) -> Config:
+    """How a stage writes: `config.sampling` with the stage's own values on top."""
+    return ConfigDict({**config.sampling.to_dict(), **_set(config[stage].sampling)})
+
+
+def _set(section: Config) -> dict[str, Any]:
+    """What is not left to the shared section."""
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def to_plain(config: Config) -> dict[str, Any]:
@@ -413,7 +363,11 @@ def flatten(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One "key: old -> new" for each leaf that differs."""
-    a, b = flatten(old), flatten(new)
+    return difference_of(flatten(old), flatten(new))
+
+
+def difference_of(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """As `difference`, of what `flatten` gives."""
     missing = "(absent)"
     return [
         f"{key}: {json.dumps(a.get(key, missing))} -> {json.dumps(b.get(key, missing))}"
@@ -422,7 +376,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _leaf(config: Config, key: str) -> Any:
+def leaf(config: Config, key: str) -> Any:
     """The value of "section.key"; None where a fork's config has deleted a step's keyword."""
     value: Any = config
     for part in key.split("."):
@@ -430,65 +384,64 @@ def _leaf(config: Config, key: str) -> Any:
     return value
 
 
-def _at_least(config: Config, low: float, *keys: str) -> None:
+def at_least(config: Config, low: float, *keys: str) -> None:
+    """Raises InputError for the first of the keys ("section.key") whose value is smaller."""
     for key in keys:
-        value = _leaf(config, key)
+        value = leaf(config, key)
         if value is not None and value < low:
             raise InputError(f"config.{key}: {value}; allowed: at least {low:g}")
 
 
-def _one_of(config: Config, key: str, allowed: tuple[str, ...]) -> None:
-    value = _leaf(config, key)
+def one_of(config: Config, key: str, allowed: tuple[str, ...]) -> None:
+    """Raises InputError where the value of "section.key" is none of these."""
+    value = leaf(config, key)
     if value is not None and value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
         raise InputError(f"config.{key}: {value!r}; {hint}")
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, stages: Mapping[str, Any]) -> None:
     """Everything that can be said about a config without reading data or starting a device.
 
+    Args:
+      stages: name -> declaration, as `lfjax.stages.declared` gives them.
     Raises:
       InputError: naming the key, what was found, and what is allowed.
     """
     _check_values(config)
-    _check_stages(config)
-    _one_of(config, "data.source", ("vader", "jsonl", "text"))
+    _check_stages(config, stages)
+    one_of(config, "data.source", ("vader", "jsonl", "text"))
     if config.data.source != "vader" and not config.data.path:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
     _check_fixed_splits(config)
-    _one_of(config, "tokenizer.model_type", ("unigram", "bpe"))
-    _one_of(config, "model.form", ("llama", "gpt2", "lstm"))
-    _one_of(config, "model.dtype", ("float32", "bfloat16"))
-    _one_of(config, "model.remat", ("none", "dots", "full"))
-    _one_of(config, "reward.head_init", ("normal", "zero"))
-    _one_of(config, "run.matmul_precision", ("default", "high", "highest"))
-    _one_of(config, "ppo.experience_step.kl_kind", ("k1", "k2", "k3", "abs"))
-    _one_of(config, "ppo.reference_dtype", ("auto", "float32", "bfloat16"))
-    _at_least(config, 1, "model.width", "model.layers", "model.heads", "model.kv_heads", "model.mlp_width")
-    _at_least(config, 2, "model.context", "tokenizer.vocab_size")
-    _at_least(config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "evaluate.samples")
-    _at_least(config, 0, "run.breakdown_every")
-    _at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "run.max_skipped", "model.vocab_multiple")
+    one_of(config, "tokenizer.model_type", ("unigram", "bpe"))
+    one_of(config, "model.form", ("llama", "gpt2", "lstm"))
+    one_of(config, "model.dtype", ("float32", "bfloat16"))
+    one_of(config, "model.remat", ("none", "dots", "full"))
+    one_of(config, "run.matmul_precision", ("default", "high", "highest"))
+    at_least(config, 1, "model.width", "model.layers", "model.heads", "model.kv_heads", "model.mlp_width")
+    at_least(config, 2, "model.context", "tokenizer.vocab_size")
+    at_least(config, 0, "seed", "data.seed", "model.unroll", "data.max_records", "run.breakdown_every")
+    at_least(config, 1, "run.max_skipped", "model.vocab_multiple")
     _check_model(config)
     _check_lora(config)
+    if config.model.lora.rank and not any(stages[stage].uses_lora(config) for stage in config.stages):
+        raise InputError(
+            f"config.model.lora.rank: {config.model.lora.rank}; no stage of this run starts from a model: set"
+            " config.model.init_from or add a stage after pretrain, or set the rank to 0"
+        )
     _check_rules(config.mesh.rules)
     for fraction in ("validation_fraction", "test_fraction"):
         if not 0.0 < config.data[fraction] < 0.5:
             raise InputError(f"config.data.{fraction}: {config.data[fraction]}; allowed: between 0 and 0.5")
-    for stage in ("pretrain", "sft", "reward", "classify", "ppo"):
-        if stage in config.stages:
-            _check_training(config, stage)
-    if "ppo" in config.stages or "evaluate" in config.stages:  # the evaluation samples as PPO does
-        _check_ppo(config)
-    for stage in ("pretrain", "sft", "reward", "classify", "ppo"):
-        if stage in config.stages and not config.model.init_from:  # else that model's context counts, once it is read
-            check_room(config, stage, config.model.context, "model.context")
+    for stage in config.stages:
+        stages[stage].validate(config)
 
 
 def _check_values(config: Config) -> None:
     """No leaf that has a default may be empty, no text "" or hold a NUL, no number infinite, NaN or beyond 32 bits."""
-    required = flatten(to_plain(base_config()))
+    required = flatten(to_plain(base_config(*config.outside)))
     for key, value in flatten(to_plain(config)).items():
         if value in (None, "") and required.get(key) is not None:
             raise InputError(f"{key}: {value!r}; give a value such as {required[key]!r}")
@@ -513,7 +466,7 @@ def _numbers(value: Any) -> list[int | float]:
 def _check_fixed_splits(config: Config) -> None:
     """The VADER sentences have splits of their own; what would be ignored is refused."""
     if config.data.source == "vader":
-        default = base_config().data
+        default = shared_sections().data
         for key in ("path", "validation_path", "test_path", "validation_fraction", "test_fraction"):
             if config.data[key] != default[key]:
                 raise InputError(
@@ -522,68 +475,34 @@ def _check_fixed_splits(config: Config) -> None:
                 )
 
 
-def _check_stages(config: Config) -> None:
+def _check_stages(config: Config, stages: Mapping[str, Any]) -> None:
     """Known stages, each once, and each after the stages whose results it takes."""
     for stage in config.stages:
-        if stage not in STAGES:
-            near = difflib.get_close_matches(str(stage), STAGES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(STAGES)}"
+        if stage not in stages:
+            near = difflib.get_close_matches(str(stage), stages, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(stages)}"
             raise InputError(f"config.stages: unknown stage {stage!r}; {hint}")
     if not config.stages or len(set(config.stages)) != len(config.stages):
         raise InputError(f"config.stages: {config.stages}; name one or more stages, each once")
+    vocabularies = [name for name, stage in stages.items() if stage.makes == "tokenizer"]
+    given = config.tokenizer.path or config.model.init_from
     for place, stage in enumerate(config.stages):
         before = config.stages[:place]
-        if stage != "tokenizer" and "tokenizer" not in before and not (config.tokenizer.path or config.model.init_from):
+        if not given and not {stage, *before} & {*vocabularies}:
             raise InputError(
-                f'config.stages: "{stage}" needs a vocabulary; put "tokenizer" before it, or set config.tokenizer.path'
+                f'config.stages: "{stage}" needs a vocabulary; put "{vocabularies[0]}" before it, or set'
+                " config.tokenizer.path"
             )
-        if stage == "evaluate" and not {"sft", "ppo"} & {*before}:
-            raise InputError(
-                'config.stages: "evaluate" compares before and after; it needs an "sft" or "ppo" stage before it'
-            )
-        for key, name in model_sources(config, stage).items():
-            if name in ("tokenizer", "evaluate"):
+        for key, name in stages[stage].models(config, stages).items():
+            if name not in stages:
+                continue
+            if stages[name].makes in ("", "tokenizer"):
                 raise InputError(f'config.{key}: stage "{name}" makes no model; name another, or a model folder')
-            given = name == "pretrain" and "pretrain" not in config.stages and config.model.init_from
-            if name in STAGES and name not in before and not given:
+            if name not in before and not (name not in config.stages and stages[name].stand_in(config)):
                 raise InputError(
                     f'config.{key}: stage "{name}" does not come before "{stage}" in config.stages; put it there,'
                     " or name a model folder"
                 )
-
-
-def init_from(config: Config, stage: str) -> str:
-    """The stage or folder whose language model a stage starts from."""
-    if config[stage].init_from != "auto":
-        return config[stage].init_from
-    stages = tuple(config.stages)
-    before = stages[: stages.index(stage)] if stage in stages else stages
-    return "sft" if "sft" in before else "pretrain"
-
-
-def model_sources(config: Config, stage: str) -> dict[str, str]:
-    """Which models a stage starts from, config key -> stage or folder."""
-    keys = {
-        "sft": ("init_from",),
-        "reward": ("init_from",),
-        "classify": ("init_from",),
-        "ppo": ("init_from", "reward", "value_init"),
-    }
-    found = {f"{stage}.{key}": config[stage][key] for key in keys.get(stage, ())}
-    if f"{stage}.init_from" in found:
-        found[f"{stage}.init_from"] = init_from(config, stage)
-    if stage == "pretrain" and config.model.init_from:
-        found["model.init_from"] = config.model.init_from
-    if is_function(config.ppo.reward):
-        found.pop("ppo.reward", None)
-    if config.ppo.value_init in ("reward", "policy"):
-        found.pop("ppo.value_init", None)
-    return found
-
-
-def is_function(name: str) -> bool:
-    """Whether a reward is "module:function", not a stage or a folder."""
-    return re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def _check_rules(rules: tuple) -> None:
@@ -619,15 +538,9 @@ def _check_model(config: Config) -> None:
         raise InputError(f"config.model.kv_heads: {model.kv_heads}; the gpt2 form has as many as heads ({model.heads})")
 
 
-def uses_lora(config: Config, stage: str) -> bool:
-    """Whether a stage trains adapters: LoRA is on, and the stage starts from a model."""
-    starts = stage in ("sft", "reward", "classify", "ppo") or (stage == "pretrain" and bool(config.model.init_from))
-    return config.model.lora.rank > 0 and starts
-
-
 def _check_lora(config: Config) -> None:
     lora = config.model.lora
-    _at_least(config, 0, "model.lora.rank")
+    at_least(config, 0, "model.lora.rank")
     if lora.alpha <= 0:
         raise InputError(f"config.model.lora.alpha: {lora.alpha}; allowed: above 0")
     if not 0.0 <= lora.dropout < 1.0:
@@ -641,117 +554,10 @@ def _check_lora(config: Config) -> None:
             f"config.model.lora.targets: {lora.targets!r}; give regexes on the paths of the layers' matrices, such as"
             ' ("attention/[qv]$",)'
         )
-    if lora.rank and not any(uses_lora(config, stage) for stage in config.stages):
-        raise InputError(
-            f"config.model.lora.rank: {lora.rank}; no stage of this run starts from a model: set config.model.init_from"
-            " or add a stage after pretrain, or set the rank to 0"
-        )
 
 
-def _check_training(config: Config, stage: str) -> None:
-    section = config[stage]
-    _at_least(config, 0, f"{stage}.steps", f"{stage}.eval_every")
-    _at_least(config, 1, *(f"{stage}.{key}" for key in ("batch_size", "log_every", "save_every", "keep")))
-    if section.steps == 0 and section.epochs <= 0:
-        raise InputError(f"config.{stage}.epochs: {section.epochs}; give steps or epochs above 0")
-    for name in ("optim", "value_optim") if stage == "ppo" else ("optim",):
-        optim, own = optim_section(config, stage, name), section[name]
-
-        def found(leaf: str, optim=optim, own=own, key=f"config.{stage}.{name}") -> str:
-            """The key that was set, in the stage's own section or in config.optim, and its value."""
-            return f"{key if own.get(leaf) is not None else 'config.optim'}.{leaf}: {optim[leaf]!r}"
-
-        if optim["name"] not in ("adamw", "adafactor", "lion", "muon"):
-            raise InputError(f"{found('name')}; allowed: adamw, adafactor, lion, muon")
-        if optim["schedule"] not in ("constant", "linear", "cosine"):
-            raise InputError(f"{found('schedule')}; allowed: constant, linear, cosine")
-        if optim["learning_rate"] <= 0:
-            raise InputError(f"{found('learning_rate')}; allowed: above 0")
-        for leaf in ("warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
-            if optim[leaf] < 0:
-                raise InputError(f"{found(leaf)}; allowed: at least 0")
-        for leaf in ("b1", "b2"):
-            if not 0.0 <= optim[leaf] < 1.0:
-                raise InputError(f"{found(leaf)}; allowed: 0 up to, not including, 1")
-        for row in optim["groups"]:
-            _check_group(row)
-    step = section.update_step if stage == "ppo" else section.step
-    pieces = [step.get("num_microbatches", 1), step.get("minibatches", 1)]
-    parts = math.prod(pieces)
-    if min(pieces) < 1 or section.batch_size % parts:
-        what = "update_step.minibatches x update_step.num_microbatches" if stage == "ppo" else "step.num_microbatches"
-        raise InputError(f"config.{stage}.batch_size: {section.batch_size} rows do not divide into {what} = {parts}")
-    if "dropout" in section and not 0.0 <= section.dropout < 1.0:
-        raise InputError(f"config.{stage}.dropout: {section.dropout}; allowed: 0 up to, not including, 1")
-    if "seq_len" in section and section.seq_len < 2:
-        raise InputError(f"config.{stage}.seq_len: {section.seq_len}; allowed: at least 2")
-    if stage in ("pretrain", "sft"):
-        _at_least(config, 1, f"{stage}.step.chunk_size")
-        _at_least(config, 0, f"{stage}.step.z_loss")
-    if stage in ("reward", "classify"):
-        _check_lengths(config, stage)
-    if stage == "reward":
-        _check_reward(config)
-    if stage == "classify" and not 0.0 <= section.step.get("label_smoothing", 0.0) < 1.0:
-        found = section.step.label_smoothing
-        raise InputError(f"config.classify.step.label_smoothing: {found}; allowed: 0 up to, not including, 1")
-
-
-def check_room(config: Config, stage: str, context: int, whose: str) -> None:
-    """Raises InputError where the stage's longest sequences do not fit a model's context."""
-    section = config[stage]
-    key, longest = {
-        "reward": lambda: ("buckets", max(section.buckets)),
-        "classify": lambda: ("buckets", max(section.buckets)),
-        "ppo": lambda: ("prompt_buckets", max(section.prompt_buckets) + section.rollout_step.max_new_tokens),
-    }.get(stage, lambda: ("seq_len", section.seq_len))()
-    if longest > context:
-        more = " with rollout_step.max_new_tokens" if stage == "ppo" else ""
-        raise InputError(f"config.{stage}.{key}: {longest} tokens{more}; allowed: at most {whose} = {context}")
-
-
-def _check_buckets(config: Config, key: str, low: int) -> None:
-    lengths = _leaf(config, key)
-    if not lengths or not all(type(length) is int and length >= low for length in lengths):
-        raise InputError(f"config.{key}: {lengths}; give lengths in tokens, such as (32, 64), each at least {low}")
-
-
-def _check_lengths(config: Config, stage: str) -> None:
-    section = config[stage]
-    _check_buckets(config, f"{stage}.buckets", 2)
-    if section.seq_len > max(section.buckets):
-        raise InputError(
-            f"config.{stage}.seq_len: {section.seq_len}; allowed: at most the largest of {stage}.buckets ="
-            f" {max(section.buckets)}"
-        )
-
-
-def _check_reward(config: Config) -> None:
-    reward = config.reward
-    _at_least(config, 0, "reward.max_candidates", "reward.min_gap", "reward.step.min_gap", "reward.step.margin_scale")
-    losses = (
-        "regression",
-        "every_token",
-        "bradley_terry",
-        "hinge",
-        "listwise_hinge",
-        "plackett_luce",
-        "softmax",
-        "ordinal",
-    )
-    _at_least(config, 0, *(f"reward.step.{name}" for name in (*losses, "centering")))
-    own = config.steps.reward == base_config().steps.reward
-    if own and not any(reward.step.get(name) for name in losses):
-        raise InputError(f"config.reward.step: every loss has weight 0; set one of {', '.join(losses)} above 0")
-    bounds = reward.step.get("ordinal_bounds", ())
-    numbers = all(type(bound) in (int, float) and math.isfinite(bound) for bound in bounds)
-    if not numbers or any(low >= high for low, high in itertools.pairwise(bounds)):
-        raise InputError(
-            f"config.reward.step.ordinal_bounds: {bounds}; give increasing numbers in rating points, such as (1.5, 2.5)"
-        )
-
-
-def _check_group(row) -> None:
+def check_group(row) -> None:
+    """A row of `optim.groups`. Raises InputError."""
     try:
         pattern, *multipliers = row
         re.compile(pattern)
@@ -765,40 +571,8 @@ def _check_group(row) -> None:
         )
 
 
-def _check_ppo(config: Config) -> None:
-    ppo = config.ppo
-    if ppo.rollout_step.get("top_k", 0) or ppo.rollout_step.get("top_p", 1.0) != 1.0:
-        raise InputError(
-            "config.ppo.rollout_step.top_k/top_p: PPO samples from the whole distribution, or its ratios are wrong;"
-            " set top_k=0 and top_p=1.0"
-        )
-    _at_least(config, 1e-6, "ppo.rollout_step.temperature")
-    _check_buckets(config, "ppo.prompt_buckets", 1)
-    if not all(isinstance(text, str) and text for text in ppo.stop):
-        raise InputError(f"config.ppo.stop: {ppo.stop!r}; give texts of one token each, such as ('.', '!')")
-    _at_least(config, 1, "ppo.prompt_min", "ppo.rollout_step.max_new_tokens")
-    _at_least(config, 1, "ppo.update_step.epochs", "ppo.update_step.chunk_size", "ppo.experience_step.chunk_size")
-    _at_least(config, 0, "ppo.norm_samples", "ppo.kl_coef", "ppo.samples_every", "ppo.experience_step.penalty")
-    _at_least(config, 0, "ppo.experience_step.min_length")
-    _at_least(config, 0, "ppo.update_step.value_clip", "ppo.update_step.value_coef", "ppo.update_step.kl_target")
-    _at_least(config, 1, "ppo.update_step.kl_horizon")
-    longest = ppo.rollout_step.max_new_tokens
-    if ppo.experience_step.get("min_length", 0) > longest:
-        raise InputError(
-            f"config.ppo.experience_step.min_length: {ppo.experience_step.min_length}; allowed: at most"
-            f" ppo.rollout_step.max_new_tokens = {longest}"
-        )
-    for key in ("clip_low", "clip_high"):
-        if not 0.0 < ppo.update_step.get(key, 0.2) < 1.0:
-            raise InputError(f"config.ppo.update_step.{key}: {ppo.update_step[key]}; allowed: between 0 and 1")
-    for key in ("gamma", "lam"):
-        if not 0.0 <= ppo.experience_step.get(key, 1.0) <= 1.0:
-            raise InputError(f"config.ppo.experience_step.{key}: {ppo.experience_step[key]}; allowed: 0 to 1")
-    if ppo.value_init == "reward" and is_function(ppo.reward):
-        raise InputError('config.ppo.value_init: "reward" needs a learned reward; use "policy" or a model folder')
-    most = max(ppo.prompt_buckets) - 1
-    if not ppo.prompt_min <= ppo.prompt_max <= most:
-        raise InputError(
-            f"config.ppo.prompt_max: {ppo.prompt_max}; allowed: from prompt_min {ppo.prompt_min} to the largest of"
-            f" prompt_buckets less BOS = {most}"
-        )
+def check_buckets(config: Config, key: str, low: int) -> None:
+    """Lengths in tokens, each at least `low`. Raises InputError."""
+    lengths = leaf(config, key)
+    if not lengths or not all(type(length) is int and length >= low for length in lengths):
+        raise InputError(f"config.{key}: {lengths}; give lengths in tokens, such as (32, 64), each at least {low}")

@@ -28,7 +28,7 @@ def get_config():
     config.reward.update(seq_len=48, buckets=(24, 48), init_from="sft", dropout=0.1, max_candidates=2, **training)
     config.ppo.update(init_from="sft", samples_every=3, norm_samples=16, **{**training, "steps": 6, "log_every": 1})
     config.ppo.update_step.update(epochs=2, minibatches=2)
-    config.ppo.rollout_step.max_new_tokens = 8
+    config.sampling.max_new_tokens = 8
     config.evaluate.update(prompts=16, batch_size=8, samples=4)
     config.run.update(tensorboard=False, compile_cache=False)
     return config

@@ -3,6 +3,7 @@
 Everything goes through `lfjax.cli.main`, as the command does. LFJAX_SHOW_ERRORS=1 prints every such line.
 """
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -21,9 +22,8 @@ import pytest
 import safetensors.numpy
 import smallest
 
-from lfjax import cli
+from lfjax import cli, stages
 from lfjax.interop import hf
-from lfjax.loops import chain
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
 from lfjax.tokenizers import sentencepiece
@@ -77,6 +77,11 @@ def train(workdir, records, *overrides: str) -> int:
     return cli.main(arguments(workdir, records, *overrides))
 
 
+def with_run(name: str, run) -> tuple:
+    """The table of stages, in which one runs this function."""
+    return tuple(dataclasses.replace(s, run=run) if s.name == name else s for s in stages.TABLE)
+
+
 def same_model(a: pathlib.Path, b: pathlib.Path) -> bool:
     name = "models/pretrain/model.safetensors"
     return (a / name).read_bytes() == (b / name).read_bytes()
@@ -87,6 +92,7 @@ def untouched(workdir: pathlib.Path) -> bool:
     return not workdir.exists() or {entry.name for entry in workdir.iterdir()} <= {
         "config.json",
         "inputs.json",
+        "stages.json",
         "steps",
     }
 
@@ -142,13 +148,16 @@ OVERRIDES = {
     "buckets beyond the context": ("--config.reward.buckets=48,96", "config.reward.buckets", "model.context = 64"),
     "no bucket": ("--config.reward.buckets=()", "config.reward.buckets", "such as (32, 64)"),
     "buckets below the rows": ("--config.reward.buckets=24,32", "config.reward.seq_len", "at most the largest"),
-    "top_p in PPO": ("--config.ppo.rollout_step.top_p=0.9", "config.ppo.rollout_step.top_k/top_p", "top_p=1.0"),
-    "temperature 0 in PPO": ("--config.ppo.rollout_step.temperature=0", "rollout_step.temperature", "at least"),
+    "top_p in PPO": ("--config.sampling.top_p=0.9", "config.sampling.top_p: 0.9", "top_p=1.0"),
+    "min_p of PPO alone": ("--config.ppo.sampling.min_p=0.1", "config.ppo.sampling.min_p: 0.1", "min_p=0.0"),
+    "a key that has moved": ("--config.ppo.stop=('.',)", "config.ppo.stop", "is called config.sampling.stop now"),
+    "a step's that has moved": ("--config.ppo.rollout_step.top_p=0.9", "rollout_step.top_p", "sampling.top_p now"),
+    "temperature 0 in PPO": ("--config.sampling.temperature=0", "config.sampling.temperature", "at least"),
     "a clip of 1": ("--config.ppo.update_step.clip_low=1.0", "config.ppo.update_step.clip_low", "between 0 and 1"),
     "a lambda of 2": ("--config.ppo.experience_step.lam=2.0", "config.ppo.experience_step.lam", "0 to 1"),
     "a KL kind": ("--config.ppo.experience_step.kl_kind=k9", "experience_step.kl_kind", "allowed: k1, k2, k3, abs"),
-    "prompt and response": ("--config.ppo.rollout_step.max_new_tokens=60", "prompt_buckets", "at most model.context"),
-    "prompts longer than their room": ("--config.ppo.prompt_max=8", "config.ppo.prompt_max", "from prompt_min"),
+    "prompt and response": ("--config.sampling.max_new_tokens=60", "sampling.prompt_buckets", "at most model.context"),
+    "prompts longer than their room": ("--config.sampling.prompt_max=8", "sampling.prompt_max", "from prompt_min"),
     "a negative learning rate": ("--config.sft.optim.learning_rate=-1", "config.sft.optim.learning_rate", "above 0"),
     "an infinite learning rate": ("--config.optim.learning_rate=1e999", "config.optim.learning_rate", "finite"),
     "an unknown optimiser": ("--config.ppo.value_optim.name=sgd", "config.ppo.value_optim.name", "adamw, adafactor"),
@@ -350,9 +359,9 @@ def test_broken_data_is_named_by_file_line_and_field_before_a_run_directory_is_m
         file.write_bytes(content)
     else:
         smallest.write_records(file, content)
-    line = command(
-        *arguments(tmp_path / "w", file, *(("--config.reward.step.ordinal=1",) if "classes" in kind else ()))
-    )
+    ordinal = ("--config.stages=tokenizer,pretrain,reward", "--config.reward.init_from=pretrain")
+    ordinal += ("--config.reward.step.ordinal=1",)
+    line = command(*arguments(tmp_path / "w", file, *(ordinal if "classes" in kind else ())))
     assert found in line and fix in line
     assert str(file) in line or "config." in line or "data.validation_path" in line
     assert not (tmp_path / "w").exists()
@@ -438,7 +447,7 @@ def test_too_little_memory_is_one_line(error, found, command, tmp_path, records,
     def stage(run):
         raise error
 
-    monkeypatch.setitem(chain.STAGE_FUNCTIONS, "tokenizer", stage)
+    monkeypatch.setattr(stages, "TABLE", with_run("tokenizer", stage))
     line = command(*arguments(tmp_path / "w", records))
     assert "lfjax train: out of memory: " in line and found in line and "a smaller batch_size" in line
 
@@ -751,9 +760,9 @@ def test_prompts_that_an_evaluation_cannot_use_are_named_before_training(command
     records = smallest.write_records(tmp_path / "long.jsonl", rows)
     for name, given in (("a", ()), ("b", (f"--config.tokenizer.path={trained}/models/tokenizer",))):
         stages = f"--config.stages={'' if given else 'tokenizer,'}pretrain,sft,evaluate"
-        options = (stages, "--config.ppo.prompt_buckets=(16,)", *given)
+        options = (stages, "--config.sampling.prompt_buckets=(16,)", *given)
         line = command(*arguments(tmp_path / name, records, *options), progress=not given)
-        assert "field 'prompt'" in line and "raise config.ppo.prompt_buckets" in line
+        assert "field 'prompt'" in line and "raise config.sampling.prompt_buckets" in line
         assert not (tmp_path / name / "checkpoints").exists()
     assert not (tmp_path / "b").exists()
 
@@ -818,8 +827,10 @@ def test_classes_that_cannot_be_learnt_are_named_before_any_other_stage_runs(kin
 
 def test_a_run_that_has_only_its_vocabulary_takes_the_mended_config(command, tmp_path, records):
     options = ["--config.stages=tokenizer,pretrain,sft,reward,ppo", "--config.pretrain.steps=1"]
-    line = command(*arguments(tmp_path / "w", records, *options, "--config.ppo.stop=('two words',)"), progress=True)
-    assert "config.ppo.stop" in line and (tmp_path / "w" / "models" / "tokenizer").is_dir()
+    line = command(
+        *arguments(tmp_path / "w", records, *options, "--config.sampling.stop=('two words',)"), progress=True
+    )
+    assert "config.sampling.stop" in line and (tmp_path / "w" / "models" / "tokenizer").is_dir()
     assert train(tmp_path / "w", records, PRETRAINING) == 0
 
 
@@ -1451,6 +1462,6 @@ def test_a_bug_of_our_own_is_not_dressed_up_as_bad_input(error, tmp_path, record
     def stage(run):
         raise error
 
-    monkeypatch.setitem(chain.STAGE_FUNCTIONS, "tokenizer", stage)
+    monkeypatch.setattr(stages, "TABLE", with_run("tokenizer", stage))
     with pytest.raises(type(error), match="a bug"):
         train(tmp_path / "w", records)

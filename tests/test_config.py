@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import lfjax
-from lfjax import cli
+from lfjax import cli, stages
 from lfjax import config as configs
 from lfjax.config import InputError, apply_override, base_config, difference, flatten, load, to_plain, validate
 
@@ -166,7 +166,7 @@ def test_a_config_file_may_add_and_delete_the_keywords_of_its_own_step(tmp_path)
         "    config.ppo.update_step.dual_clip = 3.0\n    del config.ppo.update_step.value_clip\n    return config\n"
     )
     config = load(file, ["--config.ppo.update_step.dual_clip=2.5"])
-    validate(config)
+    validate(config, stages.declared())
     assert config.ppo.update_step.dual_clip == 2.5 and "value_clip" not in config.ppo.update_step
 
 
@@ -175,7 +175,7 @@ def test_every_config_of_the_project_loads_is_valid_and_says_what_it_is(file):
     docstring = file.read_text().split('"""')[1]
     command = next(line.split() for line in docstring.splitlines() if line.strip().startswith("lfjax train"))
     assert command[2] == f"--config=configs/{file.name}" and command[3].startswith("--workdir=runs/")
-    validate(load(file, command[4:]))
+    validate(load(file, command[4:]), stages.declared())
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])

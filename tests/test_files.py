@@ -185,7 +185,7 @@ EXCEPTIONS = {
     ("cli.py", "open"): "a stream for a stdout that was closed",
     ("cache.py", "TemporaryFile"): "has no name: whether compiled programs can be kept in a folder",
     ("interop/hf.py", "rename"): "a model's folder takes the place of another, whole",
-    ("loops/workdir.py", "flock"): "on the run directory itself",
+    ("run/directory.py", "flock"): "on the run directory itself",
 }
 WRITING = {
     *("open", "fdopen", "write_text", "write_bytes", "touch", "rename", "save_file", "symlink_to", "hardlink_to"),

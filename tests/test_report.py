@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from lfjax import cli, report
+from lfjax import cli, report, stages
 from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
 from lfjax.report import catalogue, charts, checks, findings, picture, rundir
@@ -50,6 +50,7 @@ SUMMARY = {
     "tokenizer/tokens_per_text": 32.7,
     "tokenizer/vocab_size": 2000.0,
 }
+FIGURES = {name: figure for stage in stages.TABLE for name, figure in stage.figures.items()}
 CONFIG = {
     "seed": 0,
     "stages": ["tokenizer", "pretrain", "reward", "ppo", "evaluate"],
@@ -161,8 +162,17 @@ def sample_rows(rng, texts, count):
     ]
 
 
+def built(folder) -> pathlib.Path:
+    """As the command builds it: a directory without stages.json is told of with lfjax's own stages."""
+    return report.build(folder, stages.described)
+
+
+def read(folder) -> rundir.RunDir:
+    return rundir.read(folder, stages.described)
+
+
 def build(folder, **options):
-    return report.build(synthetic_run(folder / "quickstart", **options)).read_text(encoding="utf-8")
+    return built(synthetic_run(folder / "quickstart", **options)).read_text(encoding="utf-8")
 
 
 class Page(html.parser.HTMLParser):
@@ -201,7 +211,7 @@ def whole(tmp_path_factory):
 
 
 def level(run_folder, title):
-    run = rundir.read(run_folder)
+    run = read(run_folder)
     found = findings.comparisons(run)
     words = findings.risen_words(findings.sample_pairs(run.samples))
     (check,) = [c for c in checks.checks(run, found, words) if c.title == title]
@@ -263,8 +273,8 @@ def test_samples_stand_side_by_side_in_file_order(whole):
 
 def test_two_builds_give_the_same_bytes(tmp_path):
     folder = synthetic_run(tmp_path / "run")
-    first = report.build(folder).read_bytes()
-    assert report.build(folder).read_bytes() == first
+    first = built(folder).read_bytes()
+    assert built(folder).read_bytes() == first
 
 
 HOSTILE = '</span><script>alert(1)</script><img src=x onerror="alert(2)">\x00\x1b[31m \ud800 & "\' ${{x}}'
@@ -281,7 +291,7 @@ def test_what_a_model_wrote_cannot_become_markup(tmp_path):
     write_json(folder / "config.json", {**CONFIG, "data": {"path": "<script>alert(3)</script>"}})
     with open(folder / "samples.jsonl", "a") as file:  # a lone surrogate, escaped, as other writers may leave it
         file.write('{"stage": "ppo", "step": 1, "prompt": "\\ud800", "response": "\\ud800"}\n')
-    text = report.build(folder).read_text(encoding="utf-8")
+    text = built(folder).read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.all("script")) == 1
     assert not page.all("img") and not page.all("u")
@@ -343,7 +353,7 @@ def hand_made(folder, stages, summary, *, done=None, updates=0, **config):
 
 def told(folder):
     """(headline, the visible text above the tables of all figures and settings)."""
-    page = report.build(folder).read_text(encoding="utf-8")
+    page = built(folder).read_text(encoding="utf-8")
     return re.findall("<h1>(.*?)</h1>", page)[0], Page(page).text.split("Everything else")[0]
 
 
@@ -382,7 +392,7 @@ def test_what_falls_in_fine_tuning_is_no_sign_of_hacking(tmp_path, title, change
 
 def test_fine_tuning_has_no_limit_on_the_distance_and_may_overshoot_people(tmp_path):
     folder = hand_made(tmp_path / "run", SFT, {**EVALUATED, "judge/positive_after": 0.8})
-    run = rundir.read(folder)
+    run = read(folder)
     found = {check.title: check for check in checks.checks(run, findings.comparisons(run), [])}
     assert set(found) == {"An independent judge", "Variety", "Length", "Endings", "Compared with people"}
     assert found["Compared with people"].text.endswith("80.0 %. It praises more than people do.")
@@ -481,7 +491,7 @@ def test_ppo_without_an_evaluation_shows_its_training_batches(tmp_path, evaluate
     folder = hand_made(tmp_path / "run", (*stages, *evaluate), summary, done=done, updates=updates)
     found, text = told(folder)
     assert found == headline
-    assert findings.comparisons(rundir.read(folder))["ppo/kl"].interim
+    assert findings.comparisons(read(folder))["kl"].interim
     assert ("comparison is still to come" in text) == (updates == 5 and bool(evaluate))
     assert "not of held-out prompts" in text and "No evaluation has measured it." in text
     assert "the same sampling noise" not in text
@@ -491,7 +501,7 @@ def test_a_run_of_other_stages_and_metrics_is_shown(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
         log.metrics("distil", step, {"distil/divergence": 1.0 / step, "flat": 2.0, "gone": float("nan")})
-    text = Page(report.build(tmp_path).read_text(encoding="utf-8")).text
+    text = Page(built(tmp_path).read_text(encoding="utf-8")).text
     assert "Curves: distil" in text and "Divergence" in text and "0.333" in text
 
 
@@ -500,11 +510,11 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path, capsys):
     metrics = folder / "metrics.jsonl"
     with open(metrics, "a") as file:
         file.write('{"stage": "ppo", "st')
-    report.build(folder)
+    built(folder)
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join([lines[0], "oops\n", *lines[1:]]))
     capsys.readouterr()
-    text = Page(report.build(folder).read_text(encoding="utf-8")).text
+    text = Page(built(folder).read_text(encoding="utf-8")).text
     said = f"{metrics}:2: not a row of this log (Expecting value: line 1 column 1 (char 0)); mend or delete the line"
     assert capsys.readouterr().err == f"note: left out of the report: {said}\n"
     assert f"Left out: {said}." in text and "94.1 %" in text
@@ -617,7 +627,7 @@ def test_a_link_planted_where_the_report_is_written_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     for name in ("report.html", "report.html.tmp"):
         (folder / name).symlink_to(tmp_path / "precious")
-    report.build(folder)
+    built(folder)
     assert (tmp_path / "precious").read_text() == "precious" and not (folder / "report.html").is_symlink()
 
 
@@ -636,7 +646,7 @@ def test_a_page_stays_small_and_says_what_it_leaves_out(tmp_path):
     log.samples("ppo", 1, [{"prompt": str(i), "response": long} for i in range(40)])
     log.summary({f"{i} {long[:300]}": float(i) for i in range(4000)})
     write_json(folder / "config.json", {f"{i} {long[:300]}": long for i in range(100)})
-    page = report.build(folder).read_bytes()
+    page = built(folder).read_bytes()
     assert len(page) < 5_000_000
     text = Page(page.decode()).text
     for said in ("more charts are left out", "more pairs are left out", "more rows are left out", "more characters)"):
@@ -652,7 +662,7 @@ def test_the_direction_of_a_text_stays_its_own(tmp_path):
     for step in (1, 2):
         log.metrics(f"{ARABIC}", step, {f"x/{ARABIC}\u202e\x9b": 1.0 * step})
     log.samples("ppo", 1, [{"prompt": ARABIC, "response": "\u2067 x \u200e\u200f\u061c"}])
-    page = report.build(folder).read_text(encoding="utf-8")
+    page = built(folder).read_text(encoding="utf-8")
     assert (
         not re.search("[\u061c\u200e\u200f\u202a-\u202e\u2066\u2067\x7f-\x9f]", page)
         and "\\u202e" in page
@@ -669,7 +679,7 @@ def test_times_that_are_no_numbers_are_left_out(tmp_path):
     folder = synthetic_run(tmp_path / "run")
     with open(folder / "timing.jsonl", "a") as file:
         file.write('{"stage": "ppo", "step": 99, "seconds": "long", "mfu": null, "tokens_per_s": {}}\n')
-    report.build(folder)
+    built(folder)
 
 
 @pytest.mark.parametrize(
@@ -690,7 +700,7 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, files, message):
         for name, text in files.items():
             (folder / name).write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        report.build(folder)
+        built(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -731,7 +741,7 @@ def test_a_falling_figure_without_a_rising_reward_is_no_hack(tmp_path):
     folder = synthetic_run(tmp_path / "run", summary={**SUMMARY, "ppo/score_after": 0.0, "ppo/length_after": 5.0})
     check = level(folder, "Length")
     assert (check.level, check.verdict) == ("alarm", "got worse")
-    assert "The reward did not rise" in Page(report.build(folder).read_text(encoding="utf-8")).text
+    assert "The reward did not rise" in Page(built(folder).read_text(encoding="utf-8")).text
 
 
 def test_a_word_in_most_answers_is_noticed(tmp_path):
@@ -758,7 +768,7 @@ def test_pairs_match_by_prompt_and_order():
 
 
 def test_parameters_are_those_of_the_described_decoder(tmp_path):
-    run = rundir.read(synthetic_run(tmp_path / "run"))
+    run = read(synthetic_run(tmp_path / "run"))
     matrices = 2000 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 352)
     assert findings.parameters(run) == matrices
 
@@ -853,7 +863,7 @@ def test_figures_are_written_to_be_read(value, text):
 
 def test_variants_of_a_metric_share_its_chart():
     names = ["reward/validation_pair_accuracy", "reward/pair_accuracy", "optim/grad_norm", "x/zeta", "reward/loss"]
-    assert catalogue.families(names) == {
+    assert catalogue.families(names, FIGURES) == {
         "reward/loss": [("reward/loss", "training")],
         "reward/pair_accuracy": [
             ("reward/pair_accuracy", "training"),
@@ -865,13 +875,13 @@ def test_variants_of_a_metric_share_its_chart():
 
 
 def test_a_classifiers_figures_are_known_by_title_and_unit():
-    shown = {key: catalogue.entry(f"classify/{key}") for key in ("loss", "accuracy", "f1", "recall_very good")}
+    shown = {key: catalogue.entry(f"classify/{key}", FIGURES) for key in ("loss", "accuracy", "f1", "recall_very good")}
     assert [entry.title for entry in shown.values()] == ["Loss", "Accuracy", "F1", "Recall: very good"]
     assert [entry.better for entry in shown.values()] == ["lower", "higher", "higher", "higher"]
     assert [entry.unit for entry in shown.values()][::3] == ["nats a text", "of this class"]
-    assert shown["accuracy"].form(0.25) == charts.percent(0.25)
+    assert shown["accuracy"].form == "percent"
     names = [f"classify/{name}" for name in ("validation_f1", "accuracy", "validation_accuracy", "loss")]
-    assert list(catalogue.families(names)) == ["classify/loss", "classify/accuracy", "classify/f1"]
+    assert list(catalogue.families(names, FIGURES)) == ["classify/loss", "classify/accuracy", "classify/f1"]
 
 
 # In a browser
@@ -934,6 +944,6 @@ def test_a_picture_of_a_report_can_be_taken(tmp_path):
     if picture.find_browser() is None:
         pytest.skip("no Chromium on this machine: no picture was taken")
     folder = synthetic_run(tmp_path / "run")
-    out = picture.take(report.build(folder), tmp_path / "report.png", width=800, height=600)
+    out = picture.take(built(folder), tmp_path / "report.png", width=800, height=600)
     data = out.read_bytes()
     assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20]) == 800 and int.from_bytes(data[20:24]) == 600

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from lfjax import cli, terminal
-from lfjax.loops import scoring
+from lfjax.run import scoring
 
 HOSTILE = "a\x1b]0;owned\x07\r\x9b2J\u202eb\u2066\x7f\u2028\u200f"
 

@@ -104,29 +104,25 @@ def sft_texts(record: Record) -> list[str]:
     return [e.text for e in record.feedback if isinstance(e, Edit)] if record.feedback else list(record.responses)
 
 
-def read_texts(record: Record, stage: str) -> list[str]:
-    """The responses to the record's prompt that a stage makes tokens of, each once."""
-    if stage == "pretrain":
-        texts = [*filter(None, record.responses)]
-    elif stage == "sft":
-        texts = sft_texts(record)
-    elif stage == "reward":
-        texts = [text for texts, *_ in _judgements(record) for text in texts]
-    elif stage == "classify":
-        texts = [record.responses[entry.response] for entry in record.feedback if isinstance(entry, Label)]
-    else:
-        texts = []
-    return list(dict.fromkeys(texts))
+def answers(record: Record) -> list[str]:
+    """Every response that is not empty."""
+    return [*filter(None, record.responses)]
 
 
-def teaches(record: Record, stage: str) -> bool:
-    """Whether a stage, "pretrain", "sft", "reward" or "classify", can learn something from the record."""
-    if stage == "classify":
-        return any(isinstance(entry, Label) for entry in record.feedback)
-    if stage == "reward":
-        found = ((texts, _given(ranks)) for texts, _, ranks, _ in _judgements(record))
-        return any(not ranks or _compares(texts, ranks) for texts, ranks in found)
-    return bool(sft_texts(record)) if stage == "sft" else any(record.responses)
+def judged_texts(record: Record) -> list[str]:
+    """The responses that judgements compare or score, and people's edits of them."""
+    return [text for texts, *_ in _judgements(record) for text in texts]
+
+
+def is_judged(record: Record) -> bool:
+    """Whether a judgement scores a response, or puts different ones into an order."""
+    found = ((texts, _given(ranks)) for texts, _, ranks, _ in _judgements(record))
+    return any(not ranks or _compares(texts, ranks) for texts, ranks in found)
+
+
+def labelled_texts(record: Record) -> list[str]:
+    """The responses that have labels."""
+    return [record.responses[entry.response] for entry in record.feedback if isinstance(entry, Label)]
 
 
 def _complete(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lfjax.report.charts import number, percent
-from lfjax.report.findings import JUDGE_NOISE, Comparison, Word, figure, score_rose, setting, whole
+from lfjax.report.findings import JUDGE_NOISE, Comparison, Word, figure, score_rose, setting, settings, whole
 from lfjax.report.rundir import RunDir
 
 KL_LIMIT = 15.0  # nats a sequence
@@ -29,23 +29,24 @@ class Check:
 
 
 def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> list[Check]:
-    """All that is watched, alarms first; what PPO should be watched for and could not be measured says so.
+    """All that is watched, alarms first; what a stage that raises a score should be watched for and could not be
+    measured says so.
 
-    Without PPO there is no score to hack: nothing is an alarm, and the distance from the start has no limit.
+    Without such a stage there is no score to hack: nothing is an alarm, and the distance from the start has no limit.
     """
-    rose, ppo = score_rose(run, found), run.state("ppo") != ""
-    bad = HACK if rose else ("alarm", "got worse") if ppo else ("watch", "fell")
+    rose, scored = score_rose(run, found), run.scored != ""
+    bad = HACK if rose else ("alarm", "got worse") if scored else ("watch", "fell")
     compared = (
         ("An independent judge", "judge/positive", _judge),
         ("Variety", "diversity/distinct2", _variety),
-        ("Length", "ppo/length", _length),
-        ("Endings", "ppo/eos_share", _endings),
-        *((("Distance from the start", "ppo/kl", _distance),) if ppo else ()),
+        ("Length", "length", _length),
+        ("Endings", "eos_share", _endings),
+        *((("Distance from the start", "kl", _distance),) if scored else ()),
     )
     out = [
         Check(title, *(measure(found[key], bad, run) if key in found else UNKNOWN))
         for title, key, measure in compared
-        if key in found or ppo
+        if key in found or scored
     ]
     out += [_words(words, rose), _overshoot(run, found, rose), _reward_model(run), _sampler(run), _skipped(run)]
     order = {"alarm": 0, "watch": 1, "ok": 2, "unknown": 3}
@@ -81,7 +82,7 @@ def _variety(variety: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[st
 
 def _length(length: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
     lost = 1.0 - length.after / length.before if length.before > 0 else 0.0
-    least = run.state("ppo") and setting(run.config, "ppo.experience_step.min_length")
+    least = next(filter(None, settings(setting(run.config, run.scored), "min_length")), 0)
     rule = f" The config scores answers under {least} tokens down." if least else ""
     said = f"{number(length.after)} tokens, before {number(length.before)}.{rule}"
     if length.after < min(LENGTH_LIMIT, length.before):
@@ -103,7 +104,7 @@ def _distance(kl: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, s
     said = f"{number(kl.after)} nats a sequence (limit {number(KL_LIMIT)})."
     if kl.after > KL_LIMIT:
         why = "So far from its start, a policy is guided by the reward's mistakes as much as by its sense."
-        return *bad, f"{said} {why} Raise ppo.kl_coef or train for fewer updates."
+        return *bad, f"{said} {why} Raise {run.scored}.kl_coef or train for fewer {run.about(run.scored).unit}."
     return "ok", "within bounds", f"{said} This is the price paid for the score." if bad == HACK else said
 
 
@@ -131,15 +132,15 @@ def _overshoot(run: RunDir, found: dict[str, Comparison], rose: bool) -> Check |
 
 
 def _reward_model(run: RunDir) -> Check | None:
-    title, own = "The reward model", figure(run, "reward/pair_accuracy")
+    title, own = "The reward model", figure(run, run.named("pair_accuracy"))
     if own is None:
         return None
     names = {"lexicon": "a word lexicon", "ridge": "ridge regression on words"}
-    rivals = {name: figure(run, f"reward/pair_accuracy_{key}") for key, name in names.items()}
+    rivals = {name: figure(run, run.named(f"pair_accuracy_{key}")) for key, name in names.items()}
     known = {name: value for name, value in rivals.items() if value is not None}
     beside = "".join(f"; {name}: {percent(value)}" for name, value in known.items())
     said = f"It puts {percent(own)} of held-out pairs in people's order{beside}."
-    pairs = figure(run, "reward/pairs") or figure(run, "reward/ranked_pairs")
+    pairs = figure(run, run.named("pairs")) or figure(run, run.named("ranked_pairs"))
     if pairs and pairs > 0 and own < (lucky := 0.5 + pairs**-0.5):  # two standard errors of a coin
         why = f"Of {pairs:,.0f} pairs a coin puts up to {percent(lucky)} right: what follows it may follow noise."
         return Check(title, "watch", "no better than chance", f"{said} {why}")
@@ -152,7 +153,7 @@ def _reward_model(run: RunDir) -> Check | None:
 
 
 def _sampler(run: RunDir) -> Check | None:
-    points = run.points("ppo/rollout_train_gap")
+    points = run.points(run.named("rollout_train_gap"))
     if not points:
         return None
     worst = max(value for _, value in points)

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lfjax.config import is_function
 from lfjax.report.charts import number, percent
 from lfjax.report.rundir import RunDir, is_figure
 
@@ -57,44 +56,60 @@ class Word:
 
 def comparisons(run: RunDir) -> dict[str, Comparison]:
     """Every before/after figure that the run has, by key, in reading order."""
-    human = figure(run, "judge/positive_human")
+    human, scored = figure(run, "judge/positive_human"), run.about(run.scored).title
     table = (
-        ("ppo/score", f"The {reward_name(run)}'s score", "as it says it; PPO was trained on this", number, None),
+        ("score", f"The {reward_name(run)}'s score", f"as it says it; {scored} was trained on this", number, None),
         ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),
         ("judge/positive_response", "Answer alone positive", "share; the same judge on the answer only", percent, None),
         ("diversity/distinct2", "Variety, matched distinct-2", "new word pairs in equal amounts of text", number, None),
         ("diversity/unique", "Different answers", "share of answers that are not copies", percent, None),
-        ("ppo/length", "Length", "tokens an answer", number, None),
-        ("ppo/eos_share", "Answers that end", "share that ends before the limit", percent, None),
+        ("length", "Length", "tokens an answer", number, None),
+        *_further_judges(run),
+        ("eos_share", "Answers that end", "share that ends before the limit", percent, None),
     )  # fmt: skip
     found = {}
     for key, title, unit, form, mark in table:
-        before, after = (figure(run, f"{key}_{which}") for which in ("before", "after"))
+        names = (f"{key}_{which}" for which in ("before", "after"))
+        before, after = (figure(run, name if "/" in name else run.named(name)) for name in names)
         interim = before is None or after is None
         if interim:
-            points = run.points(key)
+            points = run.points(run.named(key))
             if len(points) < 2:
                 continue
             before, after = points[0][1], points[-1][1]
-            unit = "normalised" if key == "ppo/score" else unit
+            unit = "normalised" if key == "score" else unit
         found[key] = Comparison(key, title, unit, before, after, form, mark, interim)  # type: ignore[arg-type]
-    kls, interim = run.points("ppo/kl"), not any(key.endswith("_after") for key in run.summary)
-    kl = kls[-1][1] if interim and kls else figure(run, "ppo/kl")
+    kls, interim = run.points(run.named("kl")), not any(key.endswith("_after") for key in run.summary)
+    kl = kls[-1][1] if interim and kls else figure(run, run.named("kl"))
     if kl is not None:
-        found["ppo/kl"] = Comparison(
-            "ppo/kl", "Distance from the start (KL)", "nats a sequence", 0.0, kl, interim=interim
-        )
+        found["kl"] = Comparison("kl", "Distance from the start (KL)", "nats a sequence", 0.0, kl, interim=interim)
     return found
 
 
+def _further_judges(run: RunDir):
+    """Rows of `comparisons` for the judges beside the lexicon; one that training learnt to please says so."""
+    for key in (name.removesuffix("_before") for name in run.summary if name.startswith("judge/")):
+        if f"{key}_before" in run.summary and key not in ("judge/positive", "judge/positive_response"):
+            learnt = "; training has learnt to please it" if figure(run, f"{key}_trained_on") else ""
+            yield key, f"Judge {key.removeprefix('judge/')}", f"mean score{learnt}", number, None
+
+
 def tuned_by(run: RunDir) -> str:
-    """What lies between before and after, as the evaluate stage chooses it."""
-    return "PPO" if run.state("ppo") else "fine-tuning" if run.state("sft") else "training"
+    """What lies between before and after: the last stage that makes a language model of another, and those before it.
+
+    Without figures of a model between, the last one was compared with its own start.
+    """
+    made = ((stage.name, run.about(stage.name)) for stage in run.stages)
+    tuned = [(name, about.title) for name, about in made if about.makes == "language model" and not about.builds]
+    between = [
+        title for name, title in tuned[:-1] if f"length_{name}" in {key.rpartition("/")[2] for key in run.summary}
+    ]
+    return " and ".join([*between, *(title for _, title in tuned[-1:])]) or "training"
 
 
 def reward_name(run: RunDir) -> str:
     """What gave the scores."""
-    return "reward function" if is_function(str(setting(run.config, "ppo.reward"))) else "reward model"
+    return run.about(run.scored).scored_by or "reward model"
 
 
 def figure(run: RunDir, key: str) -> float | None:
@@ -108,8 +123,8 @@ def score_rose(run: RunDir, found: dict[str, Comparison]) -> bool:
 
     In a run whose evaluation is to come, a twentieth of a standard score.
     """
-    score = found.get("ppo/score")
-    errors = [figure(run, f"ppo/score_error_{which}") for which in ("before", "after")]
+    score = found.get("score")
+    errors = [figure(run, run.named(f"score_error_{which}")) for which in ("before", "after")]
     noise = 0.05 if None in errors else 2.0 * math.hypot(*errors)  # type: ignore[arg-type]
     return score is not None and score.after - score.before > noise
 
@@ -144,7 +159,7 @@ def _word_set(text: Any) -> set[str]:
 
 def verdict(run: RunDir, found: dict[str, Comparison], alarms: int) -> tuple[str, str]:
     """(headline, paragraph): what changed, in plain words."""
-    score, judge, kl = (found.get(key) for key in ("ppo/score", "judge/positive", "ppo/kl"))
+    score, judge, kl = (found.get(key) for key in ("score", "judge/positive", "kl"))
     if score is None and judge is None:
         return _not_compared(run)
     parts, rose = [], score_rose(run, found)
@@ -157,7 +172,7 @@ def verdict(run: RunDir, found: dict[str, Comparison], alarms: int) -> tuple[str
         price = "The price is" if rose else "The model has moved by"
         parts.append(f"{price} a KL of {number(kl.after)} nats a sequence from the model it started as.")
     if score is not None and score.interim:
-        coming = "; the held-out comparison is still to come" if run.state("evaluate") not in ("", "done") else ""
+        coming = "; the held-out comparison is still to come" if run.state(run.compared) not in ("", "done") else ""
         parts.append(f"These are figures of the training batches{coming}.")
     if alarms:
         kind = "warning of possible reward hacking" if rose else "warning"
@@ -180,8 +195,8 @@ def _headline(run: RunDir, score: Comparison | None, judge: Comparison | None, r
 def _not_compared(run: RunDir) -> tuple[str, str]:
     done = [stage.name for stage in run.stages if stage.state == "done"]
     so_far = f"Done so far: {', '.join(done)}." if done else "No stage is done yet."
-    if {run.state("ppo"), run.state("evaluate")} & {"started", "missing"}:
-        headline = f"Nothing has been {'steered' if run.state('ppo') == 'missing' else 'compared'} yet"
+    if {run.state(run.scored), run.state(run.compared)} & {"started", "missing"}:
+        headline = f"Nothing has been {'steered' if run.state(run.scored) == 'missing' else 'compared'} yet"
         return headline, f"The figures before and after {tuned_by(run)} are not there yet. {so_far}"
     headline = "Training is done" if run.complete else "Training is not done yet"
     return headline, f"No stage of this run compares a model before and after. {so_far}"
@@ -198,30 +213,27 @@ def what_it_is(run: RunDir) -> str:
     if count is not None and count <= 3e8:
         model = f"a very small language model (about {number(round(count / 1e6, 1) or count / 1e6)} million parameters)"
         broken = " Its sentences are often ungrammatical."
-    if run.state("ppo"):
+    if run.scored:
         pleased = setting(run.config, "data.source") == "vader" and reward == "reward model"
         return (
-            f"What this is: the steering of {model}.{broken} PPO teaches it nothing about the world; it moves the odds "
-            f"towards what the {reward} scores high{', which here is a pleased tone' if pleased else ''}. Whether that "
+            f"What this is: the steering of {model}.{broken} {run.about(run.scored).title} teaches it nothing about"
+            f" the world; it moves the odds towards what the {reward} scores high"
+            f"{', which here is a pleased tone' if pleased else ''}. Whether that "
             "is good writing is another question, which these figures do not answer."
         )
-    kinds = {
-        "pretrain": f"training of {model}",
-        "sft": "fine-tuning on given answers",
-        "reward": "a reward model's training",
-        "classify": "a classifier's training",
-    }
-    named = ", ".join(text for stage, text in kinds.items() if run.state(stage))
+    kinds = [run.about(stage.name).told.replace("{model}", model) for stage in run.stages]
+    named = ", ".join(filter(None, kinds))
     return f"What this is: {named or 'a run of ' + ', '.join(stage.name for stage in run.stages)}.{broken}"
 
 
 def parameters(run: RunDir) -> float | None:
-    """Approximate number of parameters of the decoder that `pretrain` makes, None where it is another."""
+    """Approximate number of parameters of the decoder that the config describes, None where it is another."""
     model = run.config.get("model")
     model = model if isinstance(model, dict) else {}
-    vocab = _size(run.summary.get("tokenizer/vocab_size")) or _size(setting(run.config, "tokenizer.vocab_size"))
+    vocab = _size(run.summary.get(run.named("vocab_size"))) or _size(setting(run.config, "tokenizer.vocab_size"))
     width, layers, heads, mlp = (_size(model.get(name)) for name in ("width", "layers", "heads", "mlp_width"))
-    if not run.state("pretrain") or model.get("init_from") or min(vocab, width, layers, heads, mlp) <= 0:
+    built = any(run.about(stage.name).builds for stage in run.stages)
+    if not built or model.get("init_from") or min(vocab, width, layers, heads, mlp) <= 0:
         return None
     kv_share = (_size(model.get("kv_heads")) or heads) / heads
     matrices = 3 if model.get("form", "llama") == "llama" else 2
@@ -239,3 +251,11 @@ def setting(config: dict[str, Any], path: str) -> Any:
     for key in path.split("."):
         config = config.get(key) if isinstance(config, dict) else None  # type: ignore[assignment]
     return config
+
+
+def settings(config: Any, leaf: str) -> list[Any]:
+    """Every value of this name in a section and those below it."""
+    if not isinstance(config, dict):
+        return []
+    own = [config[leaf]] if leaf in config else []
+    return own + [value for section in config.values() for value in settings(section, leaf)]

@@ -17,6 +17,7 @@ from typing import Any
 from lfjax import files
 from lfjax.report import catalogue, findings, rundir
 from lfjax.report import checks as watching
+from lfjax.report.catalogue import Figure
 from lfjax.report.charts import Line, Mark, bar, clock, dumbbell, line_chart, number, percent, smooth
 from lfjax.report.checks import KL_LIMIT, Check
 from lfjax.report.findings import Comparison, Word
@@ -32,17 +33,19 @@ SMOOTHED_FROM = 40  # points from which a moving mean is drawn over the raw curv
 PILL = {"alarm": "⚠ ", "watch": "", "ok": "✓ ", "unknown": ""}
 
 
-def build(workdir: str | os.PathLike) -> pathlib.Path:
+def build(workdir: str | os.PathLike, known: rundir.Known | None = None) -> pathlib.Path:
     """Writes WORKDIR/report.html from the files of the run directory; a run under way gives a partial report.
 
     What cannot be read is left out; the page and a line on stderr say so.
 
+    Args:
+      known: (config) -> what `stages.json` would hold, for a directory that has none.
     Returns:
       The report's path. The file needs nothing else: no script, style, font or picture from elsewhere.
     Raises:
       InputError: not a run directory, nothing in it can be read, or the report cannot be written.
     """
-    run = rundir.read(workdir)
+    run = rundir.read(workdir, known)
     path = pathlib.Path(workdir) / "report.html"
     files.write_bytes(path, page(run).encode("utf-8", "replace"))
     for line in run.left_out:
@@ -157,7 +160,9 @@ def _comparison_table(run: RunDir, found: dict[str, Comparison]) -> str:
     columns = "".join(f'<th class="num">{name}</th>' for name in ("Before", "After", "Change"))
     head = f"<tr><th>Figure</th>{columns}<th></th></tr>"
     human = run.summary.get("judge/positive_human")
-    intro = f"The same held-out prompts, the same sampling noise, the model before {findings.tuned_by(run)} and after."
+    intro = (
+        f"The same held-out prompts, the same sampling noise, the model before {_e(findings.tuned_by(run))} and after."
+    )
     if any(item.interim for item in found.values()):
         intro = "Figures marked “training” are of the first and the last logged batch, not of held-out prompts."
     if isinstance(human, (int, float)):
@@ -169,8 +174,8 @@ def _comparison_table(run: RunDir, found: dict[str, Comparison]) -> str:
 def _comparison_row(item: Comparison) -> str:
     unit = item.unit + (" · training" if item.interim else "")
     low, high = (0.0, 1.0) if item.form is percent else _span(item)
-    before = "0" if item.key == "ppo/kl" else item.form(item.before)
-    change = "" if item.key == "ppo/kl" else item.change
+    before = "0" if item.key == "kl" else item.form(item.before)
+    change = "" if item.key == "kl" else item.change
     return (
         f'<tr><th scope="row">{_e(item.title)}<small>{_e(unit)}</small></th>'
         f'<td class="num before" data-label="before">{before}</td>'
@@ -187,23 +192,23 @@ def _span(item: Comparison) -> tuple[float, float]:
 
 def _foundation(run: RunDir) -> str:
     """The language model and the reward model under it, in one sentence each."""
-    parts, figure = [], functools.partial(findings.figure, run)
-    perplexity, unigram = figure("pretrain/perplexity"), figure("pretrain/unigram_perplexity")
-    if perplexity:
-        bits = figure("pretrain/bits_per_byte")
-        size = f", {number(bits)} bits a byte" if bits else ""
-        beside = f"; guessing by word frequency alone reaches {number(unigram)}" if unigram else ""
-        parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
-    tuned = figure("sft/perplexity")
-    if tuned:
-        before = figure("sft/perplexity_before")
-        was = f", {number(before)} before" if before else ""
-        parts.append(f"<b>Fine-tuned:</b> perplexity {number(tuned)} on held-out answers{was}.")
-    accuracy = figure("reward/pair_accuracy")
-    if accuracy:
-        gap = figure("reward/pairs") and findings.setting(run.config, "reward.min_gap")
-        apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap and is_figure(gap) else ""
-        parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
+    parts = []
+    for stage in (stage.name for stage in run.stages):
+        figure = functools.partial(findings.figure, run)
+        perplexity, accuracy = figure(f"{stage}/perplexity"), figure(f"{stage}/pair_accuracy")
+        if perplexity and run.about(stage).builds:
+            bits, unigram = figure(f"{stage}/bits_per_byte"), figure(f"{stage}/unigram_perplexity")
+            size = f", {number(bits)} bits a byte" if bits else ""
+            beside = f"; guessing by word frequency alone reaches {number(unigram)}" if unigram else ""
+            parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
+        elif perplexity:
+            before = figure(f"{stage}/perplexity_before")
+            was = f", {number(before)} before" if before else ""
+            parts.append(f"<b>Fine-tuned:</b> perplexity {number(perplexity)} on held-out answers{was}.")
+        if accuracy:
+            gap = figure(f"{stage}/pairs") and findings.setting(run.config, f"{stage}.min_gap")
+            apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap and is_figure(gap) else ""
+            parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
     return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)
 
 
@@ -216,7 +221,7 @@ def _checks(run: RunDir, checks: Sequence[Check]) -> str:
         for c in checks
     )
     watched = f'<ul class="checks card">{items}</ul>'
-    if not run.state("ppo"):
+    if not run.scored:
         return _section("What was watched", watched, "The limits are fixed beforehand.")
     intro = (
         "A policy trained on a score finds whatever the score overlooks. A rising score with a falling independent "
@@ -262,7 +267,7 @@ def _sample(row: dict[str, Any], kind: str, tag: str) -> str:
 
 def _frontier(run: RunDir, words: Sequence[Word]) -> str:
     """Score against KL over the updates, and the words that gained."""
-    scores, kls = dict(run.points("ppo/score")), dict(run.points("ppo/kl"))
+    scores, kls = (dict(run.points(run.named(leaf))) for leaf in ("score", "kl"))
     steps = sorted(scores.keys() & kls.keys())
     card = _word_card(words) if words else ""
     if len(steps) < 2:
@@ -279,8 +284,8 @@ def _frontier(run: RunDir, words: Sequence[Word]) -> str:
     unit = "normalised score; one point a logged update"
     cards = _figure("Score against distance", chart, unit, number(points[-1][1])) + card
     intro = (
-        "Every point of score is paid for in KL, the distance from the model before PPO. Where the curve flattens, "
-        "further updates buy distance without score."
+        "Every point of score is paid for in KL, the distance from the model before"
+        f" {_e(run.about(run.scored).title)}. Where the curve flattens, further updates buy distance without score."
     )
     title = "What the score cost" + (", and the words that gained" if words else "")
     return _section(title, f'<div class="two">{cards}</div>', intro)
@@ -315,18 +320,23 @@ def _stage_charts(run: RunDir, stage: str, most: int) -> str:
     speed = [(int(r["step"]), float(r["tokens_per_s"])) for r in run.timing.get(stage, ()) if r.get("tokens_per_s")]
     if len(speed) > 1:
         metrics["timing/tokens_per_s"] = speed
-    families = catalogue.families(name for name, points in metrics.items() if len(points) > 1)
+    families = catalogue.families((name for name, points in metrics.items() if len(points) > 1), run.figures)
     if not families:
         return ""
     cards = _within(
         (
-            _chart_card(key, [(label, metrics[name]) for name, label in names], _baselines(run, key))
+            _chart_card(
+                key,
+                catalogue.entry(key, run.figures),
+                [(label, metrics[name]) for name, label in names],
+                _baselines(run, key),
+            )
             for key, names in families.items()
         ),
         most,
     )
     steps = max(points[-1][0] for points in metrics.values())
-    intro = f"{number(steps)} {'updates' if stage == 'ppo' else 'steps'}. Touch or point at a curve to read it."
+    intro = f"{number(steps)} {_e(run.about(stage).unit)}. Touch or point at a curve to read it."
     shown = f'<div class="charts">{"".join(cards)}</div>' + _more(len(families) - len(cards), "charts")
     return _section(f"Curves: {_e(stage)}", shown, intro)
 
@@ -337,8 +347,10 @@ def _baselines(run: RunDir, key: str) -> list[Mark]:
     return [Mark(float(value), name) for name, value in found if isinstance(value, (int, float))]
 
 
-def _chart_card(key: str, named: list[tuple[str, list[tuple[int, float]]]], baselines: list[Mark]) -> str:
-    shown = catalogue.entry(key)
+def _chart_card(
+    key: str, shown: Figure, named: list[tuple[str, list[tuple[int, float]]]], baselines: list[Mark]
+) -> str:
+    form = catalogue.FORMS[shown.form]
     styles = ("main", "second", "third")
     lines = []
     for (label, points), style in zip(named, styles, strict=False):
@@ -351,10 +363,10 @@ def _chart_card(key: str, named: list[tuple[str, list[tuple[int, float]]]], base
     if len(named) > 1:
         keys = "".join(f'<span><i class="{s}"></i>{_e(n)}</span>' for (n, _), s in zip(named, styles, strict=False))
         legend = f'<span class="legend">{keys}</span>'
-    marks = [*shown.marks, *baselines]
-    chart = line_chart(lines, label=_shown(shown.title), marks=marks, form=shown.form, log=shown.log)
+    marks = [*(Mark(value, _shown(label)) for value, label in shown.marks), *baselines]
+    chart = line_chart(lines, label=_shown(shown.title), marks=marks, form=form, log=shown.log)
     unit = shown.unit + (f" · {shown.better} is better" if shown.better else "")
-    last = " · ".join(shown.form(points[-1][1]) for _, points in named[:3])
+    last = " · ".join(form(points[-1][1]) for _, points in named[:3])
     return _figure(shown.title, chart, unit or key, last, legend)
 
 
@@ -412,9 +424,9 @@ _PARTS = {"compile": "compiling", "evaluate": "evaluating", "save": "saving"}
 
 
 def _update_parts(run: RunDir) -> str:
-    """Where a PPO update's time goes: means of the updates whose parts were timed one by one."""
+    """Where the time of an update goes: means of the updates whose parts were timed one by one."""
     names = ("rollout", "score", "experience", "update")
-    rows = [row for row in run.timing.get("ppo", ()) if "rollout_s" in row]
+    rows = [row for row in run.timing.get(run.scored, ()) if "rollout_s" in row]
     if not rows:
         return ""
     means = {name: statistics.fmean(row.get(f"{name}_s", 0.0) for row in rows) for name in names}
@@ -423,7 +435,8 @@ def _update_parts(run: RunDir) -> str:
         f"<tr><td>{name}</td><td class='bars'>{bar(seconds / total)}</td><td class='num'>{seconds:.2g} s</td></tr>"
         for name, seconds in means.items()
     )
-    head = f"<thead><tr><th>A PPO update ({len(rows)} timed)</th><th></th><th class='num'>Time</th></tr></thead>"
+    what = f"A {_e(run.about(run.scored).title)} update ({len(rows)} timed)"
+    head = f"<thead><tr><th>{what}</th><th></th><th class='num'>Time</th></tr></thead>"
     return f'<div class="card words scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 

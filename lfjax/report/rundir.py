@@ -6,18 +6,21 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from lfjax import files
 from lfjax.config import InputError
+from lfjax.report.catalogue import FORMS, Figure
 
-STAGE_ORDER = ("tokenizer", "pretrain", "sft", "reward", "classify", "ppo", "evaluate")
+STAGES = "stages.json"  # what a report has to know of the run's stages
 MOST_LOG_BYTES = 32 * 2**20  # of a log; of a longer one its beginning and its end are read
 MOST_ROW_BYTES = 4 * 2**20
 MOST_JSON_BYTES = 4 * 2**20
 MOST_STAGES = 50
 MOST_METRICS = 1000  # of a stage
+MOST_NAME = 200  # characters of what a stage or a figure is called
+Known = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # (config) -> what `stages.json` would hold
 LARGEST = 1e300  # of a figure: sums and differences of such are finite
 LAST_STEP = 2**53
 
@@ -39,6 +42,20 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class About:
+    """What a stage's declaration (`lfjax.run.stage.Stage`, whose fields these are) tells a report."""
+
+    title: str = ""
+    makes: str = ""
+    builds: bool = False
+    unit: str = "steps"
+    compares: bool = False
+    told: str = ""
+    scored_by: str = ""
+    figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunDir:
     """The contents of a run directory. `series` is stage -> metric -> [(step, value)], by step, finite values only.
 
@@ -53,6 +70,36 @@ class RunDir:
     samples: list[dict[str, Any]]
     stages: list[Stage]
     left_out: list[str] = dataclasses.field(default_factory=list)
+    known: dict[str, About] = dataclasses.field(default_factory=dict)
+
+    def about(self, stage: str) -> About:
+        """What is known of a stage."""
+        return self.known.get(stage) or About(title=stage)
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """What the metrics of the run's stages are called."""
+        return {name: figure for about in self.known.values() for name, figure in about.figures.items()}
+
+    @property
+    def scored(self) -> str:
+        """The last stage that raises a score, "" where none does."""
+        return next((s.name for s in reversed(self.stages) if self.about(s.name).scored_by), "")
+
+    @property
+    def compared(self) -> str:
+        """The last stage that compares models before and after, "" where none does."""
+        return next((s.name for s in reversed(self.stages) if self.about(s.name).compares), "")
+
+    def named(self, leaf: str) -> str:
+        """The figure or metric with this last part, of the latest stage that has one; the leaf itself where none has.
+
+        Stages call alike what is alike: "score" may be ppo/score.
+        """
+        metrics = (name for found in self.series.values() for name in found)
+        found = [name for name in (*self.summary, *metrics) if name.rpartition("/")[2] == leaf]
+        places = {stage.name: place for place, stage in enumerate(self.stages)}
+        return max(found, key=lambda name: places.get(name.rpartition("/")[0], -1), default=leaf)
 
     @property
     def complete(self) -> bool:
@@ -69,9 +116,11 @@ class RunDir:
         return max(found, key=lambda points: len(points) > 1, default=[])
 
 
-def read(workdir: str | os.PathLike) -> RunDir:
+def read(workdir: str | os.PathLike, known: Known | None = None) -> RunDir:
     """Reads `workdir`.
 
+    Args:
+      known: (config) -> what `stages.json` would hold, for a directory that was made before there was one.
     Raises:
       InputError: not a run directory, or nothing in it can be read; names the first file and why.
     """
@@ -108,7 +157,8 @@ def read(workdir: str | os.PathLike) -> RunDir:
     if left_out and not any((config, summary, series, timing, samples)):
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise InputError(f"{left_out[0]}{more}; nothing in the run directory can be shown")
-    order = list(dict.fromkeys(config.get("stages", ()))) or [s for s in STAGE_ORDER if s in {**series, **timing}]
+    about = _abouts(folder, config, known, left_out)
+    order = list(dict.fromkeys(config.get("stages", ()))) or [s for s in about if s in {**series, **timing}]
     order += [stage for stage in {**series, **timing} if stage not in order]
     if len(order) > MOST_STAGES:
         left_out.append(f"{folder}: {len(order) - MOST_STAGES} stages beyond {MOST_STAGES}")
@@ -122,9 +172,50 @@ def read(workdir: str | os.PathLike) -> RunDir:
         samples=samples,
         stages=_stages(folder, order, series, timing, left_out),
         left_out=left_out,
+        known=about,
     )
 
 
+def stages_that_make(folder: pathlib.Path, what: str, known: Known) -> list[str]:
+    """The stages of a run directory whose models/<stage>/ is such a thing ("language model"), in the run's order."""
+    left_out: list[str] = []
+    config = _config(folder, left_out)
+    about = _abouts(folder, config, known, left_out)
+    return [name for name in config.get("stages") or about if name in about and about[name].makes == what]
+
+
+def _abouts(folder: pathlib.Path, config: Mapping[str, Any], known: Known | None, left_out: list[str]):
+    """Name -> About: of `stages.json`, else as `known` says of the config."""
+    rows = _json(folder, STAGES, left_out) or (known(config) if known else {})
+    return {name: _about(row) for name, row in itertools.islice(rows.items(), MOST_STAGES) if isinstance(row, Mapping)}
+
+
+def _about(row: Mapping[str, Any]) -> About:
+    """What is of the right kind in a stage's row; texts are cut to MOST_NAME characters."""
+    given = _fields(row, About())
+    figures = row.get("figures")
+    rows = itertools.islice(figures.items(), MOST_METRICS) if isinstance(figures, Mapping) else ()
+    return About(**{**given, "figures": {name: _figure(found) for name, found in rows if isinstance(found, Mapping)}})
+
+
+def _figure(row: Mapping[str, Any]) -> Figure:
+    given = _fields(row, Figure(""))
+    marks = row.get("marks")
+    marks = marks if isinstance(marks, (list, tuple)) else ()
+    pairs = [mark for mark in marks[:MOST_MARKS] if isinstance(mark, (list, tuple)) and len(mark) == 2]
+    kept = tuple((float(x), str(label)[:MOST_NAME]) for x, label in pairs if is_figure(x))
+    form = given.get("form") if given.get("form") in FORMS else "number"
+    return Figure(**{**given, "form": form, "marks": kept})
+
+
+def _fields(row: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Of a row what has the type of the default's text or flag."""
+    fields = {name: value for name, value in vars(default).items() if type(value) in (str, bool)}
+    found = {name: row[name] for name, value in fields.items() if type(row.get(name)) is type(value)}
+    return {name: value[:MOST_NAME] if isinstance(value, str) else value for name, value in found.items()}
+
+
+MOST_MARKS = 5  # of a figure
 _TIMED = {"step", "seconds", "tokens_per_s", "mfu", "rollout_s", "score_s", "experience_s", "update_s"}
 
 

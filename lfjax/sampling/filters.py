@@ -38,6 +38,20 @@ def top_p(logits: Array, p: float) -> Array:
     return _keep_largest(logits, jax.nn.softmax(logits.astype(jnp.float32), axis=-1), p)
 
 
+def min_p(logits: Array, p: float) -> Array:
+    """Keeps the tokens whose probability is at least p times that of the most probable one; p = 0 keeps all.
+
+    Source: Nguyen et al. 2024, arXiv:2407.01082.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"min_p is {p}; it must be in [0, 1], 0 being off")
+    if p == 0.0:
+        return logits
+    logits = logits.astype(jnp.float32)
+    least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.float32(p))
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
 def _keep_largest(logits: Array, amounts: Array, target) -> Array:
     """Keeps the largest logits until their `amounts` [B V] >= 0 add up to `target`, with every tie of the last one.
 

@@ -24,6 +24,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    min_new_tokens: int = 0,
     eos_ids: tuple[int, ...] = (),
     row_ids: Array | None = None,
     pad_id: int = 0,
@@ -38,7 +40,8 @@ def generate(
       prompts, prompt_mask: [B P], left-padded; padding may hold any id.
       rng: key of the whole call; temperature 0 does not use it.
       max_new_tokens: R, at least 1.
-      temperature, top_k, top_p: see `sample_tokens`.
+      temperature, top_k, top_p, min_p: see `sample_tokens`.
+      min_new_tokens: what `eos_ids` names is not sampled before so many tokens; log-probabilities stay as they are.
       eos_ids: tokens that end a row; each is kept as the row's last token.
       row_ids: [B] int32 global row ids; None: 0..B-1.
       pad_id: what stands after a row's end.
@@ -54,7 +57,9 @@ def generate(
     decoder = model.decoder(params)
 
     def extend(state: _State, hidden: Array, cache) -> _State:
-        filtering = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        filtering = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        if min_new_tokens and eos_ids:
+            filtering |= {"banned": eos_ids, "where": state.index < min_new_tokens}
         tokens, logprobs = sample_tokens(decoder.logits(hidden), uniforms[state.index], **filtering)
         return _append(state, tokens, logprobs, cache, eos_ids, pad_id)
 
@@ -69,14 +74,23 @@ def generate(
 
 
 def sample_tokens(
-    logits: Array, uniforms: Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits: Array,
+    uniforms: Array,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    banned: tuple[int, ...] = (),
+    where: Array | bool = True,
 ) -> tuple[Array, Array]:
     """Draws one token a row: logits [B V] -> tokens [B] int32, logprobs [B] float32.
 
     Args:
       uniforms: [B 2] in [0, 1); not used at temperature 0.
       temperature: divides the logits; 0 takes the most probable token (the lowest id of a tie).
-      top_k, top_p: 0 and 1.0 are off; see `filters`. Applied after temperature, top-k first.
+      top_k, top_p, min_p: 0, 1.0 and 0.0 are off; see `filters`. Applied after temperature, in this order.
+      banned: tokens that are not drawn `where` ([] bool).
     Returns:
       tokens, and their log_softmax(logits / temperature) before filters; at temperature 0, log_softmax(logits).
     """
@@ -84,10 +98,13 @@ def sample_tokens(
     scaled = logits if greedy else filters.scale_temperature(logits, temperature)
     top = jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(scaled - top)
+    allowed = scaled
+    if banned:
+        allowed = jnp.where(where, scaled.at[:, jnp.asarray(banned)].set(-jnp.inf), scaled)
     if greedy:
-        tokens = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     else:
-        kept = filters.top_p(filters.top_k(scaled, top_k), top_p)
+        kept = filters.min_p(filters.top_p(filters.top_k(allowed, top_k), top_p), min_p)
         tokens = inverse_cdf(weights if kept is scaled else jnp.where(kept > -jnp.inf, weights, 0.0), uniforms)
     picked = jnp.take_along_axis(scaled, tokens[:, None], axis=-1) - top
     return tokens, picked[:, 0] - jnp.log(jnp.sum(weights, axis=-1))

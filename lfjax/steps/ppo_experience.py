@@ -50,17 +50,10 @@ def ppo_experience(
     Source: Ziegler et al. 2019, arXiv:1909.08593; Schulman et al. 2016, arXiv:1506.02438.
     """
     mask = generation.mask
-    fields = (generation.prompts, generation.prompt_mask, generation.tokens, mask)
-
-    def forward(rows):
-        stats = {"temperature": temperature, "chunk_size": chunk_size}
-        old = response_stats(models.policy, policy_params, *rows, **stats).logprobs
-        ref = response_stats(models.reference or models.policy, ref_params, *rows, **stats).logprobs
-        return old, ref, response_values(models.value, value_params, *rows)
-
-    parts = jax.lax.map(forward, split_rows(fields, minibatches))  # each [minibatches, B/minibatches, R]
-    old, ref, values = (jnp.where(mask, jnp.moveaxis(x, 0, 1).reshape(mask.shape), 0.0) for x in parts)
-
+    rows = (generation.prompts, generation.prompt_mask, generation.tokens, mask)
+    params = (policy_params, value_params, ref_params)
+    stats = {"temperature": temperature, "chunk_size": chunk_size}
+    old, ref, values = forward_passes(*params, rows, models=models, minibatches=minibatches, stats=stats)
     norm = reward_norm or RewardNorm.identity()
     ended = has_ended(generation, eos_ids)  # [B]
     short = (jnp.sum(mask, axis=1) < min_length) | (~ended & require_eos)
@@ -73,22 +66,24 @@ def ppo_experience(
     shaped = masked_whiten(rewards, mask, shift_mean=False) if whiten_rewards else rewards
     advantages, returns = gae(shaped, values, mask, gamma=gamma, lam=lam)
     advantages = masked_whiten(advantages, mask) if whiten_advantages else advantages
+    advantages, returns = (jnp.where(mask, x, 0.0) for x in (advantages, returns))
     return Rollout(
-        prompts=generation.prompts,
-        prompt_mask=generation.prompt_mask,
-        responses=generation.tokens,
-        mask=mask,
-        sampled_logprobs=generation.logprobs,
-        old_logprobs=old,
-        ref_logprobs=ref,
-        values=values,
-        rewards=rewards,
-        advantages=jnp.where(mask, advantages, 0.0),
-        returns=jnp.where(mask, returns, 0.0),
-        scores=final,
-        raw_scores=scores.astype(jnp.float32),
-        ended=ended,
-    )
+        *rows, sampled_logprobs=generation.logprobs, old_logprobs=old, ref_logprobs=ref, values=values, rewards=rewards,
+        advantages=advantages, returns=returns, scores=final, raw_scores=scores.astype(jnp.float32), ended=ended,
+    )  # fmt: skip
+
+
+def forward_passes(policy_params, value_params, ref_params, rows, *, models: PPOModels, minibatches: int, stats):
+    """(old log-probabilities, the reference's, values), each [B R], in the update's minibatch shape; 0 in padding."""
+
+    def forward(rows):
+        old = response_stats(models.policy, policy_params, *rows, **stats).logprobs
+        ref = response_stats(models.reference or models.policy, ref_params, *rows, **stats).logprobs
+        return old, ref, response_values(models.value, value_params, *rows)
+
+    parts = jax.lax.map(forward, split_rows(rows, minibatches))  # each [minibatches, B/minibatches, R]
+    mask = rows[-1]
+    return tuple(jnp.where(mask, jnp.moveaxis(x, 0, 1).reshape(mask.shape), 0.0) for x in parts)
 
 
 def has_ended(generation: Generation, eos_ids: tuple[int, ...]):

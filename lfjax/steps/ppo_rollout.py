@@ -18,6 +18,7 @@ def ppo_rollout(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_new_tokens: int = 0,
 ) -> Generation:
     """Samples one response [B R] to each prompt [B P] from the whole distribution at `temperature`.
 
@@ -36,6 +37,7 @@ def ppo_rollout(
         rng,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        min_new_tokens=min_new_tokens,
         eos_ids=eos_ids,
         row_ids=prompts.row_ids,
         pad_id=pad_id,

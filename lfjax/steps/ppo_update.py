@@ -43,12 +43,9 @@ def ppo_update(
       txs: optimisers of policy and value; their schedules see `state.step`, which counts updates, not minibatches.
       value_coef: multiplies the value loss. entropy_coef: entropy bonus, nats.
       kl_target: nats a sequence; above 0 the KL coefficient adapts to it, over `kl_horizon` episodes.
-    Returns:
-      (state, metrics).
     Source: Schulman et al. 2017, arXiv:1707.06347; adaptive KL: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
     size = rollout.mask.shape[0]
-
     clip = {"clip_low": clip_low, "clip_high": clip_high}
 
     def policy_loss(params, micro: Rollout):
@@ -59,11 +56,7 @@ def ppo_update(
         return Mean.over(losses - entropy_coef * stats.entropy, micro.mask), metrics
 
     def value_loss(params, micro: Rollout):
-        values = response_values(models.value, params, micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
-        losses = clipped_value_losses(values, micro.values, micro.returns, clip=value_clip)
-        clipped = (jnp.abs(values - micro.values) > value_clip) * 1.0
-        metrics = {"ppo/value_clip_fraction": Mean.over(clipped, micro.mask)}
-        return Mean.over(value_coef * losses, micro.mask), metrics
+        return clipped_value_loss(models.value, params, micro, value_clip, value_coef)
 
     def minibatch_step(carry, rows):
         policy, value = carry
@@ -72,20 +65,40 @@ def ppo_update(
         (v_loss, v_aux), v_grads = weighted_grads(value_loss, value.params, batch, num_microbatches, has_aux=True)
         policy = policy.apply_gradients(grads, txs[0], loss=loss.value, step=state.step)
         value = value.apply_gradients(v_grads, txs[1], loss=v_loss.value, step=state.step)
-        norms = {"optim/grad_norm": optax.tree.norm(grads), "optim/value_grad_norm": optax.tree.norm(v_grads)}
-        metrics = {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux, **v_aux}
-        return (policy, value), metrics | {name: Mean.of(norm) for name, norm in norms.items()}
+        metrics = {"ppo/policy_loss": loss, "ppo/value_loss": v_loss, **aux, **v_aux, **norms(grads, v_grads)}
+        return (policy, value), metrics
 
     orders = jax.vmap(lambda key: jax.random.permutation(key, size))(jax.random.split(rng, epochs))  # [epochs B]
-    order = orders.reshape(epochs * minibatches, size // minibatches)
+    order = orders.reshape(epochs * minibatches, -1)
     (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), order)
-    first_error = Mean(*(x[0] for x in metrics.pop("ppo/ratio_error")))
-    metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-    metrics |= rollout_metrics(rollout) | {"ppo/kl_coef": Mean.of(state.kl_coef), "ppo/first_ratio_error": first_error}
+    metrics = over_minibatches(metrics) | rollout_metrics(rollout) | {"ppo/kl_coef": Mean.of(state.kl_coef)}
     kl_coef = state.kl_coef
     if kl_target > 0.0:
         kl_coef = adaptive_kl(kl_coef, metrics["ppo/kl"].value, size, target=kl_target, horizon=kl_horizon)
     return state.replace(policy=policy, value=value, kl_coef=kl_coef, step=state.step + 1), metrics
+
+
+def clipped_value_loss(model, params, micro: Rollout, value_clip: float, value_coef: float):
+    """(the loss, metrics) of the values of one minibatch."""
+    values = response_values(model, params, micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
+    losses = clipped_value_losses(values, micro.values, micro.returns, clip=value_clip)
+    clipped = (jnp.abs(values - micro.values) > value_clip) * 1.0
+    metrics = {"ppo/value_clip_fraction": Mean.over(clipped, micro.mask)}
+    return Mean.over(value_coef * losses, micro.mask), metrics
+
+
+def norms(grads, value_grads) -> dict[str, Mean]:
+    """Gradient norms before clipping."""
+    return {
+        "optim/grad_norm": Mean.of(optax.tree.norm(grads)),
+        "optim/value_grad_norm": Mean.of(optax.tree.norm(value_grads)),
+    }
+
+
+def over_minibatches(metrics: dict[str, Mean]) -> dict[str, Mean]:
+    """Metrics of all minibatches [epochs * minibatches] added up; of the ratio's error the first, where it is 1."""
+    first_error = Mean(*(x[0] for x in metrics.pop("ppo/ratio_error")))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics) | {"ppo/first_ratio_error": first_error}
 
 
 def ratio_metrics(logprobs, micro: Rollout, *, clip_low: float, clip_high: float) -> dict[str, Mean]:

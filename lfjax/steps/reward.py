@@ -42,38 +42,24 @@ def reward_step(
     Pair losses couple the rows of a batch; `coupled_grads` keeps microbatches equal to one big batch.
 
     Args:
-      regression .. centering: weights of the losses; 0 leaves one out. `every_token` is the squared error of the
-        rating at each token, not the last alone (target replication, Dai and Le 2015, arXiv:1511.01432): it makes the
-        score of a beginning a forecast of the whole's, which is what a value network starts from.
+      regression .. centering: weights of the losses (`reward_terms`); 0 leaves one out.
       ordinal: weight of the proportional-odds loss; above 0, `state.params["head"]["cutpoints"]` [K-1] are learnt with
         the model, which is applied without them (`model_params`). They count sorted, so they never cross.
-      ordinal_bounds: K - 1 increasing values in units of the batch's ratings; a rating's class, 0..K-1, is the number
-        of them below it (it may be a mean of raters, between two points of the scale).
+      ordinal_bounds: K - 1 increasing values in units of the batch's ratings, between its classes.
       across_records: pair answers of different records by their ratings, where these lie `min_gap` points apart.
       margin_scale: a pair's margin is this times its rating gap (or its stated margin).
     Returns:
       (state, metrics): reward/loss, reward/pair_accuracy of the batch's pairs, reward/mse (squared rating points).
     """
-
     weights = {
-        "regression": regression,
-        "every_token": every_token,
-        "bradley_terry": bradley_terry,
-        "hinge": hinge,
-        "listwise_hinge": listwise_hinge,
-        "plackett_luce": plackett_luce,
-        "softmax": softmax,
-        "centering": centering,
+        "regression": regression, "every_token": every_token, "bradley_terry": bradley_terry, "hinge": hinge,
+        "listwise_hinge": listwise_hinge, "plackett_luce": plackett_luce, "softmax": softmax, "centering": centering,
         "ordinal": ordinal,
-    }
+    }  # fmt: skip
     cutpoints = state.params["head"]["cutpoints"] if ordinal else None
 
     def forward(params, rows, key):
-        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in rows)  # [b C T] -> [b*C T]
-        rngs = {"dropout": key} if model.config.dropout else None
-        params = model_params(params) if ordinal else params
-        values = model.apply({"params": params}, tokens, attention_mask=mask, rngs=rngs, method="values")
-        return values.reshape(rows[0].shape)
+        return values_at_tokens(model, model_params(params) if ordinal else params, rows[0], rows[1], key)
 
     def batch_loss(values, cutpoints=cutpoints):
         pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
@@ -83,15 +69,22 @@ def reward_step(
         counted = sum((mean.weight for mean in used.values()), jnp.float32(0.0))
         return loss, ({"reward/loss": Mean.over(loss, counted > 0), **metrics}, values, counted)
 
-    rows = (batch.tokens, batch.mask)
     (loss, (metrics, values, counted)), grads = coupled_grads(
-        forward, batch_loss, state.params, rows, num_microbatches, rng=rng
+        forward, batch_loss, state.params, (batch.tokens, batch.mask), num_microbatches, rng=rng
     )
     if ordinal:  # no row's forward pass holds the cutpoints: their gradient is that of the loss at these values
         by_cutpoints = jax.grad(lambda c: batch_loss(values, c)[0])(cutpoints)
         grads = {**grads, "head": {**grads["head"], "cutpoints": by_cutpoints}}
     metrics["optim/grad_norm"] = Mean.of(optax.tree.norm(grads))
     return state.apply_gradients(grads, tx, loss=loss, weight=counted), metrics
+
+
+def values_at_tokens(model, params, tokens, mask, key):
+    """The head's value at each token [B C T] of the candidates, with dropout where the model has some."""
+    rngs = {"dropout": key} if model.config.dropout else None
+    flat, attend = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))  # [B*C T]
+    values = model.apply({"params": params}, flat, attention_mask=attend, rngs=rngs, method="values")
+    return values.reshape(tokens.shape)
 
 
 def model_params(params):
@@ -111,7 +104,10 @@ def reward_terms(
 ):
     """Every loss of `reward_step` by name, and metrics, from the head's value at each token [B C T].
 
-    The ordinal loss is there where `cutpoints` [K-1] are.
+    `every_token` is the squared error of the rating at each token, not the last alone (target replication, Dai and Le
+    2015, arXiv:1511.01432): it makes the score of a beginning a forecast of the whole's, which is what a value network
+    starts from. The ordinal loss is there where `cutpoints` [K-1] are; a rating's class, 0..K-1, is the number of
+    bounds below it (it may be a mean of raters, between two points of the scale).
     """
     scores = jnp.take_along_axis(values, last_true_index(batch.mask)[..., None], axis=-1)[..., 0]  # [B C]
     chosen, rejected, margin, counts = reward_pairs(

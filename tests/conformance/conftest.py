@@ -4,7 +4,7 @@ import pytest
 from subjects import LIBRARY, STEPS
 
 from lfjax.config import InputError
-from lfjax.loops.run import resolve
+from lfjax.modules import resolve
 
 
 def pytest_addoption(parser):

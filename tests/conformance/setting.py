@@ -17,6 +17,7 @@ from tiny import EOS, PROMPT
 from lfjax import sharding
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
+from lfjax.run.devices import Devices
 from lfjax.state import RewardNorm
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.types import Generation, Rollout
@@ -295,23 +296,19 @@ def update(steps, rollout: Rollout, **options):
     return state.policy.opt_state.grads, state.value.opt_state.grads
 
 
-# The loops' functions
+# What stages share
 
 
-def stub_run(steps, **parts):
-    """What a loop's function reads of a run, on one device."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return types.SimpleNamespace(
-        config=steps["base_config"](), mesh=mesh, network=Transformer, place=lambda tree: tree, **parts
-    )
+def one_device() -> Devices:
+    """Where a stage's parts compute in these tests."""
+    return Devices(sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def loop_policy(steps, model):
-    """What the PPO loop makes of a loaded language model: its rollout program, and parameters."""
-    tokenizer = types.SimpleNamespace(eos_id=EOS, pad_id=tiny.PAD)
+    """What a stage makes of a loaded language model: its rollout program, and parameters."""
     loaded = types.SimpleNamespace(model=model, params=params())
-    own = {"load_model": lambda key, name, language: loaded, "program": lambda key, make: make()}
-    run = stub_run(steps, tokenizer=tokenizer, stop_ids=(EOS,), **own)
-    run.steps = steps
-    run.config.ppo.rollout_step.update(max_new_tokens=tiny.RESPONSE, temperature=TEMPERATURE)
-    return steps["policy"](run, "ppo.init_from", "pretrain")
+    options = {"max_new_tokens": tiny.RESPONSE, "temperature": TEMPERATURE, "eos_ids": (EOS,), "pad_id": tiny.PAD}
+    settings = steps["shared_sections"]().model
+    return steps["policy"](
+        one_device(), loaded, steps["ppo_rollout"], name="rollout", settings=settings, shapes=1, **options
+    )

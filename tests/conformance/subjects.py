@@ -14,13 +14,16 @@ STEPS = {
 
 # What no step decides: tested as it is in the library.
 LIBRARY = {
-    "base_config": "lfjax.config:base_config",
+    "shared_sections": "lfjax.config:shared_sections",
+    "training_section": "lfjax.run.sections:training",
+    "reward_section": "lfjax.stages.reward:reward_section",
+    "ppo_section": "lfjax.stages.ppo:ppo_section",
     "make_optimizer": "lfjax.optim:make_optimizer",
     "schedule": "lfjax.optim:schedule",
-    "reward_model": "lfjax.loops.reward:reward_model",
-    "scorer": "lfjax.loops.reward:scorer",
-    "pair_figures": "lfjax.loops.reward:pair_figures",
-    "policy": "lfjax.loops.ppo:Policy",
-    "value_network": "lfjax.loops.ppo:value_network",
-    "measure_norm": "lfjax.loops.ppo:measure_norm",
+    "reward_model": "lfjax.run.heads:with_head",
+    "scorer": "lfjax.run.heads:scorer",
+    "pair_figures": "lfjax.stages.reward:pair_figures",
+    "policy": "lfjax.run.writing:Policy",
+    "value_network": "lfjax.run.values:value_network",
+    "measure_norm": "lfjax.run.values:measure_norm",
 }

@@ -12,7 +12,7 @@ import test_training
 import test_update
 from subjects import LIBRARY, STEPS
 
-from lfjax.loops.run import resolve
+from lfjax.modules import resolve
 
 TESTS = {
     name.removeprefix("test_"): test

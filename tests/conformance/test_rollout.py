@@ -9,6 +9,7 @@ from reference import ppo as reference
 from setting import CLOSE, EOS, LM, PLACED, STOPS
 
 from lfjax import config as configs
+from lfjax import stages
 
 
 # 1
@@ -135,12 +136,12 @@ def test_rollouts_come_from_the_whole_distribution(steps):
     """Under top-k or top-p the sampler draws from another distribution than the one whose ratio is taken; ratios then
     lack the mass that was cut away. Switched off by default, and refused.
     """
-    defaults = steps["base_config"]()
-    assert (defaults.ppo.rollout_step.top_k, defaults.ppo.rollout_step.top_p) == (0, 1.0)
+    defaults = steps["shared_sections"]().sampling
+    assert (defaults.top_k, defaults.top_p) == (0, 1.0)
     for cut in ({"top_k": 5}, {"top_p": 0.9}):
-        asked = steps["base_config"]()
-        asked.ppo.rollout_step.update(cut)
-        assert _refused(lambda asked=asked: configs.validate(asked)), f"the config takes {cut}"
+        asked = configs.base_config()
+        asked.sampling.update(cut)
+        assert _refused(lambda asked=asked: configs.validate(asked, stages.declared())), f"the config takes {cut}"
         assert _refused(lambda cut=cut: setting.sample(steps, **cut)), f"the rollout takes {cut}"
 
 

@@ -24,13 +24,13 @@ from lfjax.types import ClassBatch, RewardBatch, SftBatch
 # 10
 def test_dropout_is_off_where_texts_are_scored_or_classified(steps):
     """A held-out accuracy with dropout in it is too low, and another each time it is measured."""
-    batch, run = tiny.class_batch(), setting.stub_run(steps, lora_of=lambda stage: None)
+    batch = tiny.class_batch()
     texts = types.SimpleNamespace(tokens=batch.tokens[:, None], mask=batch.mask[:, None])
     examples = [types.SimpleNamespace(candidates=((1,),))] * tiny.ROWS
     batches = types.SimpleNamespace(examples=examples, evaluation=lambda: [(range(tiny.ROWS), texts)])
     params = setting.params(model=CLASSIFIER)
     dropping = tiny.classifier(dropout=0.5)
-    scores = steps["scorer"](run, dropping, stage="classify", each=tiny.CLASSES)(params, batches)
+    scores = steps["scorer"](setting.one_device(), dropping, each=tiny.CLASSES)(params, batches)
     np.testing.assert_allclose(scores, tiny.jit(_class_scores)(params, batch), **CLOSE)
 
 
@@ -59,16 +59,16 @@ def test_the_value_network_starts_at_zero_or_as_the_reward_model(steps):
     """A fresh random head makes advantages of noise, and the policy moves before the values have been learnt: on the
     policy's trunk it starts at 0, else as the reward model, in the units of the normalised score.
     """
-    run, norm = setting.stub_run(steps), RewardNorm(jnp.float32(0.3), jnp.float32(1.7))
+    norm, settings = RewardNorm(jnp.float32(0.3), jnp.float32(1.7)), steps["shared_sections"]().model
     policy = types.SimpleNamespace(model=LM, params=setting.params(), base=None)
     kind = steps["value_network"].__globals__["LearnedReward"]
     reward = kind.__new__(kind)
     reward.config, reward.params = SCORER.config, setting.value_params()
     rows = setting.rows_of(tiny.generation())
 
-    def values(init):
-        run.config.ppo.value_init = init
-        model, params = steps["value_network"](run, policy, reward, norm)
+    def values(start):
+        where = {"start": start, "key": "ppo.value_init"}
+        model, params = steps["value_network"](setting.one_device(), settings, policy, reward, norm, **where)
         tokens, attend = setting.whole(rows)
         apply = tiny.jit(lambda p: model.apply({"params": p}, tokens, attention_mask=attend, method="values"))
         return np.asarray(apply(params))[:, tiny.PROMPT - 1 : -1, 0]
@@ -84,8 +84,9 @@ def test_the_reward_head_starts_at_one_over_root_width(steps):
     width = 4096
     shape = presets.llama(vocab_size=8, width=width, layers=1, heads=2, mlp_width=2)
     found = types.SimpleNamespace(model=Transformer(shape), params={"embed": {}, "unembed": {}})
-    run = setting.stub_run(steps, load_model=lambda key, name: found, key=lambda name: jax.random.key(0))
-    _, params = steps["reward_model"](run)
+    settings = steps["shared_sections"]().model
+    how = {"dropout": 0.0, "zero": steps["reward_section"]().head_init != "normal"}
+    _, params = steps["reward_model"](setting.one_device(), settings, found, "reward", 1, **how)
     head = params["head"]
     assert "unembed" not in params and not np.any(head.get("bias", 0.0))
     assert head["kernel"].shape == (width, 1)
@@ -154,11 +155,9 @@ def test_the_norm_is_measured_on_the_references_samples(steps):
     """Mean and biased deviation of the raw score over as many samples as the config says, written by the frozen start
     of the policy: those of the policy in training would move the goal with it.
     """
-    run = setting.stub_run(steps)
-    run.config.ppo.update(norm_samples=12, batch_size=tiny.ROWS)
     scores = np.random.default_rng(0).normal(3.0, 2.0, (2, tiny.ROWS)).astype(np.float32)
     batches = types.SimpleNamespace(
-        batch_at=lambda index: tiny.prompt_batch(), indices_at=lambda index: range(tiny.ROWS)
+        batch_size=tiny.ROWS, batch_at=lambda index: tiny.prompt_batch(), indices_at=lambda index: range(tiny.ROWS)
     )
     written = []
 
@@ -168,7 +167,8 @@ def test_the_norm_is_measured_on_the_references_samples(steps):
 
     policy = types.SimpleNamespace(params="the start's", rollout=rollout)
     records = list(range(tiny.ROWS))
-    norm = steps["measure_norm"](run, policy, lambda index, _: scores[index], batches, records, jax.random.key(0))
+    given = (policy, lambda index, _: scores[index], batches, records, jax.random.key(0))
+    norm = steps["measure_norm"](setting.one_device(), *given, wanted=12)
     assert written == [("the start's", 0), ("the start's", 1)]
     kept = np.float64(scores.ravel()[:12])
     np.testing.assert_allclose([norm.mean, norm.std], [kept.mean(), kept.std()], rtol=1e-6)
@@ -179,7 +179,7 @@ def test_the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs(steps):
     """People's ratings are few and noisy: after one epoch a reward model learns them by heart. Its error says little;
     what matters is how often it orders two texts as people do, on texts it has not seen.
     """
-    defaults = steps["base_config"]().reward
+    defaults = steps["training_section"]()
     assert defaults.epochs == 1.0 and defaults.steps == 0
     batch = tiny.reward_batch()
     state = tiny.reward_state(SCORER, RECORDER)
@@ -387,7 +387,8 @@ def test_adam_has_the_epsilon_of_ppo(steps):
     """1e-5, outside the root and after bias correction: with 1e-8 parameters whose gradient is almost 0 take full steps
     from the first update on.
     """
-    config = steps["base_config"]()
+    config = steps["shared_sections"]()
+    config.ppo = steps["ppo_section"]()
     for name in ("optim", "value_optim"):
         assert optim_section(config, "ppo", name)["eps"] == 1e-5
     tx = steps["make_optimizer"](0.1, name="adamw", b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.0, clip_norm=0.0)

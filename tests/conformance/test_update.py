@@ -196,7 +196,7 @@ def test_every_epoch_takes_every_row_in_an_order_of_its_own(steps):
     """Rows drawn with replacement leave some out; an order that is repeated in each epoch, or in each update because
     the key that makes it is not the one passed in, is the same few minibatches again and again.
     """
-    defaults = steps["base_config"]().ppo.update_step
+    defaults = steps["ppo_section"]().update_step
     assert (defaults.epochs, defaults.minibatches) == (4, 1)
 
     def orders(key):
@@ -233,7 +233,7 @@ def test_learning_rates_count_updates_and_end_at_zero(steps):
     assert state.step == 6
     rate = steps["schedule"]("linear", learning_rate=0.5, total_steps=10)
     np.testing.assert_allclose([rate(step) for step in range(11)], 0.5 * (1 - np.arange(11) / 10), atol=1e-7)
-    defaults = steps["base_config"]().optim
+    defaults = steps["shared_sections"]().optim
     ends = steps["schedule"](defaults.schedule, learning_rate=0.5, total_steps=10, end_factor=defaults.end_factor)
     assert defaults.schedule in ("linear", "cosine") and abs(float(ends(10))) < 1e-7
 
@@ -267,7 +267,7 @@ def test_what_shows_a_run_going_wrong_is_logged(steps):
     _, metrics = full_update(steps, setting.far_rollout())
     assert not LOGGED.keys() - metrics.keys(), "not logged: " + ", ".join(LOGGED.keys() - metrics.keys())
     assert all(np.isfinite(value) for value in metrics.values())
-    assert steps["base_config"]().ppo.samples_every > 0
+    assert steps["ppo_section"]().samples_every > 0
 
 
 # 30

@@ -6,11 +6,11 @@ import pytest
 from lfjax.config import InputError
 from lfjax.data.examples import (
     RewardExample,
+    is_judged,
     pretraining_documents,
     prompts_from_records,
     reward_examples,
     sft_documents,
-    teaches,
 )
 from lfjax.records import Critique, Edit, Implicit, Label, Preference, Ranking, Rating, Record
 
@@ -172,8 +172,8 @@ def test_equal_sequences_of_several_records_are_one_example_with_their_mean_rati
 
 def test_what_compares_a_text_with_itself_or_ties_all_teaches_no_reward_model():
     record = Record("", ["a", "a", "b"], [Preference(0, 1), Edit(0, "a"), Ranking([[0], [2], [1]]), Ranking([[0, 2]])])
-    assert not teaches(record, "reward")
-    assert teaches(dataclasses.replace(record, feedback=[Ranking([[0], [1], [2]])]), "reward")
+    assert not is_judged(record)
+    assert is_judged(dataclasses.replace(record, feedback=[Ranking([[0], [1], [2]])]))
 
 
 @pytest.mark.parametrize("length", range(3, 12))

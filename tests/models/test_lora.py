@@ -12,6 +12,7 @@ import safetensors.numpy
 import tiny
 
 from lfjax import config as configs
+from lfjax import stages
 from lfjax.config import InputError
 from lfjax.interop import hf, peft
 from lfjax.losses import lm
@@ -335,7 +336,7 @@ def test_what_cannot_be_is_refused(key, value, found):
     config = configs.base_config()
     config.model.lora.update({"rank": 2, **{key: value}})
     with pytest.raises(InputError) as error:
-        configs.validate(config)
+        configs.validate(config, stages.declared())
     assert str(error.value).startswith(found)
 
 
@@ -343,7 +344,7 @@ def test_a_run_in_which_nothing_starts_from_a_model_is_refused():
     config = configs.base_config()
     config.model.lora.rank, config.stages = 2, ("tokenizer", "pretrain")
     with pytest.raises(InputError, match=r"config\.model\.lora\.rank: 2; no stage of this run starts from a model"):
-        configs.validate(config)
+        configs.validate(config, stages.declared())
 
 
 def test_a_target_that_no_matrix_has_names_those_there_are():

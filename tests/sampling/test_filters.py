@@ -79,3 +79,18 @@ def test_temperature_divides():
 def test_a_value_out_of_range_is_refused(call):
     with pytest.raises(ValueError, match="it must be"):
         call()
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
+def test_min_p_keeps_what_is_at_least_that_share_of_the_most_probable(p):
+    out = filters.min_p(LOGITS, p)
+    probabilities = np.asarray(jax.nn.softmax(LOGITS.astype(jnp.float32)), np.float64)
+    np.testing.assert_array_equal(kept(out), probabilities >= p * probabilities.max(1, keepdims=True) * (1 - 1e-6))
+    np.testing.assert_array_equal(jnp.where(kept(out), out, LOGITS), LOGITS)
+
+
+def test_min_p_is_off_at_zero_and_refused_beyond_one():
+    assert filters.min_p(LOGITS, 0.0) is LOGITS
+    for p in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="min_p"):
+            filters.min_p(LOGITS, p)

@@ -262,3 +262,16 @@ def test_filters_bound_what_is_sampled():
     mass = np.cumsum(np.asarray(jax.nn.softmax(logits[0]))[order])
     nucleus = set(order[: int(np.searchsorted(mass, 0.5)) + 1].tolist())
     assert set(np.asarray(sample_tokens(many, uniforms, temperature=1.0, top_p=0.5)[0]).tolist()) == nucleus
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_ends_a_response_before_the_least_number_of_tokens(temperature):
+    """What is drawn instead has the log-probability that the model gives it."""
+    model, params = build(FORMS["llama"])
+    stops = tuple(range(0, SIZE["vocab_size"], 2))
+    out = run(model, params, *prompts_of(8), temperature=temperature, eos_ids=stops, min_new_tokens=3)
+    assert 4 <= np.min(out.mask.sum(1)) < R
+    assert not np.isin(out.tokens[:, :3], stops).any()
+    logprobs = jax.nn.log_softmax(full_logits(model, params, out)[:, 0])
+    picked = jnp.take_along_axis(logprobs, out.tokens[:, :1], axis=1)[:, 0]
+    np.testing.assert_allclose(out.logprobs[:, 0], picked, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,126 @@
+"""Stages that train a language model on documents: the loop that pretraining and fine-tuning share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfjax.config import Config, optim_section
+from lfjax.data.batching import PackedRows
+from lfjax.metrics import Window, perplexity
+from lfjax.models import lora, presets
+from lfjax.models.flops import forward_flops
+from lfjax.models.lora import LoRA
+from lfjax.run import training
+from lfjax.run.devices import Devices
+from lfjax.run.parts import compiled_step, compute_settings, create_state, optimizer, passes, total_steps, trained_part
+from lfjax.run.run import Run
+from lfjax.sharding import global_batch, jit_step
+from lfjax.state import LMState
+
+
+def train_language_model(
+    run: Run,
+    stage: str,
+    documents: Mapping[str, Any],
+    *,
+    step: str,
+    tuned: bool = False,
+    further: Callable[[float, float], dict[str, float]] = lambda nll, tokens: {},
+) -> dict[str, float]:
+    """Trains on packed documents of "train" and "validation", saves the model, and gives its figures.
+
+    Args:
+      documents: split -> token lists, or (tokens, which of them are targets).
+      step: the name of the step in `config.steps`; its metrics step/leaf become stage/leaf.
+      tuned: also say how the model did before, and how many documents were cut.
+      further: (held-out nats per target, targets) -> more figures beside them.
+    """
+    section, devices, adapters = run.config[stage], run.devices, run.adapters(stage)
+    rows = {"seq_len": section.seq_len, "batch_size": section.batch_size, "pad_id": run.tokenizer.pad_id}
+    packed, validation = (PackedRows(documents[s], seed=run.config.seed, **rows) for s in ("train", "validation"))
+    total = total_steps(section, packed.steps_per_epoch)
+
+    config, params = start_of(run, stage)
+    model = devices.network(dataclasses.replace(config, dropout=section.dropout))
+    tx, rate = optimizer(optim_section(run.config, stage), total, model)
+    trained, base = trained_part(devices, adapters, params, config, f"{stage}-lora")
+    state, shardings = create_state(devices, LMState, trained, tx)
+    function = functools.partial(run.steps[step], tx=tx, **section.step.to_dict())
+    learn = compiled_step(
+        devices, stage, function, model, base, state, shardings, [packed.batch_at(0)], adapters=adapters
+    )
+    evaluate = held_out(devices, run.steps["evaluate"], model, base, validation, adapters)
+    before = {}
+    if tuned:
+        before[f"{stage}/perplexity_before"] = perplexity(evaluate(trained)[0])
+        before[f"{stage}/cut_share"] = run.cut_share(stage, packed.cut, len(documents["train"]))
+    del params, trained  # the state has its own
+
+    def figures(state) -> dict[str, float]:
+        nll, tokens = evaluate(state.params)
+        return {f"{stage}/validation_loss": nll, f"{stage}/perplexity": perplexity(nll), **further(nll, tokens)}
+
+    def one(state, index):
+        state, metrics = learn(state, packed.batch_at(index))
+        return state, {name.replace(f"{step}/", f"{stage}/"): value for name, value in metrics.items()}
+
+    tokens = section.batch_size * section.seq_len
+    state, out = training.train(
+        run, stage, state, one, total=total, tokens_per_step=tokens,
+        flops_per_step=tokens * passes(adapters) * forward_flops(config, section.seq_len), evaluate=figures,
+        learning_rate=rate,
+    )  # fmt: skip
+    run.save_model(stage, model, state.params, base)
+    return {**out, **before}
+
+
+def start_of(run: Run, stage: str):
+    """(model config, parameters on the mesh) that a language-model stage starts from."""
+    key, name = run.start(stage)
+    if name:
+        loaded = run.load_model(key, name, language=True)
+        return compute_settings(run.config.model, loaded.model.config), loaded.params
+    sizes = {"vocab_size": run.tokenizer.vocab_size, "vocab_multiple": run.vocab_multiple}
+    return new_model(run.devices, run.config.model, **sizes)
+
+
+def new_model(devices: Devices, section: Config, **sizes: int):
+    """(model config, fresh parameters on the mesh) of `config.model`."""
+    config = presets.described(section, **sizes)
+
+    def init(key):
+        return devices.network(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    shapes = jax.eval_shape(init, devices.key("init"))
+    return config, jax.jit(init, out_shardings=devices.shardings(shapes))(devices.key("init"))
+
+
+def held_out(devices: Devices, function: Callable, model, base, rows: PackedRows, adapters: LoRA | None):
+    """params -> (mean nats per target token, number of target tokens) over every row once.
+
+    Args:
+      function: (params, batch, *, model) -> metrics with `evaluate/nll`.
+    """
+
+    def measure(params, batch, base):
+        return function(params, batch, model=lora.bind(model, base, adapters))
+
+    step = devices.program(
+        ("evaluate", dataclasses.replace(model.config, dropout=0.0), adapters),
+        lambda: jit_step(measure, name="evaluate", out_shardings=devices.replicated, shapes=2),  # of two stages
+    )
+
+    def evaluate(params) -> tuple[float, float]:
+        window = Window()
+        for whole in rows.evaluation():
+            window.add(step(params, global_batch(whole, devices.mesh), base))
+        total, weight = window.pending()["evaluate/nll"]
+        return total / weight, weight
+
+    return evaluate

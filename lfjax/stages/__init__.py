@@ -1,0 +1,44 @@
+"""Every stage that a config can name. To add a method, write a file beside this one and a line in the table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lfjax.config import InputError, shared_sections
+from lfjax.modules import resolve
+from lfjax.run.stage import Stage
+from lfjax.stages import classify, evaluate, ppo, pretrain, reward, sft, tokenizer
+
+TABLE = (tokenizer.STAGE, pretrain.STAGE, sft.STAGE, reward.STAGE, classify.STAGE, ppo.STAGE, evaluate.STAGE)
+CHAIN = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")  # what runs where a config does not say
+
+
+def declared(outside: Sequence[str] = ()) -> dict[str, Stage]:
+    """Name -> declaration: lfjax's own, then those "module:STAGE" from outside.
+
+    Raises:
+      InputError: no such declaration, or a name that is taken or cannot be one.
+    """
+    found = {stage.name: stage for stage in TABLE}
+    for dotted in outside:
+        stage = resolve("base_config", dotted, kind=Stage)
+        taken = stage.name in found or (stage.name in {*shared_sections(), "stages", "outside", "steps"})
+        if taken or not re.fullmatch(r"[a-z][a-z0-9_]*", stage.name):
+            why = "is taken" if taken else "is none: small letters, digits and _ are allowed"
+            raise InputError(f"base_config: {dotted}: the name {stage.name!r} {why}; give the stage another one")
+        for name, step in stage.steps.items():
+            own = next((s.steps[name] for s in found.values() if name in s.steps), step)
+            if own.path != step.path:
+                raise InputError(
+                    f"base_config: {dotted}: the step {name!r} is {own.path} in another stage; give yours another name"
+                )
+        found[stage.name] = stage
+    return found
+
+
+def described(config: Mapping[str, Any], stages: Sequence[Stage] = TABLE) -> dict[str, Any]:
+    """What a report has to know of stages, by name: of a run's config as plain values, complete or not."""
+    sections = {stage.name: config.get(stage.name) for stage in stages}
+    return {s.name: s.described(found if isinstance(found := sections[s.name], Mapping) else {}) for s in stages}

@@ -1,0 +1,285 @@
+"""The evaluation stage: the model before and after, on the same held-out prompts with the same noise."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lfjax.config import Config, InputError, at_least, sampling_section, section
+from lfjax.modules import is_named
+from lfjax.records import Record
+from lfjax.rewards import diversity, lexicon
+from lfjax.run import writing
+from lfjax.run.data import Data, texts_of
+from lfjax.run.devices import fetch
+from lfjax.run.rewards import FunctionReward, LearnedReward
+from lfjax.run.run import Run
+from lfjax.run.sections import check_sampling, sampling_overrides
+from lfjax.run.stage import LANGUAGE_MODEL, Stage
+from lfjax.run.writing import Policy, texts
+from lfjax.sharding import Step, global_batch, jit_step
+from lfjax.stages import ppo
+from lfjax.steps.ppo_forward import response_stats
+from lfjax.tokenizers import stop_ids
+from lfjax.types import Generation
+
+LEXICON = "lexicon"  # the judge that training never sees
+
+
+def evaluate_section() -> Config:
+    """The keys of the stage."""
+    return section(
+        prompts=512,  # of the test split; where it has fewer they come again, with other noise
+        batch_size=128,
+        samples=24,  # rows of samples.jsonl a model
+        judges=("lexicon",),  # "lexicon" (VADER), a scorer's stage or folder, "module:function" as ppo.reward
+        sampling=sampling_overrides(),
+    )
+
+
+def check_texts(config: Config, data: Data, tokenizer) -> None:
+    """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
+    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer)
+
+
+def check(config: Config) -> None:
+    """There is something to compare, by judges of different names. Raises InputError."""
+    at_least(config, 0, "evaluate.samples")
+    at_least(config, 1, "evaluate.prompts", "evaluate.batch_size")
+    if len(compared(config)) < 2:
+        raise InputError(
+            'config.stages: "evaluate" compares before and after; it needs a stage before it that makes a language'
+            " model of another"
+        )
+    judges = config.evaluate.judges
+    if not all(isinstance(judge, str) and judge for judge in judges) or len({*map(slug, judges)}) < len(judges):
+        raise InputError(f'config.evaluate.judges: {judges}; give names that differ, such as ("lexicon",)')
+    check_sampling(config, "evaluate", whole=False)
+
+
+def compared(config: Config) -> dict[str, tuple[str, str]]:
+    """(config key, stage or folder) of every language model: "before", each stage's between, "after".
+
+    "before" is what the run's first language model started from, or that model itself where it was made new.
+    """
+    from lfjax.stages import declared
+
+    stages = declared(config.outside)
+    chain = config.stages[: config.stages.index("evaluate")]
+    made = [stages[name] for name in chain if stages[name].makes == LANGUAGE_MODEL]
+    found = [(stage.start(config, stages)[0] or "stages", stage.name) for stage in made]
+    if made and (start := made[0].start(config, stages))[1]:
+        found.insert(0, (start[0], str(start[1])))
+    names = ["before", *(name for _, name in found[1:-1]), "after"]
+    return dict(zip(names, found, strict=False))
+
+
+def own_starts(config: Config, models: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Which of the models each one was made of, where that is another than the run's start."""
+    from lfjax.stages import declared
+
+    stages, places = declared(config.outside), {name: which for which, (_, name) in models.items()}
+    starts = {which: stages[name].start(config, stages)[1] for which, (_, name) in models.items() if name in stages}
+    found = {which: places.get(str(start), "before") for which, start in starts.items() if which != "before"}
+    return {which: start for which, start in found.items() if start != "before"}
+
+
+def sources(config: Config) -> dict[str, str]:
+    """The judges that are models."""
+    named = {f"evaluate.judges[{i}]": judge for i, judge in enumerate(config.evaluate.judges)}
+    return {key: judge for key, judge in named.items() if judge != LEXICON and not is_named(judge)}
+
+
+def functions(config: Config) -> dict[str, str]:
+    """The judges that are Python functions."""
+    return {f"evaluate.judges[{i}]": judge for i, judge in enumerate(config.evaluate.judges) if is_named(judge)}
+
+
+def slug(judge: str) -> str:
+    """A judge's name in figures."""
+    return re.sub(r"[^\w.+-]+", "_", judge.rstrip("/").rpartition("/")[2])
+
+
+def longest(config: Config) -> tuple[str, int]:
+    """The longest prompt with the longest response."""
+    sampling = sampling_section(config, "evaluate")
+    tokens = max(sampling.prompt_buckets) + sampling.max_new_tokens
+    return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
+
+
+def evaluate_stage(run: Run) -> dict[str, float]:
+    """Figures named x_before, x_<stage> and x_after, on `evaluate.prompts` prompts of the test split.
+
+    The lexicon reads prompt + response, as it reads people's own sentences for judge/positive_human;
+    `judge/positive_response_*` are of the response alone. Scores are PPO's reward's own, raw; another judge's mean is
+    judge/<judge>_*. KL is from the run's start, `ppo/kl_own*` from the model that the stage itself started from.
+    """
+    models = compared(run.config)
+    policies = {which: ppo.policy_of(run, key, name, "evaluate") for which, (key, name) in models.items()}
+    starts = own_starts(run.config, models)
+    reward = ppo.reward_of(run) if "ppo" in run.stages[: run.stages.index("evaluate")] else None
+    judges = judges_of(run)
+    figures: dict[str, float] = {}
+    rows = {}
+    run.log.cut(run.stages, "evaluate", -1)
+    for which, policy in policies.items():
+        run.stage("evaluate").check_room(run.config, policy.model.config.context, f"the context of {models[which][1]}")
+        references = {"kl": policies["before"]} | ({"kl_own": policies[starts[which]]} if which in starts else {})
+        rows[which] = _write(run, policy, references, reward, judges)
+        found = _figures(rows[which], lexical=LEXICON in run.config.evaluate.judges, judges=[*judges])
+        figures |= {name.replace("*", which): value for name, value in found.items()}
+    figures.pop("ppo/kl_before")
+    figures = {name.replace("kl_after", "kl").replace("kl_own_after", "kl_own"): v for name, v in figures.items()}
+    figures |= {f"judge/{name}_trained_on": 1.0 for name in trained_on(run.config) if name in judges}
+    if LEXICON in run.config.evaluate.judges:
+        figures["judge/positive_human"] = lexicon.positive_share(texts_of(run.records.test))
+    run.log.metrics("evaluate", 0, figures)
+    for which in ("before", *(which for which in models if which not in ("before", "after")), "after"):
+        shown = rows[which][: run.config.evaluate.samples]
+        run.log.samples("evaluate", 0, [{**row, "set": which} for row in shown])
+    return figures
+
+
+def judges_of(run: Run) -> dict[str, LearnedReward | FunctionReward]:
+    """Name in figures -> what scores, of all judges but the lexicon."""
+    found: dict[str, LearnedReward | FunctionReward] = {}
+    for key, judge in functions(run.config).items():
+        function = run.resolve(key, judge)
+        found[slug(judge)] = FunctionReward(run.devices, run.tokenizer, function, where=f"config.{key}: {judge}")
+    for key, judge in sources(run.config).items():
+        how = {"name": "ppo_score", "settings": run.config.model, "shapes": ppo.prompt_shapes(run.config)}
+        step = run.steps["ppo_score"]
+        where = f"config.{key}: {judge!r}"
+        found[slug(judge)] = LearnedReward(run.devices, run.load_model(key, judge), step, **how, where=where)
+    return found
+
+
+def trained_on(config: Config) -> set[str]:
+    """Names in figures of the judges that training has learnt to please."""
+    return {slug(config.ppo.reward)} if "ppo" in config.stages else set()
+
+
+def held_out_records(records: Sequence[Record], count: int) -> list[Record]:
+    """So many records in the order of a hash, so that every source has its share.
+
+    Where there are fewer, they come again, each time with noise of their own.
+    """
+    order = sorted(records, key=lambda r: hashlib.sha256(repr((r.prompt_text, r.responses)).encode()).digest())
+    return [order[i % len(order)] for i in range(count)]
+
+
+def _logprobs(run: Run, own: Policy, other: Policy) -> Step:
+    """(params, the other's params, generation) -> log-probabilities [B R] under both, 0 beyond the response."""
+    config = run.config
+    options = {
+        "temperature": sampling_section(config, "evaluate").temperature,
+        "chunk_size": config.ppo.update_step.get("chunk_size", 64),
+    }
+
+    def logprobs(params, other_params, g: Generation):
+        fields = (g.prompts, g.prompt_mask, g.tokens, g.mask)
+        pairs = ((own.model, params), (other.model, other_params))
+        found = (response_stats(model, p, *fields, **options).logprobs for model, p in pairs)
+        return tuple(jnp.where(g.mask, x, 0.0) for x in found)
+
+    return run.devices.program(
+        ("evaluate logprobs", own.model.config, other.model.config),
+        lambda: jit_step(logprobs, name="evaluate logprobs", shapes=ppo.prompt_shapes(config)),
+    )
+
+
+def _write(run: Run, policy: Policy, references: Mapping[str, Policy], reward, judges) -> list[dict[str, Any]]:
+    """Samples of one model on the held-out prompts, as rows of samples.jsonl; looks after a stop every batch.
+
+    Args:
+      references: column -> the model from which the KL in it is.
+    """
+    records = held_out_records(run.records.test, run.config.evaluate.prompts)
+    key = run.devices.key("evaluate")
+    rows: list[dict[str, Any]] = [{}] * len(records)
+    sampling = sampling_section(run.config, "evaluate")
+    options = {"batch_size": run.config.evaluate.batch_size, "seed": run.config.seed}
+    stops = stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop")
+    measures = {column: _logprobs(run, policy, other) for column, other in references.items()}
+    for indices, whole in writing.prompt_batches(sampling, records, run.tokenizer, **options).evaluation():
+        prompts = global_batch(whole, run.devices.mesh)
+        # the same key for every batch: row ids are global, so no two rows share their noise
+        generation = policy.rollout(policy.params, prompts, key, np.int32(0))
+        logprobs = {c: measure(policy.params, references[c].params, generation) for c, measure in measures.items()}
+        asked = [records[i] for i in indices]
+        scores = {name: judge(generation, asked) for name, judge in judges.items()}
+        scores |= {"score": reward(generation, asked)} if reward else {}
+        part = _rows(run.tokenizer, stops, *fetch((generation, logprobs, scores)))
+        for index, row in zip(indices, part, strict=True):
+            if index >= 0:
+                rows[index] = row
+        run.leave_if_asked("evaluate")
+    return rows
+
+
+def _rows(tokenizer, stops: tuple[int, ...], generation: Generation, logprobs, scores) -> list[dict[str, Any]]:
+    """A row of samples.jsonl for each response; logprob and kl are sums over the response, in nats.
+
+    Args:
+      logprobs: column of a KL -> log-probabilities [B R] under the model and under the other.
+      scores: column -> [B].
+    """
+    length = np.asarray(generation.mask).sum(axis=1)
+    last = np.take_along_axis(np.asarray(generation.tokens), np.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
+    prompts, responses = texts(tokenizer, generation)
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "score": None,
+            **{column: float(values[i]) for column, values in scores.items()},
+            "logprob": float(logprobs["kl"][0][i].sum()),
+            **{column: float((own[i] - other[i]).sum()) for column, (own, other) in logprobs.items()},
+            "length": int(length[i]),
+            "ended": int(last[i]) in stops,
+            "judge": float(lexicon.compound_scores([prompt + response])[0]),
+        }
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def _figures(rows: list[dict[str, Any]], *, lexical: bool, judges: Sequence[str]) -> dict[str, float]:
+    """Means over the rows, and what can only be said of all of them together."""
+    responses = [row["response"] for row in rows]
+    figures = {
+        "diversity/distinct2_*": diversity.matched_distinct2(responses),
+        "diversity/unique_*": diversity.unique_share(responses),
+    }
+    if lexical:
+        figures["judge/positive_*"] = lexicon.positive_share([row["prompt"] + row["response"] for row in rows])
+        figures["judge/positive_response_*"] = lexicon.positive_share(responses)
+    means = {"ppo/length_*": "length", "ppo/eos_share_*": "ended", "ppo/kl_*": "kl", "ppo/score_*": "score"}
+    means |= {"ppo/kl_own_*": "kl_own"} | {f"judge/{name}_*": name for name in judges}
+    for name, column in means.items():
+        if rows[0].get(column) is not None:
+            figures[name] = float(np.mean([row[column] for row in rows]))
+    if rows[0]["score"] is not None and len(rows) > 1:
+        figures["ppo/score_error_*"] = float(np.std([row["score"] for row in rows], ddof=1) / len(rows) ** 0.5)
+    return {name: value for name, value in figures.items() if np.isfinite(value)}
+
+
+STAGE = Stage(
+    name="evaluate",
+    title="the evaluation",
+    summary="Before and after on the same held-out prompts with the same noise, under a judge that training never saw",
+    source="Hutto and Gilbert 2014, VADER, ICWSM; Li et al. 2016, arXiv:1510.03055 (distinct-n)",
+    section=evaluate_section,
+    check=check,
+    check_texts=check_texts,
+    steps={name: ppo.STAGE.steps[name] for name in ("ppo_rollout", "ppo_score")},
+    sources=sources,
+    functions=functions,
+    longest=longest,
+    compares=True,
+    run=evaluate_stage,
+)

@@ -1,0 +1,56 @@
+"""What is said of a reward model: figures on held-out answers."""
+
+import numpy as np
+import pytest
+
+from lfjax.data.examples import RewardExample
+from lfjax.stages.reward import pair_figures, rating_mean, shifted
+
+
+def example(ratings, ranks=None) -> RewardExample:
+    count = len(ratings)
+    return RewardExample([[1, 2]] * count, list(ratings), list(ranks or [None] * count))
+
+
+def test_pairs_with_equal_scores_are_half_right_by_ratings_and_by_ranks():
+    rated, ranked = example([1.0]), example([None, None, None], ranks=[0, 1, 1])
+    scores = [np.array([0.5]), np.array([2.0]), np.array([0.5, 0.5, 0.1])]
+    figures = pair_figures(scores, [rated, example([3.0]), ranked], 1.0, "reward/")
+    assert figures["reward/pair_accuracy"] == 1.0 and figures["reward/pairs"] == 1
+    assert figures["reward/ranked_pair_accuracy"] == 0.75
+    assert pair_figures([np.zeros(3)], [ranked], 1.0, "")["pair_accuracy"] == 0.5
+
+
+def test_the_squared_error_is_over_all_rated_answers():
+    figures = pair_figures([np.array([1.0, 9.0]), np.array([0.0])], [example([2.0, None]), example([3.0])], 1.0, "")
+    assert figures["mse"] == pytest.approx((1 + 9) / 2)
+
+
+def test_calibration_is_that_of_the_pairs_by_ratings_and_else_of_those_by_ranks():
+    rated, ranked = example([3.0, 1.0]), example([None, None], ranks=[0, 1])
+    sure, unsure = np.array([2.0, 0.0]), np.array([0.0, 2.0])
+    error = 1 - 1 / (1 + np.exp(-2.0))
+    assert pair_figures([sure, unsure], [rated, ranked], 1.0, "")["calibration_error"] == pytest.approx(error)
+    assert pair_figures([unsure], [ranked], 1.0, "")["calibration_error"] == pytest.approx(1 - error)
+    assert pair_figures([sure], [rated], 1.0, "reward/")["reward/rating_slope"] == pytest.approx(1.0)
+    far = pair_figures([unsure, np.zeros(1)], [ranked, example([1.0])], 1.0, "")  # a rating, but no pair of them
+    assert far["pair_accuracy"] == 0.0 and far["calibration_error"] == pytest.approx(1 - error)
+    assert "rating_slope" not in pair_figures([unsure], [ranked], 1.0, "")
+
+
+def test_centred_ratings_have_mean_zero_and_the_gaps_they_had():
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 6, 40).astype(float)
+    train = [example([value, None, 3.0]) for value in values] + [example([None], ranks=[0])]
+    mean = rating_mean(train)
+    assert mean == pytest.approx(np.mean([*values, *[3.0] * 40]))
+    centred = shifted(train, mean)
+    found = [r for e in centred for r in e.ratings if r is not None]
+    assert np.mean(found) == pytest.approx(0.0, abs=1e-12)
+    np.testing.assert_allclose([e.ratings[0] - e.ratings[2] for e in centred[:-1]], values - 3.0)
+    assert centred[-1] == train[-1] and all(e.ratings[1] is None for e in centred[:-1])
+    assert [e.ratings[0] for e in train[:-1]] == values.tolist()
+
+
+def test_without_ratings_there_is_no_mean():
+    assert rating_mean([example([None, None], ranks=[0, 1])]) is None
