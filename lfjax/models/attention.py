@@ -148,7 +148,7 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     cos, sin = tables
     pairs = cos.shape[-1]
     both, rest = jnp.split(x.astype(jnp.float32), (2 * pairs,), axis=-1)
-    # rolled whole: of two halves put together again, XLA's CPU backend makes slower loops (an eighth of a training step)
+    # Rolled whole: two halves put together again cost XLA's CPU backend an eighth of a training step.
     other = jnp.roll(both, pairs, axis=-1)
     turned = both * jnp.concatenate([cos, cos], axis=-1) + other * jnp.concatenate([-sin, sin], axis=-1)
     return (jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned).astype(x.dtype)
