@@ -3,8 +3,15 @@
 import os
 import pathlib
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A test runs a program a few times, so that compiling is what it waits for: without LLVM's optimisation and MLIR's
+# emitters that takes a fifth. Child processes inherit the flags, and with them the same bits.
+os.environ["XLA_FLAGS"] += (
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    if os.environ["JAX_PLATFORMS"] == "cpu"
+    else ""
+)
 
 import jax
 import pytest
