@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
@@ -66,7 +65,7 @@ def collectives(step: str, form: str, shape: tuple[int, int, int], constraint=pi
     lm = Transformer(FORMS[form], constrain=constraint(mesh))
     scorer = Transformer(dataclasses.replace(FORMS[form], num_labels=1), constrain=constraint(mesh))
     function, args, out = SETTINGS[step](lm, scorer, mesh)
-    lowered = tiny.jit(function, out_shardings=out).lower(*args)
+    lowered = jax.jit(function, out_shardings=out).lower(*args)
     found = []
     for line in COLLECTIVE.finditer(lowered.compile().as_text()):
         shapes = re.findall(r"\w+\[([\d,]*)\]", line[1])

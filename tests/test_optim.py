@@ -24,31 +24,28 @@ LAYERS = 2
 def params():
     """A language model's parameters, every one away from zero."""
     model = tiny.language_model(layers=LAYERS, tied=False, attention_bias=True)
-    return jax.tree.map(lambda x: x + 0.3, tiny.init(model))
+    return jax.tree.map(lambda x: np.asarray(x) + 0.3, tiny.init(model))
 
 
 def gradients(params, seed=0):
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        structure, [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.float32(0.1 * rng.standard_normal(x.shape)), params)
 
 
 def train(tx, params, steps, *, at=lambda i: i, grads=gradients):
-    @tiny.jit
+    @jax.jit
     def update(params, state, step, grads):
         updates, state = tx.update(grads, state, params, step=step)
         return optax.apply_updates(params, updates), state
 
-    state = tiny.jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     for i in range(steps):
         params, state = update(params, state, jnp.int32(at(i)), grads(params, i))
     return params
 
 
 def change(tx, params, grads, step=0):
-    return tiny.jit(lambda g, p: tx.update(g, tx.init(p), p, step=jnp.int32(step))[0])(grads, params)
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p, step=jnp.int32(step))[0])(grads, params)
 
 
 def rate_by_formula(kind, step, *, peak, total, warmup, end):
@@ -67,7 +64,7 @@ def rate_by_formula(kind, step, *, peak, total, warmup, end):
 def test_schedule_is_its_formula(kind, warmup):
     rate = schedule(kind, learning_rate=3e-3, total_steps=20, warmup_steps=warmup, end_factor=0.1)
     expected = [rate_by_formula(kind, s, peak=3e-3, total=20, warmup=warmup, end=0.1) for s in range(25)]
-    np.testing.assert_allclose(jax.vmap(rate)(jnp.arange(25)), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(rate))(np.arange(25)), expected, rtol=1e-5)
 
 
 def test_first_steps_rate_is_not_zero_and_the_peak_comes_right_after_the_warmup():
@@ -104,10 +101,13 @@ def test_lion_is_optaxs(params):
 @pytest.mark.parametrize("name, peak", [("adamw", 0.05), ("adafactor", 0.05), ("lion", 0.05), ("muon", 0.5)])
 def test_every_optimiser_reduces_a_loss(name, peak, params):
     def loss(p):
-        return sum(jnp.sum(jnp.square(x - 1.0)) for x in jax.tree.leaves(p))
+        return sum(np.sum(np.square(np.asarray(x) - 1.0)) for x in jax.tree.leaves(p))
+
+    def slope(p, _):
+        return jax.tree.map(lambda x: 2 * (np.asarray(x) - 1.0), p)
 
     tx = make_optimizer(schedule("linear", learning_rate=peak, total_steps=30), name=name, b2=0.99)
-    after = train(tx, params, 30, grads=lambda p, i: jax.grad(loss)(p))
+    after = train(tx, params, 30, grads=slope)
     assert loss(after) < 0.5 * loss(params)
 
 
@@ -143,7 +143,7 @@ def every_form():
     rng = np.random.default_rng(0)
     scales = [10.0 ** rng.uniform(-2, 2, (shape[0],) + (1,) * (len(shape) - 1)) for shape in leaves]
     draws = [s * rng.normal(size=shape) for s, shape in zip(scales, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in draws])
+    return jax.tree.unflatten(structure, [x.astype(np.float32) for x in draws])
 
 
 def decays(name):
@@ -153,11 +153,11 @@ def decays(name):
 
 def test_matrices_decay_and_nothing_else_does_in_any_form():
     params = every_form()
-    zero = jax.tree.map(jnp.zeros_like, params)
+    zero = jax.tree.map(np.zeros_like, params)
     updates = change(make_optimizer(0.5, weight_decay=0.1), params, zero)
     found = {n for n, u in named(updates).items() if np.any(u)}
     assert found == {f"{form}/{leaf}" for form, leaves in DECAYED.items() for leaf in leaves}
-    expected = map_named(lambda name, p: -0.5 * 0.1 * p if decays(name) else jnp.zeros_like(p), params)
+    expected = map_named(lambda name, p: -0.5 * 0.1 * p if decays(name) else np.zeros_like(p), params)
     jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=1e-6), updates, expected)
     assert base_config().optim.groups == DEFAULT_GROUPS
 
@@ -186,7 +186,7 @@ def apart(tree):
 
 def test_adafactor_is_optaxs_on_each_layers_matrices_alone():
     params, steps = {form: every_form()[form] for form in ("llama", "encoder", "lstm", "adapters")}, 2
-    lone = {name: jnp.asarray(x) for name, x in apart(params).items()}
+    lone = apart(params)
     mask = {name: decays(re.sub(r"/\d+$", "", name)) for name in lone}
     theirs = optax.with_extra_args_support(optax.adafactor(0.01, weight_decay_rate=0.001, weight_decay_mask=mask))
     rng = np.random.default_rng(1)
@@ -194,7 +194,7 @@ def test_adafactor_is_optaxs_on_each_layers_matrices_alone():
     expected = train(theirs, lone, steps, grads=lambda _, i: apart(grads[i]))
     ours = train(make_optimizer(0.01, name="adafactor", weight_decay=0.1), params, steps, grads=lambda _, i: grads[i])
     for name, x in apart(ours).items():
-        moved, exact = x - np.asarray(lone[name]), np.asarray(expected[name] - lone[name])
+        moved, exact = x - lone[name], expected[name] - lone[name]
         np.testing.assert_allclose(moved, exact, rtol=1e-4, atol=3e-7 * np.abs(lone[name]).max(), err_msg=name)
 
 
@@ -239,7 +239,7 @@ def test_a_groups_multipliers_scale_rate_and_decay_and_zero_freezes(params):
     grouped = change(make_optimizer(0.01, groups=groups, **settings), params, grads)
     assert not np.any(grouped["embed"]["tokens"])
     kernel = params["unembed"]["kernel"]
-    adam = plain["unembed"]["kernel"] + 0.01 * 0.1 * kernel
+    adam = np.asarray(plain["unembed"]["kernel"]) + 0.01 * 0.1 * kernel
     np.testing.assert_allclose(grouped["unembed"]["kernel"], 3 * (adam - 0.01 * 2 * 0.1 * kernel), rtol=1e-5)
     np.testing.assert_array_equal(grouped["layers"]["mlp"]["up"], plain["layers"]["mlp"]["up"])
 
@@ -298,7 +298,7 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam(pa
 def test_muon_takes_the_layers_apart(params):
     """Layer 1's update does not depend on layer 0's gradient."""
     grads = gradients(params)
-    other = map_named(lambda n, g: g.at[0].multiply(7.0) if n.startswith("layers/") else g, grads)
+    other = map_named(lambda n, g: np.concatenate([7 * g[:1], g[1:]]) if n.startswith("layers/") else g, grads)
     tx = make_optimizer(1.0, name="muon")
     first, second = (change(tx, params, g)["layers"]["mlp"]["up"] for g in (grads, other))
     np.testing.assert_allclose(first[1], second[1], rtol=1e-6)
@@ -314,7 +314,7 @@ def test_muons_momentum_has_no_copy_for_adams_leaves(params):
 
 def test_clips_the_global_norm_of_the_gradient(params):
     grads = gradients(params)
-    norm = float(optax.tree.norm(grads))
+    norm = float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads))))
     clip = make_optimizer(1.0, name="adamw", clip_norm=norm / 4, eps=1.0, groups=())
     scaled = jax.tree.map(lambda g: g / 4, grads)
     tiny.close_trees(change(clip, params, grads), change(make_optimizer(1.0, eps=1.0, groups=()), params, scaled))
@@ -347,13 +347,13 @@ def squared_error(params, micro):
     return Mean.over(error, micro["mask"])
 
 
-WEIGHTS = {"w": jnp.asarray([0.3, -0.2, 0.5]), "b": jnp.float32(0.1)}
+WEIGHTS = {"w": np.float32([0.3, -0.2, 0.5]), "b": np.float32(0.1)}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 12])
 def test_microbatches_of_unequal_weight_are_one_big_batch(n):
     batch = uneven_batch()
-    mean, grads = tiny.jit(lambda p, b: weighted_grads(squared_error, p, b, n))(WEIGHTS, batch)
+    mean, grads = jax.jit(lambda p, b: weighted_grads(squared_error, p, b, n))(WEIGHTS, batch)
     x, y, mask = (batch[k].astype(np.float64) for k in ("x", "y", "mask"))
     error = x @ np.asarray(WEIGHTS["w"], np.float64) + float(WEIGHTS["b"]) - y
     np.testing.assert_allclose(mean.value, (mask * error**2).sum() / mask.sum(), rtol=1e-5)
@@ -365,7 +365,7 @@ def test_microbatches_of_unequal_weight_are_one_big_batch(n):
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_batch_that_counts_nothing_has_zero_gradients(n):
     batch = uneven_batch() | {"mask": np.zeros((ROWS, 5), bool)}
-    mean, grads = weighted_grads(squared_error, WEIGHTS, batch, n)
+    mean, grads = jax.jit(lambda p, b: weighted_grads(squared_error, p, b, n))(WEIGHTS, batch)
     assert mean.value == 0 and not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -378,7 +378,7 @@ def test_auxiliary_means_add_up(n):
         }
 
     batch = uneven_batch()
-    (_, aux), _ = weighted_grads(loss, WEIGHTS, batch, n, has_aux=True)
+    (_, aux), _ = jax.jit(lambda p, b: weighted_grads(loss, p, b, n, has_aux=True))(WEIGHTS, batch)
     np.testing.assert_allclose(aux["y"].value, batch["y"][batch["mask"]].mean(), rtol=1e-5)
     np.testing.assert_allclose(aux["rows"].value, batch["y"][:, 0].mean(), rtol=1e-5)
     assert aux["rows"].weight == ROWS
@@ -392,10 +392,10 @@ def test_every_microbatch_has_its_own_key():
         return Mean(params * noise * micro["x"].shape[0], jnp.float32(micro["x"].shape[0]))
 
     key = jax.random.key(3)
-    noises = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(4)]
-    mean, grad = weighted_grads(loss, jnp.float32(1.0), uneven_batch(), 4, rng=key)
+    noises = jax.jit(jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i))))(np.arange(4))
+    mean, grad = jax.jit(lambda p, b: weighted_grads(loss, p, b, 4, rng=key))(np.float32(1.0), uneven_batch())
     assert len({float(x) for x in noises}) == 4
-    np.testing.assert_allclose([mean.value, grad], [np.mean(noises)] * 2, rtol=1e-5)
+    np.testing.assert_allclose([mean.value, grad], [np.mean(np.asarray(noises))] * 2, rtol=1e-5)
 
 
 def coupled_loss(outputs):
@@ -411,10 +411,11 @@ def test_a_loss_that_couples_rows_is_the_same_in_microbatches(n, rng):
         return jnp.tanh(micro["x"][:, 0] @ params["w"] + params["b"])
 
     batch, key = uneven_batch(), None if rng is None else jax.random.key(rng)
-    (loss, aux), grads = tiny.jit(lambda p, b: coupled_grads(forward, coupled_loss, p, b, n, rng=key))(WEIGHTS, batch)
-    (whole, _), expected = jax.value_and_grad(lambda p: coupled_loss(forward(p, batch, None)), has_aux=True)(WEIGHTS)
+    (loss, aux), grads = jax.jit(lambda p, b: coupled_grads(forward, coupled_loss, p, b, n, rng=key))(WEIGHTS, batch)
+    whole_loss = jax.value_and_grad(lambda p: coupled_loss(forward(p, batch, None)), has_aux=True)
+    (whole, plain), expected = jax.jit(whole_loss)(WEIGHTS)
     np.testing.assert_allclose(loss, whole, rtol=1e-5)
-    np.testing.assert_allclose(aux["mean"].value, forward(WEIGHTS, batch, None).mean(), rtol=1e-5)
+    np.testing.assert_allclose(aux["mean"].value, plain["mean"].value, rtol=1e-5)
     tiny.close_trees(grads, expected)
 
 
@@ -425,11 +426,11 @@ def test_coupled_microbatches_see_the_same_noise_in_both_passes():
         return micro["x"][:, 0] @ params["w"] * jax.random.normal(key)
 
     batch, key, n = uneven_batch(), jax.random.key(1), 3
-    _, grads = coupled_grads(forward, coupled_loss, WEIGHTS, batch, n, rng=key)
+    _, grads = jax.jit(lambda p, b: coupled_grads(forward, coupled_loss, p, b, n, rng=key))(WEIGHTS, batch)
 
     def whole(params):
         micros = [jax.tree.map(lambda x, i=i: x[i::n], batch) for i in range(n)]
         outputs = [forward(params, m, jax.random.fold_in(key, i)) for i, m in enumerate(micros)]
         return coupled_loss(jnp.stack(outputs, axis=1).reshape(-1))[0]
 
-    tiny.close_trees(grads, jax.grad(whole)(WEIGHTS))
+    tiny.close_trees(grads, jax.jit(jax.grad(whole))(WEIGHTS))

@@ -21,9 +21,6 @@ CONFIG = presets.llama(
 )
 
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
-
-
 def language_model(**changes) -> Transformer:
     return Transformer(dataclasses.replace(CONFIG, **changes))
 
@@ -38,7 +35,7 @@ def classifier(**changes) -> Transformer:
 
 @functools.cache
 def init(model: Transformer, seed: int = 0):
-    return jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"])()
+    return jax.jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"])()
 
 
 class Recorded(NamedTuple):

@@ -72,7 +72,7 @@ def run(step, *args, **options):
     """step(*args, **options), compiled once for each step and options."""
     key = (step, *options.items())
     if key not in _compiled:
-        _compiled[key] = tiny.jit(functools.partial(step, **options))
+        _compiled[key] = jax.jit(functools.partial(step, **options))
     return jax.tree.map(np.asarray, _compiled[key](*args))
 
 
@@ -128,7 +128,7 @@ def _values(params, rows):
     return SCORER.apply({"params": params}, tokens, attention_mask=attend, method="values")[:, PROMPT - 1 : -1, 0]
 
 
-logits_of, values_of = tiny.jit(_logits), tiny.jit(_values)
+logits_of, values_of = jax.jit(_logits), jax.jit(_values)
 
 
 def logprobs(params, x, temperature=TEMPERATURE) -> np.ndarray:
@@ -143,7 +143,7 @@ def at_places(values, places):
     return jnp.stack([values[row][places[row]] for row in range(values.shape[0])])
 
 
-@tiny.jit
+@jax.jit
 def last_scores(params, rows):
     """[B]: scores read row by row at the last real position of prompt + response."""
     tokens, attend = whole(rows)
@@ -151,7 +151,7 @@ def last_scores(params, rows):
     return at_places(values[..., 0], (PROMPT + rows[3].sum(1) - 1)[:, None])[:, 0]
 
 
-@tiny.jit
+@jax.jit
 def _pull_policy(params, rows, weights):
     def total(params):
         picked = jnp.take_along_axis(jax.nn.log_softmax(_logits(params, rows) / TEMPERATURE), rows[2][..., None], -1)
@@ -160,14 +160,14 @@ def _pull_policy(params, rows, weights):
     return jax.grad(total)(params)
 
 
-@tiny.jit
+@jax.jit
 @jax.grad
 def _pull_entropy(params, rows):
     logp = jax.nn.log_softmax(_logits(params, rows) / TEMPERATURE)
     return jnp.sum(jnp.where(rows[3], -jnp.sum(jnp.exp(logp) * logp, axis=-1), 0.0)) / jnp.sum(rows[3])
 
 
-@tiny.jit
+@jax.jit
 def _pull_value(params, rows, weights):
     return jax.grad(lambda p: jnp.sum(weights * _values(p, rows)))(params)
 

@@ -50,24 +50,24 @@ def _logits_without_padding(params, rows):
     return setting.at_places(logits, places)
 
 
-_compiled_logits = tiny.jit(_logits_without_padding)
+_compiled_logits = jax.jit(_logits_without_padding)
 
 
-@tiny.jit
+@jax.jit
 def _values_without_padding(params, rows):
     tokens, mask, positions, places = setting.left_aligned(rows)
     values = PLACED.value.apply({"params": params}, tokens, attention_mask=mask, positions=positions, method="values")
     return setting.at_places(values, places)[..., 0]
 
 
-@tiny.jit
+@jax.jit
 def _last_score_without_padding(params, rows):
     tokens, mask, positions, _ = setting.left_aligned(rows)
     values = PLACED.value.apply({"params": params}, tokens, attention_mask=mask, positions=positions, method="values")
     return setting.at_places(values, mask.sum(1)[:, None] - 1)[:, 0, 0]
 
 
-@tiny.jit
+@jax.jit
 def _pull_without_padding(params, rows, weights):
     def total(params):
         logprobs = jax.nn.log_softmax(_logits_without_padding(params, rows) / setting.TEMPERATURE)

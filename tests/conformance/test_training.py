@@ -31,7 +31,7 @@ def test_dropout_is_off_where_texts_are_scored_or_classified(steps):
     params = setting.params(model=CLASSIFIER)
     dropping = tiny.classifier(dropout=0.5)
     scores = steps["scorer"](setting.one_device(), dropping, each=tiny.CLASSES)(params, batches)
-    np.testing.assert_allclose(scores, tiny.jit(_class_scores)(params, batch), **CLOSE)
+    np.testing.assert_allclose(scores, jax.jit(_class_scores)(params, batch), **CLOSE)
 
 
 # 10
@@ -70,7 +70,7 @@ def test_the_value_network_starts_at_zero_or_as_the_reward_model(steps):
         where = {"start": start, "key": "ppo.value_init"}
         model, params = steps["value_network"](setting.one_device(), settings, policy, reward, norm, **where)
         tokens, attend = setting.whole(rows)
-        apply = tiny.jit(lambda p: model.apply({"params": p}, tokens, attention_mask=attend, method="values"))
+        apply = jax.jit(lambda p: model.apply({"params": p}, tokens, attention_mask=attend, method="values"))
         return np.asarray(apply(params))[:, tiny.PROMPT - 1 : -1, 0]
 
     assert not np.any(values("policy"))
@@ -128,7 +128,7 @@ def _class_scores(params, batch: ClassBatch):
     return setting.at_places(values, batch.mask.sum(1)[:, None] - 1)[:, 0]
 
 
-@tiny.jit
+@jax.jit
 @jax.value_and_grad
 def _class_loss(params, batch: ClassBatch):
     logprobs = jax.nn.log_softmax(_class_scores(params, batch))
@@ -143,7 +143,7 @@ def _answer_scores(params, batch: RewardBatch):
     return setting.at_places(values[..., 0], mask.sum(1)[:, None] - 1)[:, 0]
 
 
-@tiny.jit
+@jax.jit
 @jax.grad
 def _regression(params, batch: RewardBatch):
     error = jnp.where(batch.rated[:, 0], _answer_scores(params, batch) - batch.ratings[:, 0], 0.0)
@@ -184,7 +184,7 @@ def test_the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs(steps):
     batch = tiny.reward_batch()
     state = tiny.reward_state(SCORER, RECORDER)
     _, metrics = setting.run(steps["reward"], state, batch, jax.random.key(0), **_REWARD, num_microbatches=1)
-    scores = np.float64(tiny.jit(_answer_scores)(state.params, batch))
+    scores = np.float64(jax.jit(_answer_scores)(state.params, batch))
     rated, ratings = batch.rated[:, 0], np.float64(batch.ratings[:, 0])
     right, pairs = 0, 0
     for i, j in np.ndindex(tiny.ROWS, tiny.ROWS):
@@ -221,7 +221,7 @@ def test_what_people_prefer_scores_higher(steps):
     """
     for said in ("ratings", "ranks"):
         batch = _compared(said)
-        widens = tiny.jit(jax.grad(_mean_margin))(setting.value_params(), *_better(batch, said), batch)
+        widens = jax.jit(jax.grad(_mean_margin))(setting.value_params(), *_better(batch, said), batch)
         losses = ("bradley_terry", "hinge")
         losses += ("listwise_hinge", "plackett_luce", "softmax") if said == "ranks" else ()
         for loss in losses:
@@ -277,7 +277,7 @@ def _mean_margin(params, better, worse, batch: RewardBatch):
     return jnp.mean(_leads(params, better, worse, batch))
 
 
-@tiny.jit
+@jax.jit
 @jax.grad
 def _margin_gradient(params, better, worse, margin, batch: RewardBatch):
     return -jnp.mean(jax.nn.log_sigmoid(_leads(params, better, worse, batch) - margin))
@@ -315,7 +315,7 @@ def _mean_cross_entropy(model, params, batch: SftBatch):
 
 
 _cross_entropy, _placed_cross_entropy = (
-    tiny.jit(jax.value_and_grad(functools.partial(_mean_cross_entropy, model))) for model in (LM, PLACED.policy)
+    jax.jit(jax.value_and_grad(functools.partial(_mean_cross_entropy, model))) for model in (LM, PLACED.policy)
 )
 
 
@@ -325,7 +325,7 @@ def test_class_loss_and_accuracy_are_means_over_the_rows_that_count(steps):
     batch, state = tiny.class_batch(), tiny.reward_state(CLASSIFIER, RECORDER)
     assert batch.counts[0::2].sum() != batch.counts[1::2].sum()
     loss, grads = _class_loss(state.params, batch)
-    guesses = np.argmax(tiny.jit(_class_scores)(state.params, batch), axis=1)
+    guesses = np.argmax(jax.jit(_class_scores)(state.params, batch), axis=1)
     right = np.sum((guesses == batch.labels)[batch.counts])
     for pieces in (2, 1):
         options = _CLASSIFY | {"num_microbatches": pieces}

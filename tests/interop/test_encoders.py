@@ -68,8 +68,8 @@ def tensors_of(name, dense=None, out=None, base=None, dtype="float32"):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def outputs(model, params, tokens, mask=None, method=None, types=None):
-    return model.apply({"params": params}, tokens, mask, token_type_ids=types, method=method)
+def outputs(model, params, tokens, mask=None, method=None, types=None, segments=None):
+    return model.apply({"params": params}, tokens, mask, token_type_ids=types, segment_ids=segments, method=method)
 
 
 def close(ours, expected):
@@ -119,16 +119,14 @@ def test_documents_packed_in_one_row_do_not_see_each_other(tmp_path):
     tensors = tensors_of("bert")
     model, params, *_ = hf.load(write(tmp_path / "model", config_of("bert", "Model"), tensors))
     segments = np.r_[np.ones(T, int), np.full(T, 2)][None]
-    both = model.apply(
-        {"params": params}, np.r_[TOKENS, TOKENS[::-1]][None], segment_ids=jnp.asarray(segments), method="hidden"
-    )
+    both = outputs(model, params, np.r_[TOKENS, TOKENS[::-1]][None], None, "hidden", segments=segments)
     each = [encoder.hidden(tensors, x, base="bert.", heads=N, eps=EPS["bert"]) for x in (TOKENS, TOKENS[::-1])]
     close(both[0], np.concatenate(each))
 
 
 def test_layers_scanned_and_rematerialised_are_those_in_line():
     form = EncoderConfig(vocab_size=V, width=D, layers=L, heads=N, mlp_width=F, num_labels=1, init_std=0.4)
-    params = form.build().init(jax.random.key(0), TOKENS[None])["params"]
+    params = tiny.init(form.build())
 
     def gradients(**changes):
         model = EncoderConfig(**{**vars(form), **changes}).build()
@@ -244,9 +242,9 @@ def test_a_reward_step_on_an_encoder_learns_a_batch_whatever_lies_in_its_padding
         init_std=0.2,
     )
     model, tx = form.build(), make_optimizer(1e-2)
-    state = RewardState.create(model.init(jax.random.key(0), TOKENS[None])["params"], tx)
+    state = RewardState.create(tiny.init(model), tx)
     batch = tiny.reward_batch()
-    step = tiny.jit(functools.partial(reward_step, model=model, tx=tx, num_microbatches=2))
+    step = jax.jit(functools.partial(reward_step, model=model, tx=tx, num_microbatches=2))
     other = batch._replace(tokens=np.where(batch.mask, batch.tokens, 17))
     after, metrics = step(state, batch, jax.random.key(0))
     elsewhere, same = step(state, other, jax.random.key(0))

@@ -48,8 +48,10 @@ def model_of(config):
     return model, noise(jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"], 1)
 
 
+@functools.cache
 def fresh(config, how: LoRA = HOW):
-    return {"lora": lora.init(jax.random.key(2), config, how)}
+    drawn = jax.jit(lambda: lora.init(jax.random.key(2), config, how))()
+    return {"lora": jax.tree.map(np.asarray, drawn)}
 
 
 def trained(config, how: LoRA = HOW):
@@ -57,7 +59,7 @@ def trained(config, how: LoRA = HOW):
     return noise(fresh(config, how), 3)
 
 
-@functools.partial(tiny.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def hidden(model, how, base, params, rng=None, segment_ids=None):
     rngs = None if rng is None else {"dropout": rng}
     bound = lora.bind(model, base, how)
@@ -95,7 +97,7 @@ def test_decoding_goes_through_the_adapters():
     model, base = model_of(LLAMA)
     params = trained(LLAMA)
 
-    @tiny.jit
+    @jax.jit
     def logits(base, params):
         bound = lora.bind(model, base, HOW)
         decoder = bound.decoder(params)
@@ -146,7 +148,7 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule():
         stats = lm.chunked_token_stats(apply, unembed, jnp.asarray(TOKENS), chunk_size=64)
         return -jnp.mean(stats.logprobs)
 
-    @tiny.jit
+    @jax.jit
     def both(base, params):
         def of(params, base=base, how=HOW):
             bound = lora.bind(model, base, how)
@@ -175,14 +177,14 @@ def sft_losses(mesh, steps: int = 3):
     if mesh is not None:
         model = Transformer(LLAMA, constrain=constrainer(mesh))
         base = place(base, shardings_for(base, mesh))
-    state = LMState.create(jax.tree.map(jnp.asarray, fresh(LLAMA)), tx)
+    state = LMState.create(jax.tree.map(jnp.array, fresh(LLAMA)), tx)
     if mesh is not None:
         state = place(state, shardings_for(state, mesh))
 
     def function(state, batch, base):
         return sft_step(state, batch, state_key(state), model=lora.bind(model, base, how), tx=tx, chunk_size=4)
 
-    step = tiny.jit(function, donate_argnums=0)
+    step = jax.jit(function, donate_argnums=0)
     losses = []
     for seed in range(steps):
         batch = tiny.sft_batch(seed=seed)
@@ -231,7 +233,7 @@ def test_a_reward_models_head_is_trained_beside_the_adapters():
     def function(state, batch, base):
         return reward_step(state, batch, jax.random.key(0), model=lora.bind(model, base, HOW), tx=tx)
 
-    after, metrics = tiny.jit(function)(state, tiny.reward_batch(candidates=2), base)
+    after, metrics = jax.jit(function)(state, tiny.reward_batch(candidates=2), base)
     assert np.isfinite(metrics["reward/loss"].value)
     assert np.any(after.params["head"]["kernel"] != head["kernel"])
     b = after.params["lora"]["layers"]["attention"]["q"]["b"]
@@ -249,7 +251,7 @@ def test_ppo_starts_at_its_reference_which_is_the_base_itself():
         scores = jnp.ones(tiny.ROWS)
         return ppo_experience(policy, value, base, generation, scores, models=models, kl_coef=0.1, eos_ids=(tiny.EOS,))
 
-    run = tiny.jit(experience)
+    run = jax.jit(experience)
     value = {**fresh(LLAMA), "head": head}
     start = run(fresh(LLAMA), value, base, tiny.generation())
     np.testing.assert_array_equal(start.old_logprobs, start.ref_logprobs)

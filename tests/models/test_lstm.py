@@ -4,9 +4,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from scipy import special
 
 from lfjax.config import InputError
 from lfjax.interop import hf
@@ -24,17 +25,21 @@ MODEL = CONFIG.build()
 
 @functools.cache
 def params(config=CONFIG):
-    drawn = jax.jit(lambda key: config.build().init(key, jnp.zeros((1, 2), jnp.int32))["params"])(jax.random.key(0))
-    noise = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + noise.normal(0, 0.1, x.shape).astype(np.float32), drawn)
+    drawn, noise = tiny.init(config.build()), np.random.default_rng(1)
+    return jax.tree.map(lambda x: np.asarray(x) + noise.normal(0, 0.1, x.shape).astype(np.float32), drawn)
 
 
 def tokens_of(rows, length, seed=2):
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
 
 
-def logits(tokens, model=MODEL, **options):
-    return np.asarray(jax.jit(functools.partial(model.apply, **options))({"params": params(model.config)}, tokens))
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def compiled(model, params, tokens, options, method):
+    return model.apply({"params": params}, tokens, **options, method=method)
+
+
+def logits(tokens, model=MODEL, method=None, **options):
+    return np.asarray(compiled(model, params(model.config), tokens, options, method))
 
 
 def reference(tokens):
@@ -84,7 +89,7 @@ def test_decoding_with_the_memory_is_the_full_forward_pass():
     made = run(params(), prompts, mask, jax.random.key(4))
     whole = np.concatenate([prompts, made.tokens], axis=1)
     full = logits(whole, attention_mask=np.concatenate([mask, made.mask], axis=1))[:, 3:-1]
-    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(full)), np.asarray(made.tokens)[..., None], -1)[..., 0]
+    expected = np.take_along_axis(special.log_softmax(full, axis=-1), np.asarray(made.tokens)[..., None], -1)[..., 0]
     np.testing.assert_allclose(np.where(made.mask, made.logprobs, 0), np.where(made.mask, expected, 0), atol=1e-5)
     assert made.mask.any()
 
@@ -103,9 +108,9 @@ def test_a_padded_vocabulary_is_cut_off_and_dropout_acts_on_request_alone():
     assert logits(tokens_of(1, 3), padded.build()).shape == (1, 3, 13)
     noisy = dataclasses.replace(CONFIG, dropout=0.5).build()
     tokens = tokens_of(2, 5)
-    still = np.asarray(noisy.apply({"params": params()}, tokens))
-    np.testing.assert_array_equal(still, np.asarray(MODEL.apply({"params": params()}, tokens)))
-    moved = np.asarray(noisy.apply({"params": params()}, tokens, rngs={"dropout": jax.random.key(0)}))
+    still = np.asarray(compiled(noisy, params(), tokens, {}, None))
+    np.testing.assert_array_equal(still, logits(tokens))
+    moved = np.asarray(compiled(noisy, params(), tokens, {"rngs": {"dropout": jax.random.key(0)}}, None))
     assert not np.allclose(still, moved)
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from lfjax.config import InputError
 from lfjax.losses import lm
@@ -21,26 +22,27 @@ LENGTH = 12
 
 def randomised(params, seed=7):
     """Every array random, biases and scales too, so that a forgotten one shows."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, moved)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.float32(np.asarray(x) + 0.1 * rng.standard_normal(x.shape)), params)
 
 
 @functools.cache
 def build(config, **fields):
     model = Transformer(config, **fields)
-    init = jax.jit(lambda: randomised(model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]))
-    return model, init()
+    return model, randomised(tiny.init(Transformer(config)))
 
 
-def apply(model, params, *args, **kwargs):
-    static = {k: kwargs.pop(k) for k in ("method",) if k in kwargs}
-    return jax.jit(lambda p, a, k: model.apply({"params": p}, *a, **k, **static))(params, args, kwargs)
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def compiled(model, params, args, kwargs, method):
+    return model.apply({"params": params}, *args, **kwargs, method=method)
+
+
+def apply(model, params, *args, method=None, **kwargs):
+    return np.asarray(compiled(model, params, args, kwargs, method))
 
 
 def tokens_of(*shape, seed=1):
-    return jax.random.randint(jax.random.key(seed), shape, 0, SIZE["vocab_size"])
+    return np.random.default_rng(seed).integers(0, SIZE["vocab_size"], shape).astype(np.int32)
 
 
 @pytest.fixture(params=FORMS)
@@ -77,7 +79,7 @@ def test_parameter_tree_is_the_documented_one():
 
 def test_initial_scales_are_those_of_the_table():
     config = presets.gpt2(vocab_size=500, width=64, layers=8, heads=4, num_labels=200, head_bias=True)
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = tiny.init(Transformer(config))
     std = lambda x: float(np.std(x))  # noqa: E731
     assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.05)
     assert std(params["layers"]["mlp"]["up"]) == pytest.approx(0.02, rel=0.05)
@@ -101,7 +103,7 @@ def test_number_of_parameters_of_the_presets():
 def test_logits_at_a_position_depend_on_no_later_token(form):
     model, params = form
     tokens = tokens_of(2, LENGTH)
-    changed = tokens.at[:, 7:].set((tokens[:, 7:] + 1) % SIZE["vocab_size"])
+    changed = np.where(np.arange(LENGTH) < 7, tokens, (tokens + 1) % SIZE["vocab_size"])
     a, b = (apply(model, params, t) for t in (tokens, changed))
     np.testing.assert_array_equal(a[:, :7], b[:, :7])
     assert np.abs(a[:, 7:] - b[:, 7:]).max() > 1e-2
@@ -112,16 +114,17 @@ def test_padding_on_either_side_changes_nothing_whatever_it_holds(form):
     tokens = tokens_of(1, 7)
     alone = apply(model, params, tokens)
     for before, after, filler in [(5, 0, 0), (5, 0, 60), (0, 5, 17), (2, 3, -1), (5, 0, 2**31 - 1)]:
-        padded = jnp.pad(tokens, ((0, 0), (before, after)), constant_values=filler)
-        mask = jnp.pad(jnp.ones((1, 7), bool), ((0, 0), (before, after)))
+        padded = np.pad(tokens, ((0, 0), (before, after)), constant_values=filler)
+        mask = np.pad(np.ones((1, 7), bool), ((0, 0), (before, after)))
         close(apply(model, params, padded, mask)[:, before : before + 7], alone)
-        close(apply(model, params, padded, mask.astype(jnp.int32))[:, before : before + 7], alone)
+        close(apply(model, params, padded, mask.astype(np.int32))[:, before : before + 7], alone)
 
 
 def test_padding_gets_no_gradient_and_a_row_of_padding_stays_finite(form):
     model, params = form
-    tokens = jnp.stack([tokens_of(LENGTH), jnp.full(LENGTH, 60)]).at[0, :4].set(60)
-    mask = (jnp.arange(LENGTH)[None] >= 4) & jnp.array([[True], [False]])
+    tokens = np.stack([tokens_of(LENGTH) % 60, np.full(LENGTH, 60, np.int32)])
+    tokens[0, :4] = 60
+    mask = (np.arange(LENGTH)[None] >= 4) & np.array([[True], [False]])
 
     def loss(params):
         logits = model.apply({"params": params}, tokens, mask)
@@ -137,22 +140,23 @@ def test_padding_gets_no_gradient_and_a_row_of_padding_stays_finite(form):
 def test_packed_documents_equal_each_alone(form):
     model, params = form
     first, second = tokens_of(1, 5, seed=3), tokens_of(1, 4, seed=4)
-    packed = jnp.concatenate([first, second, jnp.full((1, 3), 9)], axis=1)
-    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    packed = np.concatenate([first, second, np.full((1, 3), 9, np.int32)], axis=1)
+    segments = np.array([[1] * 5 + [2] * 4 + [0] * 3])
     out = apply(model, params, packed, segment_ids=segments)
     close(out[:, :5], apply(model, params, first))
     close(out[:, 5:9], apply(model, params, second))
 
 
 def test_default_positions_count_real_tokens_and_restart_in_each_segment():
-    mask = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
+    positions_of = jax.jit(default_positions, static_argnums=0)
+    mask = np.array([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
     np.testing.assert_array_equal(
-        default_positions(6, mask, None), [[0, 0, 0, 1, 2, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]]
+        positions_of(6, mask, None), [[0, 0, 0, 1, 2, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]]
     )
-    segments = jnp.array([[1, 1, 1, 2, 2, 0], [0, 5, 5, 3, 3, 3]])
-    np.testing.assert_array_equal(default_positions(6, None, segments)[:, :5], [[0, 1, 2, 0, 1], [0, 0, 1, 0, 1]])
-    np.testing.assert_array_equal(default_positions(4, None, None), [[0, 1, 2, 3]])
-    both = default_positions(6, jnp.array([[0, 1, 1, 0, 1, 0]], bool), segments[:1])
+    segments = np.array([[1, 1, 1, 2, 2, 0], [0, 5, 5, 3, 3, 3]])
+    np.testing.assert_array_equal(positions_of(6, None, segments)[:, :5], [[0, 1, 2, 0, 1], [0, 0, 1, 0, 1]])
+    np.testing.assert_array_equal(positions_of(4, None, None), [[0, 1, 2, 3]])
+    both = positions_of(6, np.array([[0, 1, 1, 0, 1, 0]], bool), segments[:1])
     np.testing.assert_array_equal(both[:, [1, 2, 4]], [[0, 1, 0]])
 
 
@@ -160,14 +164,14 @@ def test_given_positions_are_used(form):
     model, params = form
     tokens = tokens_of(1, 6)
     default = apply(model, params, tokens)
-    close(apply(model, params, tokens, positions=jnp.arange(6)[None]), default)
-    assert np.abs(apply(model, params, tokens, positions=jnp.arange(6)[None] * 3) - default).max() > 1e-3
+    close(apply(model, params, tokens, positions=np.arange(6)[None]), default)
+    assert np.abs(apply(model, params, tokens, positions=np.arange(6)[None] * 3) - default).max() > 1e-3
 
 
 def test_cached_decoding_equals_the_full_forward_pass(form):
     model, params = form
     tokens = tokens_of(3, LENGTH)
-    mask = jnp.arange(LENGTH)[None] >= jnp.array([0, 2, 4])[:, None]
+    mask = np.arange(LENGTH)[None] >= np.array([0, 2, 4])[:, None]
     full = apply(model, params, tokens, mask)
 
     @jax.jit
@@ -180,7 +184,7 @@ def test_cached_decoding_equals_the_full_forward_pass(form):
         return model.decoder(params).logits(jnp.concatenate(rows, axis=1)), cache
 
     logits, cache = stepwise(params)
-    close(jnp.where(mask[..., None], logits, 0), jnp.where(mask[..., None], full, 0))
+    close(np.where(mask[..., None], logits, 0), np.where(mask[..., None], full, 0))
     np.testing.assert_array_equal(cache.mask, mask)
     np.testing.assert_array_equal(cache.positions, mask.sum(1))
 
@@ -238,7 +242,7 @@ def test_remat_keeps_fewer_bytes_for_the_backward_pass():
 def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients(form):
     model, params = form
     half = Transformer(dataclasses.replace(model.config, dtype="bfloat16"))
-    fresh = half.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    fresh = jax.eval_shape(half.init, jax.random.key(0), tokens_of(1, 4))["params"]
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     tokens = tokens_of(2, LENGTH)
     logits = apply(half, params, tokens)
@@ -268,8 +272,8 @@ def test_hidden_and_unembed_give_the_losses_of_the_logits(form):
     model, params = form
     tokens = tokens_of(2, LENGTH)
     hidden = apply(model, params, tokens, method="hidden")
-    stats = lm.chunked_token_stats(hidden, model.unembed(params), tokens, chunk_size=5)
-    close(stats.logprobs, lm.token_logprobs(apply(model, params, tokens), tokens))
+    found = jax.jit(lambda p, h: lm.chunked_token_stats(h, model.unembed(p), tokens, chunk_size=5).logprobs)
+    close(found(params, hidden), jax.jit(lm.token_logprobs)(apply(model, params, tokens), tokens))
 
 
 def test_dropout_acts_only_with_a_dropout_key(form):
@@ -277,17 +281,17 @@ def test_dropout_acts_only_with_a_dropout_key(form):
     noisy = Transformer(dataclasses.replace(model.config, dropout=0.5))
     tokens = tokens_of(2, LENGTH)
     np.testing.assert_array_equal(apply(noisy, params, tokens), apply(model, params, tokens))
-    a, b, c = (
-        jax.jit(lambda p, k: noisy.apply({"params": p}, tokens, rngs={"dropout": k}))(params, jax.random.key(seed))
-        for seed in (1, 1, 2)
-    )
+    a, b, c = (apply(noisy, params, tokens, rngs={"dropout": jax.random.key(seed)}) for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - c).max() > 1e-2 and np.abs(a - apply(model, params, tokens)).max() > 1e-2
 
 
+drop = jax.jit(lambda x, rate: blocks.dropout(x, jax.random.key(0), rate), static_argnums=1)
+
+
 def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
-    x = jnp.ones((64, 50, 33))
-    out = np.asarray(blocks.dropout(x, jax.random.key(0), 0.1))
+    x = np.ones((64, 50, 33), np.float32)
+    out = np.asarray(drop(x, 0.1))
     dropped = round(0.1 * 256) / 256
     assert set(np.unique(out)) == {np.float32(0), np.float32(1 / (1 - dropped))}
     share, n = (out == 0).mean(), out.size
@@ -299,8 +303,8 @@ def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dropout_keeps_the_mean_in_every_dtype(dtype):
     """Of what is kept, to the mean rounding of as many values, and of all, within the sampling error of who is."""
-    x = jax.random.uniform(jax.random.key(1), (256, 1024), jnp.float32, 1.0, 2.0).astype(dtype)
-    out, x = (np.asarray(a, np.float64) for a in (jax.jit(lambda x: blocks.dropout(x, jax.random.key(0), 0.1))(x), x))
+    x = np.random.default_rng(1).uniform(1.0, 2.0, (256, 1024)).astype(jnp.dtype(dtype))
+    out, x = (np.asarray(a, np.float64) for a in (drop(x, 0.1), x))
     kept, p = out != 0, round(0.1 * 256) / 256
     largest = x.max() / (1 - p)
     rounding = largest * (float(jnp.finfo(dtype).eps) / len(np.unique(x)) ** 0.5 + float(jnp.finfo(jnp.float32).eps))
@@ -311,25 +315,25 @@ def test_dropout_keeps_the_mean_in_every_dtype(dtype):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_dropout_noise_is_the_same_on_any_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    x = jax.random.normal(jax.random.key(1), (8, 4, 16))
+    x = np.random.default_rng(1).standard_normal((8, 4, 16), np.float32)
     placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", None, "tensor")))
-    drop = jax.jit(lambda x: blocks.dropout(x, jax.random.key(0), 0.3))
-    np.testing.assert_array_equal(drop(x), drop(placed))
+    np.testing.assert_array_equal(drop(x, 0.3), drop(placed, 0.3))
 
 
 def test_scores_are_pooled_at_the_last_real_token_whatever_the_padding_side():
     model, params = build(dataclasses.replace(FORMS["llama"], num_labels=2, head_bias=True))
-    tokens = tokens_of(1, 7).at[0, 3].set(2)  # an EOS-like id inside a dialogue is not its end
+    tokens = tokens_of(1, 7)
+    tokens[0, 3] = 2  # an EOS-like id inside a dialogue is not its end
     alone = apply(model, params, tokens)
     assert alone.shape == (1, 2) and alone.dtype == jnp.float32
     for before, after in [(5, 0), (0, 5), (2, 3)]:
-        padded = jnp.pad(tokens, ((0, 0), (before, after)), constant_values=2)
-        mask = jnp.pad(jnp.ones((1, 7), bool), ((0, 0), (before, after)))
+        padded = np.pad(tokens, ((0, 0), (before, after)), constant_values=2)
+        mask = np.pad(np.ones((1, 7), bool), ((0, 0), (before, after)))
         close(apply(model, params, padded, mask), alone)
     values = apply(model, params, tokens, method="values")
     assert values.shape == (1, 7, 2)
     close(values[:, -1], alone)
-    packed = apply(model, params, jnp.pad(tokens, ((0, 0), (0, 5))), segment_ids=jnp.array([[1] * 7 + [0] * 5]))
+    packed = apply(model, params, np.pad(tokens, ((0, 0), (0, 5))), segment_ids=np.array([[1] * 7 + [0] * 5]))
     close(packed, alone)
 
 
@@ -348,18 +352,17 @@ def test_attend_and_constrain_are_injected():
 
     model, params = build(FORMS["gpt2"], attend=attend, constrain=constrain)
     seen.clear()
-    out = model.apply({"params": params}, tokens_of(1, 5))
+    out = apply(model, params, tokens_of(1, 5))
     assert seen.count("attend") == 2 and {"residual", "heads", "mlp", "logits"} <= set(seen)
-    close(out, Transformer(FORMS["gpt2"]).apply({"params": params}, tokens_of(1, 5)))
+    close(out, apply(Transformer(FORMS["gpt2"]), params, tokens_of(1, 5)))
 
 
 def test_token_types_are_embedded_through_the_token_table():
     model, params = build(FORMS["gpt2"])
     tokens, types = tokens_of(1, 5), tokens_of(1, 5, seed=9)
-    shifted = params | {
-        "embed": params["embed"]
-        | {"positions": params["embed"]["positions"].at[:5].add(params["embed"]["tokens"][types[0]])}
-    }
+    embed = jax.tree.map(np.copy, params["embed"])
+    embed["positions"][:5] += embed["tokens"][types[0]]
+    shifted = params | {"embed": embed}
     close(apply(model, params, tokens, token_type_ids=types), apply(model, shifted, tokens))
 
 

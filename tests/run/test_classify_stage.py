@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
         vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, mlp_width=32, position_rows=64, init_std=0.2
     )
     model = form.build()
-    params = model.init(jax.random.key(0), np.ones((1, 2), np.int32), method="hidden")["params"]
+    params = jax.jit(lambda: model.init(jax.random.key(0), np.ones((1, 2), np.int32), method="hidden")["params"])()
     (path / "vocab.txt").replace(path.parent / "vocab.txt")
     path.rmdir()
     hf.save(path, hf.loaded_from(model, params, tokenizer))

@@ -3,10 +3,10 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import smallest
+import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lfjax import cli, tokenizers
@@ -30,8 +30,7 @@ def folder(request, tmp_path):
     settings = {"eos_token": "</s>"} | ({"pad_token": "[PAD]"} if request.param == "one added" else {})
     (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(settings))
     model = language_model(ROWS)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    hf.save(tmp_path / "model", hf.loaded_from(model, params, tokenizers.load(tmp_path / "words")))
+    hf.save(tmp_path / "model", hf.loaded_from(model, tiny.init(model), tokenizers.load(tmp_path / "words")))
     return tmp_path / "model"
 
 

@@ -31,7 +31,7 @@ def experience_step(**options):
         fixed = {"models": MODELS, "eos_ids": (EOS,), "kl_coef": kl_coef, "reward_norm": norm}
         return ppo_experience(policy, value, ref, gen, scores, **fixed, **options)
 
-    return tiny.jit(call)
+    return jax.jit(call)
 
 
 def experience(gen=None, *, scores=SCORES, kl_coef=KL_COEF, norm=NORM, ref_seed=3, **options) -> Rollout:
@@ -43,7 +43,7 @@ def experience(gen=None, *, scores=SCORES, kl_coef=KL_COEF, norm=NORM, ref_seed=
 @functools.cache
 def update_step(**options):
     options = {"models": MODELS, "txs": (RECORDER, RECORDER), "epochs": 1, **options}
-    return tiny.jit(functools.partial(ppo_update, **options))
+    return jax.jit(functools.partial(ppo_update, **options))
 
 
 def update(rollout, *, state=None, key=KEY, **options):
@@ -63,7 +63,7 @@ def full_forward():
         values = VALUE.apply({"params": value}, tokens, attention_mask=attend, method="values")
         return logits[:, PROMPT - 1 : -1], values[:, PROMPT - 1 : -1, 0]
 
-    return tiny.jit(call)
+    return jax.jit(call)
 
 
 def picked_logprobs(gen, seed, temperature):
@@ -161,7 +161,7 @@ def test_several_eos_ids_all_end_a_response():
     last = gen.tokens[np.arange(tiny.ROWS), gen.mask.sum(1) - 1]
     stops = tuple(sorted({EOS, int(last[0]), int(last[3])}))
     fixed = {"models": MODELS, "eos_ids": stops, "kl_coef": 0.1}
-    step = tiny.jit(functools.partial(ppo_experience, **fixed))
+    step = jax.jit(functools.partial(ppo_experience, **fixed))
     rollout = step(tiny.init(POLICY), tiny.init(VALUE, 1), tiny.init(POLICY), gen, SCORES)
     np.testing.assert_array_equal(rollout.ended, np.isin(last, stops))
 
@@ -170,11 +170,11 @@ def test_a_reference_of_its_own_architecture_is_used():
     other = tiny.language_model(mlp_width=24)
     gen = tiny.generation()
     models = MODELS._replace(reference=other)
-    step = tiny.jit(functools.partial(ppo_experience, models=models, eos_ids=(EOS,), kl_coef=0.1))
+    step = jax.jit(functools.partial(ppo_experience, models=models, eos_ids=(EOS,), kl_coef=0.1))
     rollout = step(tiny.init(POLICY), tiny.init(VALUE, 1), tiny.init(other), gen, SCORES)
     tokens = np.concatenate([gen.prompts, gen.tokens], axis=1)
     attend = np.concatenate([gen.prompt_mask, gen.mask], axis=1)
-    logits = tiny.jit(lambda p: other.apply({"params": p}, tokens, attention_mask=attend))(tiny.init(other))
+    logits = jax.jit(lambda p: other.apply({"params": p}, tokens, attention_mask=attend))(tiny.init(other))
     found = reference.log_softmax(logits[:, PROMPT - 1 : -1], 1.0)
     expected = np.take_along_axis(found, gen.tokens[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(rollout.ref_logprobs[gen.mask], expected[gen.mask], rtol=1e-4, atol=2e-5)
@@ -189,7 +189,7 @@ def test_rollouts_from_a_truncated_distribution_are_refused(filtering):
 @functools.cache
 def rollout_step(**options):
     fixed = {"model": POLICY, "eos_ids": (EOS,), "max_new_tokens": tiny.RESPONSE, "temperature": 0.7}
-    return tiny.jit(functools.partial(ppo_rollout, **{**fixed, **options}))
+    return jax.jit(functools.partial(ppo_rollout, **{**fixed, **options}))
 
 
 def test_samplers_and_recomputed_logprobs_agree():
@@ -238,7 +238,7 @@ def test_the_entropy_bonus_is_the_gradient_of_the_mean_entropy():
         return jnp.sum(jnp.where(gen.mask, -jnp.sum(p * jnp.log(p), -1), 0.0)) / gen.mask.sum()
 
     state, metrics = update(rollout._replace(advantages=np.zeros_like(rollout.advantages)), entropy_coef=0.5)
-    value, grads = tiny.jit(jax.value_and_grad(entropy))(tiny.init(POLICY))
+    value, grads = jax.jit(jax.value_and_grad(entropy))(tiny.init(POLICY))
     close_trees(state.policy.opt_state.grads, jax.tree.map(lambda g: -0.5 * g, grads), rtol=1e-4)
     np.testing.assert_allclose(metrics["ppo/entropy"].value, value, rtol=1e-5)
 

@@ -34,12 +34,12 @@ WEIGHTS = {
 @functools.cache
 def compiled(**options):
     options = {"model": MODEL, "tx": RECORDER, **options}
-    return tiny.jit(functools.partial(reward_step, **options))
+    return jax.jit(functools.partial(reward_step, **options))
 
 
 @functools.cache
 def values_at():
-    return tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m, method="values")[..., 0])
+    return jax.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m, method="values")[..., 0])
 
 
 def values_of(params, batch: RewardBatch) -> np.ndarray:
@@ -325,7 +325,7 @@ def test_an_eos_inside_a_dialogue_is_not_its_end():
     tokens, mask = batch.tokens[:, 0].copy(), batch.mask[:, 0]
     tokens[:, 1] = tiny.EOS
     expected = np.asarray(values_at()(params, tokens, mask))[np.arange(tiny.ROWS), mask.sum(1) - 1]
-    score = tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])
+    score = jax.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])
     turned = [np.stack([np.roll(row, -m.sum()) for row, m in zip(x, mask, strict=True)]) for x in (tokens, mask)]
     for rows in ((tokens, mask), turned):
         np.testing.assert_allclose(score(params, *rows), expected, atol=1e-5)
@@ -340,11 +340,11 @@ def test_an_eos_inside_a_dialogue_is_not_its_end():
 def test_ppo_scores_read_prompt_and_response_as_training_does():
     """A generation's score is that of the same text as one right-padded training row."""
     gen, params = tiny.generation(), tiny.init(MODEL)
-    scores = tiny.jit(functools.partial(ppo_score, model=MODEL))(params, gen)
+    scores = jax.jit(functools.partial(ppo_score, model=MODEL))(params, gen)
     length = tiny.PROMPT + tiny.RESPONSE
     tokens, mask = np.zeros((tiny.ROWS, length), np.int32), np.zeros((tiny.ROWS, length), bool)
     for b in range(tiny.ROWS):
         ids = [*gen.prompts[b][gen.prompt_mask[b]], *gen.tokens[b][gen.mask[b]]]
         tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
-    expected = tiny.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])(params, tokens, mask)
+    expected = jax.jit(lambda p, t, m: MODEL.apply({"params": p}, t, attention_mask=m)[:, 0])(params, tokens, mask)
     np.testing.assert_allclose(scores, expected, atol=1e-5)

@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 @functools.cache
 def compiled(**options):
     options = {"model": MODEL, "tx": RECORDER, **options}
-    return tiny.jit(functools.partial(sft_step, **options))
+    return jax.jit(functools.partial(sft_step, **options))
 
 
 def packed_and_padded():
@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_the_cross_entropys():
         losses = cross_entropy_losses(logits, batch.targets, z_loss=0.01)
         return jnp.sum(jnp.where(batch.loss_mask, losses, 0.0)) / batch.loss_mask.sum()
 
-    expected, grads = tiny.jit(jax.value_and_grad(loss))(state.params)
+    expected, grads = jax.jit(jax.value_and_grad(loss))(state.params)
     after, metrics = compiled(z_loss=0.01, chunk_size=3)(state, batch, KEY)
     np.testing.assert_allclose(metrics["sft/loss"].value, expected, rtol=1e-5)
     assert metrics["sft/loss"].weight == batch.loss_mask.sum()
@@ -129,7 +129,7 @@ def test_a_misspelt_keyword_is_named():
 
 def test_evaluation_is_the_mean_nll_over_counted_targets_and_adds_up_over_batches():
     batch, params = tiny.sft_batch(), tiny.init(MODEL)
-    evaluate = tiny.jit(functools.partial(evaluate_step, model=MODEL))
+    evaluate = jax.jit(functools.partial(evaluate_step, model=MODEL))
     whole = evaluate(params, batch)
     halves = [evaluate(params, jax.tree.map(lambda x, s=s: x[s], batch)) for s in (slice(0, 4), slice(4, 8))]
     _, metrics = compiled()(tiny.lm_state(MODEL, RECORDER), batch, KEY)
