@@ -127,9 +127,8 @@ class Stage:
         if self.trains(config):
             check_training(config, self.name, [step.section for step in self.steps.values()])
         self.check(config)
-        if (
-            self.trains(config) or self.longest
-        ) and not config.model.init_from:  # else its context counts, once it is read
+        known = not config.model.init_from  # else that model's context counts, once it is read
+        if known and (self.trains(config) or self.longest):
             self.check_room(config, config.model.context, "model.context")
 
     def check_room(self, config: Config, context: int, whose: str) -> None:
