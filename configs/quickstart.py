@@ -8,7 +8,6 @@ editorials, tweets), a reward model on the ratings of 20 people a sentence, and 
 
 from lfjax.config import base_config
 
-
 MUON = {
     "name": "muon",
     "b1": 0.95,
