@@ -23,7 +23,8 @@ from lfjax.config import (
 def optim_overrides(**set_here) -> Config:
     """A stage's own values; what is None is taken from `config.optim`."""
     types = {"name": str, "learning_rate": float, "schedule": str, "warmup_steps": int, "end_factor": float,
-             "b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float, "groups": tuple}  # fmt: skip
+             "b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float,
+             "groups": tuple}  # fmt: skip
     found = ConfigDict({name: placeholder(kind) for name, kind in types.items()})
     found.update(set_here)
     return found
