@@ -240,7 +240,7 @@ def test_a_recurrent_model_goes_through_every_stage(train, tmp_path, devices):
 
 
 def test_an_evaluation_compares_every_language_model_of_the_chain(straight):
-    """Before is the run's start, after its last model; KL is from the start, and from what a stage itself began with."""
+    """Before is the run's start, after its last model; KL is from the start, and from what a stage itself had."""
     summary = json.loads((straight / "summary.json").read_text())
     for name in ("ppo/length", "judge/positive", "diversity/unique"):
         assert {f"{name}_{which}" for which in ("before", "sft", "after")} <= summary.keys()
