@@ -1247,7 +1247,7 @@ COMMANDS = {
     "an unknown command": (("trian",), "trian"),
     "sample without a model": (("sample",), "model"),
     "sample of nothing": (("sample", "nowhere"), "nowhere: no such folder"),
-    "sample of a run without a model": (("sample", "{empty}"), "finish the pretrain stage first"),
+    "sample of a run without a model": (("sample", "{empty}"), "finish the stage that makes one first"),
     "sample of a folder that is no model": (("sample", "{tmp}"), "config.json: not found"),
     "sample of a reward model": (("sample", "{scorer}"), "not a language model; name another"),
     "sample of a stage that is not there": (("sample", "{trained}", "--stage=ppo"), "no model of 'ppo'; its models"),
@@ -1400,6 +1400,8 @@ def test_a_stage_names_the_model_of_a_run_that_writes(trained, tmp_path, capfd):
     """The last model is of another stage, and no model at all: --stage decides which is read."""
     workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
     (workdir / "models" / "ppo").mkdir()
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"stages": [*config["stages"], "ppo"]}))
     given = ["sample", str(workdir), "--max-new-tokens=3"]
     assert cli.main(given) == 2
     assert "models/ppo/config.json: not found" in capfd.readouterr().err

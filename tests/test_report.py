@@ -300,6 +300,26 @@ def test_what_a_model_wrote_cannot_become_markup(tmp_path):
     assert "alert(1)" in page.text and "␀␛[31m" in page.text
 
 
+def test_what_a_directory_says_of_its_stages_is_checked_and_escaped(tmp_path):
+    """stages.json tells what figures are called; it may be from a stranger, as everything else."""
+    folder = synthetic_run(tmp_path / "run")
+    figure = {"title": HOSTILE, "unit": HOSTILE, "form": "eval", "marks": [[1.5, HOSTILE], ["x"], 3], "log": "yes"}
+    rows = {
+        "ppo": {"title": HOSTILE * 100, "scored_by": HOSTILE, "unit": HOSTILE, "makes": "language model", "told": 3,
+                "figures": {"ppo/score": figure, "ppo/kl": [], "ppo/wholly_new_metric": {"title": "What is new"}}},
+        "pretrain": [1], "reward": {"figures": "none"}, "evaluate": {"compares": True, "builds": "no"},
+    }  # fmt: skip
+    write_json(folder / "stages.json", json.loads(json.dumps(rows).replace("\\ud800", "")))
+    page = Page(built(folder).read_text(encoding="utf-8"))
+    assert len(page.all("script")) == 1 and not page.all("img")
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "What is new" in page.text and "alert(1)" in page.text
+    known = read(folder)
+    assert known.scored == "ppo" and known.compared == "evaluate" and len(known.about("ppo").title) == rundir.MOST_NAME
+    assert known.figures["ppo/score"].form == "number" and not known.figures["ppo/score"].log
+    assert [value for value, _ in known.figures["ppo/score"].marks] == [1.5] and "ppo/kl" not in known.figures
+
+
 def test_the_policy_forbids_any_script_but_the_pages_own(whole):
     import base64
     import hashlib

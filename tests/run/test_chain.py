@@ -240,11 +240,11 @@ def test_a_recurrent_model_goes_through_every_stage(train, tmp_path, devices):
 
 
 def test_an_evaluation_compares_every_language_model_of_the_chain(straight):
-    """Before is the run's start, after its last model; KL is from the start and from what a stage itself began with."""
+    """Before is the run's start, after its last model; KL is from the start, and from what a stage itself had."""
     summary = json.loads((straight / "summary.json").read_text())
     for name in ("ppo/length", "judge/positive", "diversity/unique"):
         assert {f"{name}_{which}" for which in ("before", "sft", "after")} <= summary.keys()
-    assert summary["ppo/kl_sft"] > 0 and summary["ppo/kl"] != summary["ppo/kl_own"] > 0
+    assert summary["ppo/kl"] != summary["ppo/kl_own"] and summary["ppo/kl_sft"]  # means of so few samples have any sign
     assert not {"ppo/kl_before", "ppo/kl_after", "ppo/kl_own_sft"} & summary.keys()
 
 
