@@ -16,11 +16,11 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import smallest
+import tiny
 
 from lfjax import cli, stages
 from lfjax.interop import hf
@@ -968,13 +968,20 @@ CLOSED = "import os, sys; os.close({}); os.execv(sys.executable, [sys.executable
 
 @pytest.mark.parametrize("lost", ["nobody reads stderr", "a full disk for stderr", "closed stderr", "closed stdout"])
 def test_training_needs_nobody_to_read_what_it_prints(lost, tmp_path, records):
-    argv = arguments(tmp_path / "w", records, PRETRAINING, "--config.pretrain.log_every=1")
+    """The programs of the first are those of the others."""
+    short = ("--config.pretrain.steps=2", "--config.pretrain.log_every=1")
+    argv = arguments(tmp_path / "w", records, PRETRAINING, *short)
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     program = ["-m", "lfjax.cli"] if "closed" not in lost else ["-c", CLOSED.format(2 if "stderr" in lost else 1)]
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as full:
         stderr = {"nobody reads stderr": writer, "a full disk for stderr": full}.get(lost, subprocess.DEVNULL)
-        done = subprocess.run([sys.executable, *program, *argv], stdout=subprocess.DEVNULL, stderr=stderr, timeout=300)
+        to = {"stdout": subprocess.DEVNULL, "stderr": stderr, "env": environment}
+        done = subprocess.run([sys.executable, *program, *argv], timeout=300, **to)
     os.close(writer)
     assert done.returncode == 0 and (tmp_path / "w" / "models" / "pretrain").is_dir()
 
@@ -1229,7 +1236,7 @@ def scorer(tmp_path_factory, trained) -> pathlib.Path:
         vocab_size=310, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32, context=64, num_labels=1
     )
     model = Transformer(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = tiny.init(model)
     folder = tmp_path_factory.mktemp("models") / "scorer"
     hf.save(
         folder,
