@@ -1407,8 +1407,12 @@ def test_a_stage_names_the_model_of_a_run_that_writes(trained, tmp_path, capfd):
     """The last model is of another stage, and no model at all: --stage decides which is read."""
     workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
     (workdir / "models" / "ppo").mkdir()
-    config = json.loads((workdir / "config.json").read_text())
-    (workdir / "config.json").write_text(json.dumps(config | {"stages": [*config["stages"], "ppo"]}))
+    for name, add in (
+        ("config.json", lambda config: {"stages": [*config["stages"], "ppo"]}),
+        ("stages.json", lambda known: {"ppo": known["pretrain"]}),
+    ):
+        found = json.loads((workdir / name).read_text())
+        (workdir / name).write_text(json.dumps(found | add(found)))
     given = ["sample", str(workdir), "--max-new-tokens=3"]
     assert cli.main(given) == 2
     assert "models/ppo/config.json: not found" in capfd.readouterr().err
