@@ -4,6 +4,8 @@ Trains a 0.9 M-parameter Llama-form language model on 21,000 rated sentences (fi
 editorials, tweets), a reward model on the ratings of 20 people a sentence, and steers the language model with PPO.
 
     lfjax train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Under five minutes on 2 CPU cores whose float32 matmul runs at 200 GFLOP/s; README.md has the figures.
 """
 
 from lfjax.config import base_config
