@@ -75,6 +75,12 @@ def keywords(sampling: Config, function: Callable, own: Mapping[str, object]) ->
     return found
 
 
+def longest(section: Config) -> tuple[str, int]:
+    """(its keys, tokens) of the longest prompt with the longest response; `section` as of `prompts`."""
+    tokens = max(section.prompt_buckets) + section.max_new_tokens
+    return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
+
+
 def check_texts(section: Config, records: Iterable[Record], tokenizer: Tokenizer) -> None:
     """The prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
     prompts(section, records, tokenizer)

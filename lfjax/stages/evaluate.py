@@ -105,13 +105,6 @@ def slug(judge: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", judge.rstrip("/").rpartition("/")[2])
 
 
-def longest(config: Config) -> tuple[str, int]:
-    """The longest prompt with the longest response."""
-    sampling = sampling_section(config, "evaluate")
-    tokens = max(sampling.prompt_buckets) + sampling.max_new_tokens
-    return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
-
-
 def evaluate_stage(run: Run) -> dict[str, float]:
     """Figures named x_before, x_<stage> and x_after, on `evaluate.prompts` prompts of the test split.
 
@@ -122,7 +115,11 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     models = compared(run.config)
     policies = {which: ppo.policy_of(run, key, name, "evaluate") for which, (key, name) in models.items()}
     starts = own_starts(run.config, models)
-    reward = ppo.reward_of(run) if "ppo" in run.stages[: run.stages.index("evaluate")] else None
+    reward = (
+        ppo.reward_of(run, "ppo.reward", run.config.ppo.reward)
+        if "ppo" in run.stages[: run.stages.index("evaluate")]
+        else None
+    )
     judges = judges_of(run)
     figures: dict[str, float] = {}
     rows = {}
@@ -147,16 +144,8 @@ def evaluate_stage(run: Run) -> dict[str, float]:
 
 def judges_of(run: Run) -> dict[str, LearnedReward | FunctionReward]:
     """Name in figures -> what scores, of all judges but the lexicon."""
-    found: dict[str, LearnedReward | FunctionReward] = {}
-    for key, judge in functions(run.config).items():
-        function = run.resolve(key, judge)
-        found[slug(judge)] = FunctionReward(run.devices, run.tokenizer, function, where=f"config.{key}: {judge}")
-    for key, judge in sources(run.config).items():
-        how = {"name": "ppo_score", "settings": run.config.model, "shapes": ppo.prompt_shapes(run.config)}
-        step = run.steps["ppo_score"]
-        where = f"config.{key}: {judge!r}"
-        found[slug(judge)] = LearnedReward(run.devices, run.load_model(key, judge), step, **how, where=where)
-    return found
+    named = functions(run.config) | sources(run.config)
+    return {slug(judge): ppo.reward_of(run, key, judge) for key, judge in named.items()}
 
 
 def trained_on(config: Config) -> set[str]:
@@ -279,7 +268,7 @@ STAGE = Stage(
     steps={name: ppo.STAGE.steps[name] for name in ("ppo_rollout", "ppo_score")},
     sources=sources,
     functions=functions,
-    longest=longest,
+    longest=lambda config: writing.longest(sampling_section(config, "evaluate")),
     compares=True,
     run=evaluate_stage,
 )

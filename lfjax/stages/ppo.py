@@ -128,13 +128,6 @@ def sources(config: Config) -> dict[str, str]:
     return found | ({} if config.ppo.value_init in ("reward", "policy") else {"ppo.value_init": config.ppo.value_init})
 
 
-def longest(config: Config) -> tuple[str, int]:
-    """The longest prompt with the longest response."""
-    sampling = sampling_section(config, "ppo")
-    tokens = max(sampling.prompt_buckets) + sampling.max_new_tokens
-    return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
-
-
 def policy_of(run: Run, key: str, name: str, stage: str = "ppo", **adapters) -> Policy:
     """A language model that writes as `stage` does; `adapters` and `purpose` as of `Policy`."""
     step, own = run.steps["ppo_rollout"], run.config.ppo.rollout_step.to_dict()
@@ -154,20 +147,19 @@ def policy_of(run: Run, key: str, name: str, stage: str = "ppo", **adapters) -> 
     )
 
 
-def reward_of(run: Run) -> LearnedReward | FunctionReward:
-    """The reward that `config.ppo.reward` names."""
-    name = run.config.ppo.reward
+def reward_of(run: Run, key: str, name: str) -> LearnedReward | FunctionReward:
+    """The reward or judge that `config.<key>` names: a function, or a scorer's stage or folder."""
     if is_named(name):
-        function = run.resolve("ppo.reward", name)
-        return FunctionReward(run.devices, run.tokenizer, function, where=f"config.ppo.reward: {name}")
+        function = run.resolve(key, name)
+        return FunctionReward(run.devices, run.tokenizer, function, where=f"config.{key}: {name}")
     return LearnedReward(
         run.devices,
-        run.load_model("ppo.reward", name),
+        run.load_model(key, name),
         run.steps["ppo_score"],
         name="ppo_score",
         settings=run.config.model,
         shapes=prompt_shapes(run.config),
-        where=f"config.ppo.reward: {name!r}",
+        where=f"config.{key}: {name!r}",
     )
 
 
@@ -192,7 +184,8 @@ def ppo_stage(run: Run) -> dict[str, float]:
     batches = writing.prompt_batches(
         sampling, records, run.tokenizer, batch_size=section.batch_size, seed=run.config.seed
     )
-    policy, reward = policy_of(run, *run.start("ppo"), adapters=run.adapters("ppo"), purpose="ppo-lora"), reward_of(run)
+    policy = policy_of(run, *run.start("ppo"), adapters=run.adapters("ppo"), purpose="ppo-lora")
+    reward = reward_of(run, "ppo.reward", section.reward)
     keys = {p: devices.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
     norm = measure_norm(devices, policy, reward, batches, records, keys["norm"], wanted=section.norm_samples)
     value_model, value_params, value_base = value_of(run, policy, reward, norm)
@@ -353,7 +346,7 @@ STAGE = Stage(
     reads_only=lambda config: () if config.ppo.value_init == "reward" else ("ppo.reward",),
     functions=lambda config: {"ppo.reward": config.ppo.reward} if is_named(config.ppo.reward) else {},
     heads=True,
-    longest=longest,
+    longest=lambda config: writing.longest(sampling_section(config, "ppo")),
     makes=LANGUAGE_MODEL,
     figures={
         "ppo/score": Figure("Score", "normalised, after the rules on length and end", "higher"),
