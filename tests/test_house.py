@@ -117,10 +117,10 @@ def test_a_stage_starts_from_the_last_language_model_before_it(chain, stage, sta
 
 
 def test_files_of_stages_and_of_what_they_share_stay_short():
-    for folder, most in (("run", 350), ("stages", 400)):
+    for folder, most in (("run", 350), ("stages", 350)):
         for path in (ROOT / folder).glob("*.py"):
             assert len(path.read_text().splitlines()) <= most, path
     for path in [path for folder in ("run", "stages", "steps") for path in (ROOT / folder).glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno + 1 <= 62, f"{path.name}: {node.name}"
+                assert node.end_lineno - node.lineno + 1 <= 60, f"{path.name}: {node.name}"

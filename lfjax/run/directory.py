@@ -231,15 +231,22 @@ def _sources(functions: Mapping[str, Any]) -> dict[str, Path]:
 def covered(config: Config, stages: Mapping[str, Stage]) -> dict[str, Any]:
     """What of a config makes a run what it is: the sections that stages share, and those of its own stages.
 
+    Of a stage that is not the run's own only the keywords of steps that the run's stages take: the rest is left out.
     A method that is added to lfjax later changes nothing of it.
     """
     plain = configs.to_plain(config)
-    known = {name for stage in config.stages for name in stages[stage].steps}
-    return {
-        name: {step: value[step] for step in value if step in known} if name == "steps" else value
-        for name, value in plain.items()
-        if name not in stages or name in config.stages or name in configs.shared_sections()
-    }
+    taken = {name: step for stage in config.stages for name, step in stages[stage].steps.items()}
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        if name == "steps":
+            found[name] = {step: value[step] for step in value if step in taken}
+        elif name not in stages or name in config.stages or name in configs.shared_sections():
+            found[name] = value
+    for step in taken.values():
+        section, _, part = step.section.partition(".")
+        if section and section not in config.stages:
+            found[section] = {**found.get(section, {}), part: plain[section][part]}
+    return found
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], config: Config, stages: Mapping[str, Stage]) -> list[str]:
@@ -255,7 +262,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], config: Config, stages:
 
     def counts(key: str) -> bool:
         section, _, rest = key.removeprefix("config.").partition(".")
-        return section in now and section != "run" and (section != "steps" or rest in now[section])
+        whole = section in config.stages or section not in {"steps", *stages}
+        return section in now and section != "run" and (whole or rest.partition(".")[0] in now[section])
 
     compared = {key: value for key, value in (known | added).items() if counts(key)}
     return configs.difference_of(compared, {key: value for key, value in found.items() if counts(key)})

@@ -23,7 +23,7 @@ from lfjax.run.sections import check_sampling, sampling_overrides
 from lfjax.run.stage import LANGUAGE_MODEL, Stage
 from lfjax.run.writing import Policy, texts
 from lfjax.sharding import Step, global_batch, jit_step
-from lfjax.stages import ppo
+from lfjax.stages.rollouts import STEPS, policy_of, prompt_shapes, reward_of
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.tokenizers import stop_ids
 from lfjax.types import Generation
@@ -36,6 +36,7 @@ def evaluate_section() -> Config:
     return section(
         prompts=512,  # of the test split; where it has fewer they come again, with other noise
         batch_size=128,
+        chunk_size=64,  # positions of a row at which log-probabilities are computed at once
         samples=24,  # rows of samples.jsonl a model
         judges=("lexicon",),  # "lexicon" (VADER), a scorer's stage or folder, "module:function" as ppo.reward
         sampling=sampling_overrides(),
@@ -50,7 +51,7 @@ def check_texts(config: Config, data: Data, tokenizer) -> None:
 def check(config: Config) -> None:
     """There is something to compare, by judges of different names. Raises InputError."""
     at_least(config, 0, "evaluate.samples")
-    at_least(config, 1, "evaluate.prompts", "evaluate.batch_size")
+    at_least(config, 1, "evaluate.prompts", "evaluate.batch_size", "evaluate.chunk_size")
     if len(compared(config)) < 2:
         raise InputError(
             'config.stages: "evaluate" compares before and after; it needs a stage before it that makes a language'
@@ -113,10 +114,10 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     judge/<judge>_*. KL is from the run's start, `ppo/kl_own*` from the model that the stage itself started from.
     """
     models = compared(run.config)
-    policies = {which: ppo.policy_of(run, key, name, "evaluate") for which, (key, name) in models.items()}
+    policies = {which: policy_of(run, key, name, "evaluate") for which, (key, name) in models.items()}
     starts = own_starts(run.config, models)
     reward = (
-        ppo.reward_of(run, "ppo.reward", run.config.ppo.reward)
+        reward_of(run, "ppo.reward", run.config.ppo.reward)
         if "ppo" in run.stages[: run.stages.index("evaluate")]
         else None
     )
@@ -145,7 +146,7 @@ def evaluate_stage(run: Run) -> dict[str, float]:
 def judges_of(run: Run) -> dict[str, LearnedReward | FunctionReward]:
     """Name in figures -> what scores, of all judges but the lexicon."""
     named = functions(run.config) | sources(run.config)
-    return {slug(judge): ppo.reward_of(run, key, judge) for key, judge in named.items()}
+    return {slug(judge): reward_of(run, key, judge) for key, judge in named.items()}
 
 
 def trained_on(config: Config) -> set[str]:
@@ -167,7 +168,7 @@ def _logprobs(run: Run, own: Policy, other: Policy) -> Step:
     config = run.config
     options = {
         "temperature": sampling_section(config, "evaluate").temperature,
-        "chunk_size": config.ppo.update_step.get("chunk_size", 64),
+        "chunk_size": config.evaluate.chunk_size,
     }
 
     def logprobs(params, other_params, g: Generation):
@@ -178,7 +179,7 @@ def _logprobs(run: Run, own: Policy, other: Policy) -> Step:
 
     return run.devices.program(
         ("evaluate logprobs", own.model.config, other.model.config),
-        lambda: jit_step(logprobs, name="evaluate logprobs", shapes=ppo.prompt_shapes(config)),
+        lambda: jit_step(logprobs, name="evaluate logprobs", shapes=prompt_shapes(config)),
     )
 
 
@@ -265,7 +266,7 @@ STAGE = Stage(
     section=evaluate_section,
     check=check,
     check_texts=check_texts,
-    steps={name: ppo.STAGE.steps[name] for name in ("ppo_rollout", "ppo_score")},
+    steps=STEPS,
     sources=sources,
     functions=functions,
     longest=lambda config: writing.longest(sampling_section(config, "evaluate")),

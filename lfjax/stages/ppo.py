@@ -17,23 +17,22 @@ from lfjax.modules import is_named
 from lfjax.report.catalogue import Figure
 from lfjax.run import training, writing
 from lfjax.run.data import Data
-from lfjax.run.devices import Devices, fetch
+from lfjax.run.devices import Devices
 from lfjax.run.parts import optimizer, passes, total_steps, trained_part
-from lfjax.run.rewards import FunctionReward, LearnedReward
+from lfjax.run.rewards import LearnedReward
 from lfjax.run.run import Run
 from lfjax.run.sections import check_sampling, optim_overrides, sampling_overrides
 from lfjax.run.sections import training as training_section
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
 from lfjax.run.values import measure_norm, no_values, value_network
-from lfjax.run.writing import Policy, texts
+from lfjax.run.writing import Policy
 from lfjax.sharding import global_batch, jit_step
+from lfjax.stages.rollouts import STEPS, policy_of, reward_of, rollout_rows
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.tokenizers import stop_ids
 from lfjax.types import Rollout
 
-# What the stage gives the rollout.
-ROLLOUT = ("model", "eos_ids", "pad_id", *writing.KEYWORDS)
 MOVED = {f"ppo.{key}": f"sampling.{key}" for key in ("prompt_buckets", "stop", "prompt_min", "prompt_max")}
 MOVED |= {f"ppo.rollout_step.{k}": f"sampling.{k}" for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
@@ -128,51 +127,6 @@ def sources(config: Config) -> dict[str, str]:
     return found | ({} if config.ppo.value_init in ("reward", "policy") else {"ppo.value_init": config.ppo.value_init})
 
 
-def policy_of(run: Run, key: str, name: str, stage: str = "ppo", **adapters) -> Policy:
-    """A language model that writes as `stage` does; `adapters` and `purpose` as of `Policy`."""
-    step, own = run.steps["ppo_rollout"], run.config.ppo.rollout_step.to_dict()
-    sampling = sampling_section(run.config, stage)
-    return Policy(
-        run.devices,
-        run.load_model(key, name, language=True),
-        step,
-        name="ppo_rollout",
-        settings=run.config.model,
-        shapes=prompt_shapes(run.config),
-        eos_ids=stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop"),
-        pad_id=run.tokenizer.pad_id,
-        **writing.keywords(sampling, step, own),
-        **own,
-        **adapters,
-    )
-
-
-def reward_of(run: Run, key: str, name: str) -> LearnedReward | FunctionReward:
-    """The reward or judge that `config.<key>` names: a function, or a scorer's stage or folder."""
-    if is_named(name):
-        function = run.resolve(key, name)
-        return FunctionReward(run.devices, run.tokenizer, function, where=f"config.{key}: {name}")
-    return LearnedReward(
-        run.devices,
-        run.load_model(key, name),
-        run.steps["ppo_score"],
-        name="ppo_score",
-        settings=run.config.model,
-        shapes=prompt_shapes(run.config),
-        where=f"config.{key}: {name!r}",
-    )
-
-
-def prompt_shapes(config: Config) -> int:
-    """How many shapes prompts come in: every length, in PPO's batches and in the evaluation's."""
-    rows = {
-        (config[stage].batch_size, length)
-        for stage in ("ppo", "evaluate")
-        for length in sampling_section(config, stage).prompt_buckets
-    }
-    return len(rows)
-
-
 def ppo_stage(run: Run) -> dict[str, float]:
     """Trains the policy against the reward, held near its start by the KL term.
 
@@ -184,7 +138,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
     batches = writing.prompt_batches(
         sampling, records, run.tokenizer, batch_size=section.batch_size, seed=run.config.seed
     )
-    policy = policy_of(run, *run.start("ppo"), adapters=run.adapters("ppo"), purpose="ppo-lora")
+    policy = policy_of(run, *run.start("ppo"), "ppo", adapters=run.adapters("ppo"), purpose="ppo-lora")
     reward = reward_of(run, "ppo.reward", section.reward)
     keys = {p: devices.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
     norm = measure_norm(devices, policy, reward, batches, records, keys["norm"], wanted=section.norm_samples)
@@ -306,22 +260,6 @@ def programs(run: Run, models: PPOModels, txs, state_shardings):
     return experience, update
 
 
-def rollout_rows(tokenizer, rollout: Rollout, limit: int) -> list[dict[str, Any]]:
-    """The first rows of a rollout for samples.jsonl; logprob and kl are sums over the response, in nats."""
-    host = jax.tree.map(lambda x: np.asarray(x[:limit]), fetch(rollout))
-    prompts, responses = texts(tokenizer, host)
-    return [
-        {
-            "prompt": prompts[i],
-            "response": responses[i],
-            "score": float(host.scores[i]),
-            "logprob": float(host.old_logprobs[i].sum()),
-            "kl": float((host.old_logprobs[i] - host.ref_logprobs[i]).sum()),
-        }
-        for i in range(len(prompts))
-    ]
-
-
 STAGE = Stage(
     name="ppo",
     title="PPO",
@@ -333,8 +271,7 @@ STAGE = Stage(
     check_encoders=check_encoders,
     check_texts=check_texts,
     steps={
-        "ppo_rollout": Step("lfjax.steps.ppo_rollout:ppo_rollout", "ppo.rollout_step", ROLLOUT),
-        "ppo_score": Step("lfjax.steps.ppo_score:ppo_score"),
+        **STEPS,
         "ppo_experience": Step(
             "lfjax.steps.ppo_experience:ppo_experience",
             "ppo.experience_step",

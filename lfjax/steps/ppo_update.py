@@ -69,8 +69,7 @@ def ppo_update(
         return (policy, value), metrics
 
     orders = jax.vmap(lambda key: jax.random.permutation(key, size))(jax.random.split(rng, epochs))  # [epochs B]
-    order = orders.reshape(epochs * minibatches, -1)
-    (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), order)
+    (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), orders.reshape(epochs * minibatches, -1))
     metrics = over_minibatches(metrics) | rollout_metrics(rollout) | {"ppo/kl_coef": Mean.of(state.kl_coef)}
     kl_coef = state.kl_coef
     if kl_target > 0.0:

@@ -64,9 +64,7 @@ def reward_step(
     def batch_loss(values, cutpoints=cutpoints):
         pairs = {"across_records": across_records, "min_gap": min_gap, "margin_scale": margin_scale}
         terms, metrics = reward_terms(values, batch, **pairs, cutpoints=cutpoints, ordinal_bounds=ordinal_bounds)
-        used = {name: mean for name, mean in terms.items() if weights[name]}
-        loss = sum((weights[name] * mean.value for name, mean in used.items()), jnp.float32(0.0))
-        counted = sum((mean.weight for mean in used.values()), jnp.float32(0.0))
+        loss, counted = weighted_sum(terms, weights)
         return loss, ({"reward/loss": Mean.over(loss, counted > 0), **metrics}, values, counted)
 
     (loss, (metrics, values, counted)), grads = coupled_grads(
@@ -77,6 +75,13 @@ def reward_step(
         grads = {**grads, "head": {**grads["head"], "cutpoints": by_cutpoints}}
     metrics["optim/grad_norm"] = Mean.of(optax.tree.norm(grads))
     return state.apply_gradients(grads, tx, loss=loss, weight=counted), metrics
+
+
+def weighted_sum(terms: dict[str, Mean], weights: dict[str, float]):
+    """(the weighted sum of the terms' means, the number of values that they count); terms of weight 0 are left out."""
+    used = {name: mean for name, mean in terms.items() if weights[name]}
+    loss = sum((weights[name] * mean.value for name, mean in used.items()), jnp.float32(0.0))
+    return loss, sum((mean.weight for mean in used.values()), jnp.float32(0.0))
 
 
 def values_at_tokens(model, params, tokens, mask, key):

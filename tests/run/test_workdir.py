@@ -122,3 +122,18 @@ def test_a_key_that_has_moved_is_compared_under_its_new_name():
     del before["sampling"], before["outside"]
     assert changed(before) == []
     assert changed(before, "sampling.max_new_tokens=9") == ["config.sampling.max_new_tokens: 8 -> 9"]
+
+
+def test_the_keywords_of_a_step_of_another_stage_count_where_the_run_takes_the_step():
+    config = smallest.get_config().unlock()
+    config.stages = ("tokenizer", "pretrain", "sft", "evaluate")
+    config.ppo.rollout_step.greedy = False  # of a fork
+    before = directory.covered(config, stages.declared())
+    assert before["ppo"] == {"rollout_step": {"greedy": False}}
+    config.ppo.rollout_step.greedy, config.ppo.kl_coef = True, 0.5
+    now = directory.covered(config, stages.declared())
+    assert directory.changes(before, now, config, stages.declared()) == [
+        "config.ppo.rollout_step.greedy: false -> true"
+    ]
+    whole = {**before, "ppo": {**before["ppo"], "kl_coef": 0.1}}  # an older directory holds every section
+    assert len(directory.changes(whole, now, config, stages.declared())) == 1
