@@ -45,8 +45,7 @@ def ppo_update(
       kl_target: nats a sequence; above 0 the KL coefficient adapts to it, over `kl_horizon` episodes.
     Source: Schulman et al. 2017, arXiv:1707.06347; adaptive KL: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
-    size = rollout.mask.shape[0]
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    size, clip = rollout.mask.shape[0], {"clip_low": clip_low, "clip_high": clip_high}
 
     def policy_loss(params, micro: Rollout):
         rows = (micro.prompts, micro.prompt_mask, micro.responses, micro.mask)
@@ -69,7 +68,8 @@ def ppo_update(
         return (policy, value), metrics
 
     orders = jax.vmap(lambda key: jax.random.permutation(key, size))(jax.random.split(rng, epochs))  # [epochs B]
-    (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), orders.reshape(epochs * minibatches, -1))
+    order = orders.reshape(epochs * minibatches, -1)
+    (policy, value), metrics = jax.lax.scan(minibatch_step, (state.policy, state.value), order)
     metrics = over_minibatches(metrics) | rollout_metrics(rollout) | {"ppo/kl_coef": Mean.of(state.kl_coef)}
     kl_coef = state.kl_coef
     if kl_target > 0.0:

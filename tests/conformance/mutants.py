@@ -139,7 +139,7 @@ def fork(mutant: Mutant):
     return getattr(copy, function)
 
 
-UPDATE_START = "    size = rollout.mask.shape[0]\n"
+UPDATE_START = '    size, clip = rollout.mask.shape[0], {"clip_low": clip_low, "clip_high": clip_high}\n'
 FORWARD = "    def forward(rows):\n"
 
 MUTANTS = {
