@@ -28,9 +28,9 @@ FOR_SPEED = {
 
 def commands() -> str:
     """The blocks of the section as one script; long commands get what makes them short."""
-    section = re.search(r"^## Forking a step$(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
+    section = re.search(r"^## Forking a step$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M)
     assert section
-    blocks = re.findall(r"^```\n(.*?)^```$", section.group(1), re.S | re.M)
+    blocks = re.findall(r"^```sh\n(.*?)^```$", section.group(1), re.S | re.M)
     lines = "".join(blocks).splitlines()
     for start, more in FOR_SPEED.items():
         (found,) = (number for number, line in enumerate(lines) if line.startswith(start))

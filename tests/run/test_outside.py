@@ -21,7 +21,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def page() -> dict[str, str]:
     """File name -> text, as the page's `cat > FILE <<'...'` blocks write them."""
-    section = re.search(r"^## A method of your own$(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
+    section = re.search(
+        r"^## A method of your own$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M
+    )
     assert section
     return dict(re.findall(r"^cat > (\S+) <<'\w+'\n(.*?)^\w+$", section.group(1), re.S | re.M))
 
@@ -152,8 +154,10 @@ def test_a_name_that_is_taken_or_leads_nowhere_is_refused(named, said, folder):
 @pytest.mark.slow
 def test_the_pages_commands_do_what_they_say(tmp_path):
     """Copied and pasted, but for fewer steps."""
-    section = re.search(r"^## A method of your own$(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
-    blocks = re.findall(r"^```\n(.*?)^```$", section.group(1), re.S | re.M)
+    section = re.search(
+        r"^## A method of your own$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M
+    )
+    blocks = re.findall(r"^```sh\n(.*?)^```$", section.group(1), re.S | re.M)
     lines = "".join(blocks).replace("lfjax train", "python -m lfjax train")
     lines = re.sub(r"(lfjax train .*)", r"\1 --config.pretrain.steps=2 --config.unlikelihood.steps=2", lines)
     smallest.write_records(tmp_path / "rated.jsonl")
