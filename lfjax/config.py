@@ -480,18 +480,18 @@ def _check_stages(config: Config, stages: Mapping[str, Any]) -> None:
     for stage in config.stages:
         if stage not in stages:
             near = difflib.get_close_matches(str(stage), stages, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(stages)}"
-            raise InputError(f"config.stages: unknown stage {stage!r}; {hint}")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"config.stages: unknown stage {stage!r}; {hint}allowed: {', '.join(stages)}")
     if not config.stages or len(set(config.stages)) != len(config.stages):
         raise InputError(f"config.stages: {config.stages}; name one or more stages, each once")
     vocabularies = [name for name, stage in stages.items() if stage.makes == "tokenizer"]
-    given = config.tokenizer.path or config.model.init_from
+    given, _ = vocabulary(config, stages)
     for place, stage in enumerate(config.stages):
         before = config.stages[:place]
         if not given and not {stage, *before} & {*vocabularies}:
             raise InputError(
-                f'config.stages: "{stage}" needs a vocabulary; put "{vocabularies[0]}" before it, or set'
-                " config.tokenizer.path"
+                f'config.stages: "{stage}" needs a vocabulary; put "{vocabularies[0]}" before it, set'
+                " config.tokenizer.path, or start from a model folder"
             )
         for key, name in stages[stage].models(config, stages).items():
             if name not in stages:
@@ -503,6 +503,21 @@ def _check_stages(config: Config, stages: Mapping[str, Any]) -> None:
                     f'config.{key}: stage "{name}" does not come before "{stage}" in config.stages; put it there,'
                     " or name a model folder"
                 )
+
+
+def vocabulary(config: Config, stages: Mapping[str, Any]) -> tuple[str, str]:
+    """(config key, file or folder) of the vocabulary that a run is given; ("", ""): it learns one.
+
+    That is `tokenizer.path`, else that of the model that the run starts from: `model.init_from`, or where no stage of
+    the run makes a vocabulary the folder that its first stage starts from.
+    """
+    for key in ("tokenizer.path", "model.init_from"):
+        if leaf(config, key):
+            return key, leaf(config, key)
+    if any(stages[stage].makes == "tokenizer" for stage in config.stages):
+        return "", ""
+    key, name = stages[config.stages[0]].start(config, stages)
+    return (key, name) if name and name not in stages else ("", "")
 
 
 def _check_rules(rules: tuple) -> None:

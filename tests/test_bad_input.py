@@ -106,7 +106,7 @@ OVERRIDES = {
     "a value of any length": (f"--config.seed={'9' * 5000}", "config.seed", "9 ... 9"),
     "no override": ("--config.seed", "--config.seed", "write --config.seed=VALUE"),
     "another argument": ("--steps=3", "--steps=3", "overrides are --config.section.key=value"),
-    "an unknown stage": ("--config.stages=tokenizer,pretrian", "config.stages", "did you mean 'pretrain'?"),
+    "an unknown stage": ("--config.stages=tokenizer,pretrian", "config.stages", "mean 'pretrain'? allowed: tokenizer,"),
     "a stage twice": ("--config.stages=tokenizer,tokenizer", "config.stages", "each once"),
     "no stage": ("--config.stages=()", "config.stages", "one or more stages"),
     "no tokenizer": ("--config.stages=pretrain,reward", "config.stages", 'put "tokenizer" before it'),
@@ -587,6 +587,43 @@ def test_a_model_of_another_vocabulary_is_refused(size, command, tmp_path, recor
     line = command(*arguments(tmp_path / "w", records, "--config.stages=sft", *given))
     assert "config.sft.init_from" in line and "vocabulary" in line and "config.tokenizer.path" in line
     assert untouched(tmp_path / "w")
+
+
+def test_a_scorer_of_another_vocabulary_is_refused_before_anything_is_trained(command, tmp_path, records, trained):
+    """The vocabulary is learnt first; then every folder that a later stage reads is compared with it."""
+    model = trained / "models" / "pretrain"
+    options = ("--config.stages=tokenizer,pretrain,reward", "--config.tokenizer.vocab_size=300")
+    line = command(*arguments(tmp_path / "w", records, *options, f"--config.reward.init_from={model}"))
+    assert line.startswith(f"config.reward.init_from: {model} has another vocabulary than the run's")
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_a_start_without_a_vocabulary_is_named_by_its_key(command, tmp_path, records, trained):
+    model = folder_of(trained, tmp_path)
+    (model / "tokenizer.model").unlink()
+    line = command(*arguments(tmp_path / "w", records, "--config.stages=reward", f"--config.reward.init_from={model}"))
+    assert line.startswith(f"config.reward.init_from: {model}: no such file in it: tokenizer.json")
+    assert not (tmp_path / "w").exists()
+
+
+def test_words_as_labels_are_for_the_stage_that_learns_from_them(command, tmp_path):
+    words = [{"kind": "label", "response": 0, "value": "good"}]
+    file = smallest.write_records(tmp_path / "words.jsonl", [row | {"feedback": words} for row in smallest.records()])
+    options = ("--config.stages=tokenizer,pretrain,reward", "--config.reward.init_from=pretrain")
+    line = command(*arguments(tmp_path / "w", file, *options))
+    assert line.startswith("stage reward: ") and "`label` feedback, for the stage classify" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_config_names_the_model_that_a_new_run_may_start_from(command, tmp_path, records, trained):
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "w"))
+    stages = "--config.stages=tokenizer,pretrain,sft"
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"stages": stages.partition("=")[2].split(",")}))
+    line = command(*arguments(workdir, records, stages, "--config.sft.steps=7"))
+    assert "config.sft.steps: " in line and f"--config.sft.init_from={workdir}/models/pretrain" in line
+    line = command(*arguments(workdir, records, PRETRAINING, "--config.pretrain.steps=7"))
+    assert "config.pretrain.steps: 10 -> 7" in line and "init_from" not in line
 
 
 def test_a_language_model_is_no_reward_and_no_value_network(command, tmp_path, records, trained):
@@ -1307,6 +1344,7 @@ COMMANDS = {
     ),
     "report on nothing": (("report", "nowhere"), "nowhere: no such run directory"),
     "report on an empty folder": (("report", "{tmp}"), "not a run directory"),
+    "report on a model": (("report", "{model}"), "not a run directory"),
 }  # fmt: skip
 
 

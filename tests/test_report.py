@@ -707,6 +707,7 @@ def test_times_that_are_no_numbers_are_left_out(tmp_path):
     [
         (None, "no such run directory"),
         ({}, "not a run directory"),
+        ({"config.json": '{"model_type": "llama"}'}, "not a run directory"),
         ({"config.json": "{"}, r"config\.json:1: not JSON"),
         ({"config.json": '{"stages": 3}'}, r"config\.json: field 'stages': found 3; a list of names is expected"),
         ({"summary.json": "[]"}, r"summary\.json: found a JSON list, not an object"),

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from lfjax import files
@@ -14,6 +14,7 @@ from lfjax.config import InputError
 from lfjax.report.catalogue import FORMS, Figure
 
 STAGES = "stages.json"  # what a report has to know of the run's stages
+RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")  # one of them is in every run directory
 MOST_LOG_BYTES = 32 * 2**20  # of a log; of a longer one its beginning and its end are read
 MOST_ROW_BYTES = 4 * 2**20
 MOST_JSON_BYTES = 4 * 2**20
@@ -127,10 +128,12 @@ def read(workdir: str | os.PathLike, known: Known | None = None) -> RunDir:
     folder = pathlib.Path(workdir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run directory; give the --workdir of a run")
-    if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "summary.json")):
+    if not _has(folder, RUN_FILES):
         raise InputError(f"{folder}: not a run directory (no config.json, metrics.jsonl or summary.json in it)")
     left_out: list[str] = []
     config, summary = _config(folder, left_out), _summary(folder, left_out)
+    if config and "stages" not in config and not left_out and not _has(folder, RUN_FILES[1:]):
+        raise InputError(f"{folder}: not a run directory (config.json names no stages); give the --workdir of a run")
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     extra: set[str] = set()
     for row in _rows(folder, "metrics.jsonl", left_out):
@@ -174,6 +177,10 @@ def read(workdir: str | os.PathLike, known: Known | None = None) -> RunDir:
         left_out=left_out,
         known=about,
     )
+
+
+def _has(folder: pathlib.Path, names: Iterable[str]) -> bool:
+    return any((folder / name).exists() for name in names)
 
 
 def stages_that_make(folder: pathlib.Path, what: str, known: Known) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -13,6 +14,7 @@ from lfjax.config import Config, InputError
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import prompt_tokens, response_tokens
 from lfjax.interop import hf
+from lfjax.records import Record
 from lfjax.run import starts
 from lfjax.run.data import Data
 from lfjax.run.stage import LANGUAGE_MODEL, Stage
@@ -82,12 +84,23 @@ def check_data(config: Config, stages: Stages, data: Data) -> None:
     for stage in config.stages:
         for split in stages[stage].splits if stages[stage].learns_from else ():
             if not any(map(stages[stage].teaches, data.records[split])):
+                others = _taught_by_feedback(stages, data.records[split])
+                hint = f" (it holds {others[0].learns_from}, for the stage {others[0].name})" if others else ""
                 raise InputError(
                     f"stage {stage}: {data.file(split)}: the {split} split holds no {stages[stage].learns_from} to"
-                    f' learn from; add some, or leave "{stage}" out of config.stages'
+                    f' learn from{hint}; add some, or leave "{stage}" out of config.stages'
                 )
     for stage in config.stages:
         stages[stage].check_data(config, data)
+
+
+def _taught_by_feedback(stages: Stages, records: Sequence[Record]) -> list[Stage]:
+    """The stages that learn from the feedback on some of the records, and not from the bare texts."""
+
+    def taught(stage: Stage, record: Record) -> bool:
+        return stage.teaches(record) and not stage.teaches(dataclasses.replace(record, feedback=[]))
+
+    return [stage for stage in stages.values() if any(taught(stage, record) for record in records)]
 
 
 def check_texts(config: Config, stages: Stages, data: Data, tokenizer) -> None:

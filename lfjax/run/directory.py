@@ -94,8 +94,8 @@ class Workdir:
             if differs and begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(
-                    f"{path}: the run was started with another config ({shown}); use another --workdir, which may start"
-                    f" from a model of this one: --config.<stage>.init_from={self.path}/models/<stage>"
+                    f"{path}: the run was started with another config ({shown}); use another --workdir"
+                    f"{self._start_from_here(config, differs)}"
                 )
         fits()
         check()
@@ -110,6 +110,15 @@ class Workdir:
                 files.write_bytes(self.path / "steps" / f"{name}.py", source.read_bytes())
             write_json(self.path / INPUTS, digests(config, self._stages, forks))
             write_json(path, resolved)
+
+    def _start_from_here(self, config: Config, differs: list[str]) -> str:
+        """How a new run of the first stage whose own section differs starts from a model that is here; "": none is."""
+        sections = [change.split(".")[1] for change in differs]
+        stage = next((stage for stage in config.stages if stage in sections), "")
+        key, name = self._stages[stage].start(config, self._stages) if stage else ("", None)
+        folder = self.path / "models" / (name or "")
+        here = name and folder.is_dir()
+        return f", which may start from a model of this one: --config.{key}={folder}" if here else ""
 
     def _check_folders(self, config: Config) -> None:
         """Called before anything in the directory is read."""

@@ -46,6 +46,12 @@ class LearnedReward:
 class FunctionReward:
     """Scores by a Python function f(prompts, responses, records) -> one number a response.
 
+    All three are lists of one length. `prompts` and `responses` are str: of a record without a prompt the former is
+    how its response begins, of chat messages what the template makes of them. `records` are `lfjax.records.Record`, of
+    which the prompts are: `prompt` (str, or list of {"role", "content"}), `responses` (list of str), `feedback` (list
+    of Rating, Ranking, Preference, Edit, ... with the fields of their kinds), `id`, `source`, `license` and `time`
+    (None where not given), and `extra` (dict of the fields that the schema does not know: a reference answer, say).
+
     Args:
       where: the config key and the function's name, for messages.
     """

@@ -33,7 +33,6 @@ from lfjax.run.directory import Workdir, covered, forks_of
 from lfjax.run.meter import READING, Meter, are_figures, check_extra
 from lfjax.run.stage import Stage
 from lfjax.sharding import DEFAULT_RULES, make_mesh
-from lfjax.tokenizers import least_rows
 
 
 class Interrupted(Exception):
@@ -71,6 +70,7 @@ class Run:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.devices = Devices(mesh, tuple(config.mesh.rules) or DEFAULT_RULES, config.seed)
         self.data = Data(config.data)
+        self._form_of = functools.cache(starts.form_of)
         self.steps = {name: self.resolve(f"steps.{name}", dotted) for name, dotted in config.steps.items()}
         checks.check_batches(config, stages, mesh)
         checks.check_keywords(config, stages, self.steps)
@@ -85,18 +85,18 @@ class Run:
 
     def _check_models(self) -> None:
         """The tokenizer and the models that stages start from can be read, and fit the config."""
-        given = self.config.tokenizer.path or self.config.model.init_from
-        size = self.tokenizer.vocab_size if given else self.config.tokenizer.vocab_size
-        starts.check_models(self.config, self.declared, size)
+        size = self.tokenizer.vocab_size if self._vocabulary[0] else self.config.tokenizer.vocab_size
+        starts.check_models(self.config, self.declared, size, self._form_of)
 
     def _check_data(self) -> None:
         """Every stage can learn from the splits that it reads, and a given tokenizer makes of them what it can use."""
         checks.check_data(self.config, self.declared, self.data)
-        if self.config.tokenizer.path or self.config.model.init_from:
-            self.check_texts(self.tokenizer)
+        if self._vocabulary[0]:
+            self.check_tokenizer(self.tokenizer)
 
-    def check_texts(self, tokenizer) -> None:
-        """Raises InputError where stages cannot use records as this tokenizer's tokens; see `checks.check_texts`."""
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raises InputError where models that stages read have another, or stages cannot use records as its tokens."""
+        starts.check_vocabularies(self.config, self.declared, tokenizer, self.tokenizer_folder, self._form_of)
         checks.check_texts(self.config, self.declared, self.data, tokenizer)
 
     def stage(self, name: str) -> Stage:
@@ -130,17 +130,20 @@ class Run:
     @functools.cached_property
     def tokenizer(self):
         """The run's tokenizer: that of the model it starts from, the one configured, or the one it trained."""
-        keys = {"tokenizer.path": self.config.tokenizer.path, "model.init_from": self.config.model.init_from}
-        given = next((key for key, path in keys.items() if path), None)
-        with starts.naming(given):
+        with starts.naming(self._vocabulary[0]):
             return tokenizers.load(self.tokenizer_folder)
 
     @property
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer is read from."""
-        if self.config.model.init_from and not self.config.tokenizer.path:
-            return hf.tokenizer_folder(self.config.model.init_from)
-        return Path(self.config.tokenizer.path or self.models("tokenizer"))
+        key, path = self._vocabulary
+        if key in ("", "tokenizer.path"):
+            return Path(path or self.models("tokenizer"))
+        return hf.tokenizer_folder(path)
+
+    @property
+    def _vocabulary(self) -> tuple[str, str]:
+        return configs.vocabulary(self.config, self.declared)
 
     def models(self, stage: str) -> Path:
         """models/<stage>: the stage's result in Hugging Face layout."""
@@ -187,18 +190,8 @@ class Run:
         reader = next((s for s in self.stages if key in self.declared[s].sources(self.config)), None)
         if reader is not None:
             self.declared[reader].check_room(self.config, loaded.model.config.context, f"the context of {folder}")
-        size, own, other = loaded.model.config.vocab_size, self.tokenizer, loaded.tokenizer
-        if size < least_rows(own):
-            raise InputError(
-                f"config.{key}: {folder} has {size} tokens, the run's tokenizer ({self.tokenizer_folder})"
-                f" {own.vocab_size}; use a model trained with that tokenizer"
-            )
-        ids = range(own.vocab_size)
-        if other is not None and (other.vocab_size != own.vocab_size or other.pieces(ids) != own.pieces(ids)):
-            raise InputError(
-                f"config.{key}: {folder} has another vocabulary than the run's tokenizer ({self.tokenizer_folder});"
-                " set config.tokenizer.path to that folder, or use a model trained with the run's tokenizer"
-            )
+        size, place = loaded.model.config.vocab_size, f"config.{key}: {folder}"
+        starts.check_vocabulary(place, size, loaded.tokenizer, self.tokenizer, self.tokenizer_folder)
         return loaded
 
     def adapters(self, stage: str) -> LoRA | None:

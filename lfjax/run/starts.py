@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,9 +16,11 @@ from lfjax.models import lora, presets
 from lfjax.models.lora import LoRA
 from lfjax.run.stage import Stage
 from lfjax.sharding import check_rules
+from lfjax.tokenizers import Tokenizer, least_rows
 from lfjax.types import leaf_name
 
 Shapes = dict[str, tuple[int, ...]]  # path of a parameter -> shape
+Read = Callable[[str, str], tuple[Any, Tokenizer | None]]  # as `form_of`
 
 
 @contextlib.contextmanager
@@ -29,7 +32,14 @@ def naming(key: str | None):
         raise InputError(f"config.{key}: {error}" if key else str(error)) from error
 
 
-def check_models(config: Config, stages: Mapping[str, Stage], vocab_size: int) -> None:
+def form_of(key: str, folder: str) -> tuple[Any, Tokenizer | None]:
+    """(form, tokenizer or None) of the model folder that `config.<key>` names; reads no tensor."""
+    with naming(key):
+        form, _, tokenizer = hf.load_form(folder)
+    return form, tokenizer
+
+
+def check_models(config: Config, stages: Mapping[str, Stage], vocab_size: int, read: Read = form_of) -> None:
     """Reads config.json and the tokenizer of each model that a stage starts from, no tensor.
 
     Args:
@@ -39,30 +49,57 @@ def check_models(config: Config, stages: Mapping[str, Stage], vocab_size: int) -
     Raises:
       InputError: one cannot be read; LoRA has no matrix in it or too large a rank; `mesh.rules` are for another model.
     """
-    read = functools.cache(_form)
 
-    def form_of(key: str, name: str | None):
+    def form(key: str, name: str | None):
         if name is None:
             return presets.described(config.model, vocab_size=vocab_size, vocab_multiple=config.model.vocab_multiple)
-        return form_of(*stages[name].start(config, stages)) if name in stages else read(key, name)
+        return form(*stages[name].start(config, stages)) if name in stages else read(key, name)[0]
 
     found: list[tuple[str, tuple[int, ...]]] = []
     for stage in (stages[name] for name in config.stages):
         starts = stage.models(config, stages).items() or [stage.start(config, stages)] * stage.trains(config)
         for key, name in starts:
-            form = form_of(key, name)
-            found += _shapes(form.parameters()).items()
+            shape = form(key, name)
+            found += _shapes(shape.parameters()).items()
             if stage.heads:
-                found += _shapes(dataclasses.replace(form, num_labels=1).parameters()).items()
+                found += _shapes(dataclasses.replace(shape, num_labels=1).parameters()).items()
             if stage.uses_lora(config) and key not in stage.reads_only(config):
-                lora.targets(form, LoRA(**config.model.lora.to_dict()))
+                lora.targets(shape, LoRA(**config.model.lora.to_dict()))
     if config.mesh.rules and found:
         check_rules(tuple(config.mesh.rules), found)
 
 
-def _form(key: str, folder: str):
-    with naming(key):
-        return hf.load_form(folder)[0]
+def check_vocabularies(
+    config: Config, stages: Mapping[str, Stage], own: Tokenizer, where: Path, read: Read = form_of
+) -> None:
+    """Token ids mean the same to the run's tokenizer, read from `where`, as to every model folder that stages read.
+
+    Raises InputError.
+    """
+    for stage in (stages[name] for name in config.stages):
+        for key, name in stage.models(config, stages).items():
+            if name not in config.stages:
+                key, folder = (key, name) if name not in stages else stages[name].start(config, stages)
+                form, other = read(key, str(folder))
+                check_vocabulary(f"config.{key}: {folder}", form.vocab_size, other, own, where)
+
+
+def check_vocabulary(model: str, size: int, tokenizer: Tokenizer | None, own: Tokenizer, where: Path) -> None:
+    """Token ids mean the same to a model of so many, with its tokenizer, as to the run's own from the folder `where`.
+
+    Raises InputError, which begins with `model`.
+    """
+    if size < least_rows(own):
+        raise InputError(
+            f"{model} has {size} tokens, the run's tokenizer ({where}) {own.vocab_size}; use a model trained with that"
+            " tokenizer"
+        )
+    ids = range(own.vocab_size)
+    if tokenizer is not None and (tokenizer.vocab_size != own.vocab_size or tokenizer.pieces(ids) != own.pieces(ids)):
+        raise InputError(
+            f"{model} has another vocabulary than the run's tokenizer ({where}); set config.tokenizer.path to that"
+            " folder, or use a model trained with the run's tokenizer"
+        )
 
 
 def _shapes(table: dict) -> Shapes:

@@ -25,7 +25,7 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
             vocab_size=options.vocab_size,
             model_type=options.model_type,
         )
-        run.check_texts(tokenizer)
+        run.check_tokenizer(tokenizer)
     sync("saved tokenizer")
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
     return {
