@@ -44,7 +44,7 @@ def _enter(call: object) -> None:
 
 
 def _leave(call: object, message: str | None) -> None:
-    global _stderr
+    global _caught, _stderr
     with _LOCK:
         _INSIDE.discard(call)
         if message is not None:
@@ -56,8 +56,8 @@ def _leave(call: object, message: str | None) -> None:
         _stderr = -1
         if _caught is not None and (size := os.lseek(_caught, 0, os.SEEK_END)):
             rest = without_panics(os.pread(_caught, size, 0), _said)
-            os.ftruncate(_caught, 0)
-            os.lseek(_caught, 0, os.SEEK_SET)
+            os.close(_caught)
+            _caught = None
             with contextlib.suppress(OSError):
                 os.write(2, rest)
         _said.clear()
