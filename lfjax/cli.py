@@ -20,7 +20,7 @@ from typing import TextIO
 
 import lfjax
 from lfjax import cache, files
-from lfjax.config import InputError
+from lfjax.config import BadLines, InputError
 from lfjax.signals import handled
 from lfjax.terminal import cell, line, note, show, visible
 
@@ -79,7 +79,7 @@ def _command(argv: list[str] | None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return _refuse(str(error))
+        return _refuse(*(error.lines if isinstance(error, BadLines) else [str(error)]))
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from what is saved" if arguments.command == "train" else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
@@ -161,8 +161,8 @@ def _is_one_of_several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {line(message)}", file=sys.stderr, flush=True)
+def _refuse(*messages: str) -> int:
+    print("\n".join(f"error: {line(message)}" for message in messages), file=sys.stderr, flush=True)
     return 2
 
 

@@ -30,6 +30,18 @@ class InputError(ValueError):
     """Bad input: one line that names the file, line and field, or the config key, and the fix. Exit code 2."""
 
 
+class BadLines(InputError):
+    """Several lines of a file are wrong: what is said of the first of them, and how many more there are.
+
+    Attributes:
+      lines: a message each.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
 def section(**fields) -> Config:
     """A section with these keys and defaults."""
     return ConfigDict(fields)
