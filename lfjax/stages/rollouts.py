@@ -80,7 +80,7 @@ def writable(run: Run, stage: str, split: str) -> tuple[list[Record], dict[str, 
         done = "cut" if rule == "cut" else "left out"
         most = f"the largest of config.sampling.prompt_buckets = {max(sampling.prompt_buckets)}"
         note(stage, f"{longer} of {len(run.records[split])} {split} prompts are longer than {most} and are {done}")
-    return records, {f"data/{split}_too_long": float(longer)}
+    return records, {f"data/{split}/too_long": float(longer)}
 
 
 def prompt_shapes(config: Config) -> int:
