@@ -20,7 +20,7 @@ from typing import TextIO
 
 import lfjax
 from lfjax import cache, files
-from lfjax.config import InputError
+from lfjax.config import BadLines, InputError
 from lfjax.signals import handled
 from lfjax.terminal import cell, line, note, show, visible
 
@@ -79,7 +79,7 @@ def _command(argv: list[str] | None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return _refuse(str(error))
+        return _refuse(*(error.lines if isinstance(error, BadLines) else [str(error)]))
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from what is saved" if arguments.command == "train" else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
@@ -161,8 +161,8 @@ def _is_one_of_several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {line(message)}", file=sys.stderr, flush=True)
+def _refuse(*messages: str) -> int:
+    print("\n".join(f"error: {line(message)}" for message in messages), file=sys.stderr, flush=True)
     return 2
 
 
@@ -596,10 +596,13 @@ def _report(arguments: argparse.Namespace, _) -> int:
 
 def _feedback_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    convert = actions.add_parser("convert", help="a JSONL file as others publish it -> a JSONL file of records")
-    convert.add_argument("format", help="hh, gsm8k or ilf (lfjax/feedback/conversion.py)")
+    convert = actions.add_parser("convert", help="feedback as others have it -> a JSONL file of records")
+    convert.add_argument("format", help="trl, csv, hh, gsm8k or ilf (docs/records.md)")
     convert.add_argument("source", help="the file, gzipped or not")
     convert.add_argument("output", help="the file to write")
+    convert.add_argument(
+        "--map", action="append", default=[], metavar="FIELD=COLUMN,...", help="csv: rating=score:1..5"
+    )
     convert.add_argument("--max-chars", type=int, default=0, help="leave out longer prompts with a response; 0: none")
     parser.set_defaults(run=_feedback)
 
@@ -617,7 +620,9 @@ def _feedback(arguments: argparse.Namespace, _) -> int:
     if arguments.max_chars < 0:
         raise InputError(f"--max-chars: {arguments.max_chars}; allowed: 0 (no limit) or more")
     left_out: collections.Counter[str] = collections.Counter()
-    records = convert(arguments.source, arguments.format, left_out, max_chars=arguments.max_chars)
+    records = convert(
+        arguments.source, arguments.format, left_out, max_chars=arguments.max_chars, columns=arguments.map
+    )
     beside = _beside(output)
     print(visible(f"{output}: {write_records(output, records)} records"), file=beside)
     for reason, count in left_out.items():

@@ -30,6 +30,18 @@ class InputError(ValueError):
     """Bad input: one line that names the file, line and field, or the config key, and the fix. Exit code 2."""
 
 
+class BadLines(InputError):
+    """Several lines of a file are wrong: what is said of the first of them, and how many more there are.
+
+    Attributes:
+      lines: a message each.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
 def section(**fields) -> Config:
     """A section with these keys and defaults."""
     return ConfigDict(fields)
@@ -74,6 +86,9 @@ def shared_sections() -> Config:
         test_fraction=0.05,
         heading_records=20,  # a prompt of so many records is a heading: with given splits prompt and response decide
         max_records=0,  # 0: all
+        # what has more tokens than its stage takes: a prompt to write from is left out ("skip"), or loses its start
+        # ("cut"); a text to learn from is cut to seq_len either way; "error": any stops the run before it trains
+        too_long="skip",
         seed=0,
     )
     config.tokenizer = section(
@@ -412,6 +427,7 @@ def validate(config: Config, stages: Mapping[str, Any]) -> None:
     _check_values(config)
     _check_stages(config, stages)
     one_of(config, "data.source", ("vader", "jsonl", "text"))
+    one_of(config, "data.too_long", ("skip", "cut", "error"))
     if config.data.source != "vader" and not config.data.path:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
     _check_fixed_splits(config)

@@ -402,13 +402,20 @@ def test_a_stage_without_its_feedback_names_the_file_and_the_ways_out(stage, wha
     assert untouched(tmp_path / "w")
 
 
-def test_a_prompt_longer_than_its_room_is_named_by_its_line(command, tmp_path, trained):
+@pytest.mark.parametrize("stage", ["ppo", "sft"])
+def test_a_text_longer_than_its_room_is_named_by_its_line_where_that_is_an_error(command, tmp_path, trained, stage):
     rows = [row | {"prompt": "one two three " * 9} if row["id"] == 30 else row for row in smallest.records()]
     file = smallest.write_records(tmp_path / "long.jsonl", rows)
     start = ("--config.ppo.value_init=policy", f"--config.ppo.init_from={trained}/models/pretrain")
     given = (f"--config.tokenizer.path={trained}/models/tokenizer", "--config.ppo.reward=smallest:records", *start)
-    line = command(*arguments(tmp_path / "w", file, "--config.stages=ppo", *given))
-    assert f"{file}:31: field 'prompt': found" in line and "allowed: at most 8" in line
+    options = (
+        f"--config.stages={stage}",
+        f"--config.sft.init_from={trained}/models/pretrain",
+        "--config.sft.seq_len=60",
+    )
+    line = command(*arguments(tmp_path / "w", file, *options, *given, "--config.data.too_long=error"))
+    found = {"ppo": ("field 'prompt': found", "at most 8"), "sft": ("prompt and response have", "config.sft.seq_len")}
+    assert f"{file}:31: " in line and all(text in line for text in found[stage])
     assert untouched(tmp_path / "w")
 
 

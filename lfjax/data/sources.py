@@ -122,7 +122,7 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     counts: dict[str, Any] = {"rows": sum(len(records) for records in files.values()), "empty": 0}
     counts |= {"duplicates": 0, "duplicates_max_gap": 0.0}
     for name, records in files.items():
-        kept = [record for record in records if any(response.strip() for response in record.responses)]
+        kept = [record for record in records if _says_something(record)]
         counts["empty"] += len(records) - len(kept)
         files[name], merged, gap = merge_rated_duplicates(kept)
         counts["duplicates"] += merged
@@ -150,6 +150,11 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
         else:
             splits[split_of(record_key(record), **fractions)].append(record)
     return splits, counts
+
+
+def _says_something(record: Record) -> bool:
+    """Whether a response of the record holds more than white space; of one that is only a prompt, the prompt."""
+    return any(text.strip() for text in record.responses or [record.prompt_text])
 
 
 def _keys(splits: dict[str, list[Record]], heading_records: int) -> dict[str, list[tuple[str, ...]]]:

@@ -117,4 +117,24 @@ def check_texts(config: Config, stages: Stages, data: Data, tokenizer) -> None:
                 for text in dict.fromkeys(text for stage in chain for text in stage.texts(record)):
                     response_tokens(record, text, tokenizer)
     for stage in chain:
+        if config.data.too_long == "error":
+            check_lengths(config, stage, data, tokenizer)
         stage.check_texts(config, data, tokenizer)
+
+
+def check_lengths(config: Config, stage: Stage, data: Data, tokenizer) -> None:
+    """No text that the stage learns from would be cut; raises InputError. A text that it builds a model on never is."""
+    own = config[stage.name]
+    if "seq_len" not in own or stage.builds:
+        return
+    most = own.seq_len + ("buckets" not in own)  # a packed row holds a token more: its first one is no target
+    for record in (record for split in stage.splits for record in data.records[split]):
+        texts = stage.texts(record)
+        before = len(prompt_tokens(record, tokenizer)) if texts else 0
+        for text in texts:
+            tokens = before + len(response_tokens(record, text, tokenizer))
+            if tokens > most:
+                raise InputError(
+                    f"{record.where}: prompt and response have {tokens} tokens; allowed: at most {most}"
+                    f" (config.{stage.name}.seq_len); raise it, shorten the text, or set config.data.too_long=cut"
+                )

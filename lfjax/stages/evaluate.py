@@ -23,7 +23,7 @@ from lfjax.run.sections import check_sampling, sampling_overrides
 from lfjax.run.stage import LANGUAGE_MODEL, Stage
 from lfjax.run.writing import Policy, texts
 from lfjax.sharding import Step, global_batch, jit_step
-from lfjax.stages.rollouts import STEPS, policy_of, prompt_shapes, reward_of
+from lfjax.stages.rollouts import STEPS, policy_of, prompt_shapes, reward_of, writable
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.tokenizers import stop_ids
 from lfjax.types import Generation
@@ -45,7 +45,7 @@ def evaluate_section() -> Config:
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
     """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer)
+    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer, config.data.too_long)
 
 
 def check(config: Config) -> None:
@@ -122,25 +122,27 @@ def evaluate_stage(run: Run) -> dict[str, float]:
         else None
     )
     judges = judges_of(run)
+    records, too_long = writable(run, "evaluate", "test")
+    records = held_out_records(records, run.config.evaluate.prompts)
     figures: dict[str, float] = {}
     rows = {}
     run.log.cut(run.stages, "evaluate", -1)
     for which, policy in policies.items():
         run.stage("evaluate").check_room(run.config, policy.model.config.context, f"the context of {models[which][1]}")
         references = {"kl": policies["before"]} | ({"kl_own": policies[starts[which]]} if which in starts else {})
-        rows[which] = _write(run, policy, references, reward, judges)
+        rows[which] = _write(run, records, policy, references, reward, judges)
         found = _figures(rows[which], lexical=LEXICON in run.config.evaluate.judges, judges=[*judges])
         figures |= {name.replace("*", which): value for name, value in found.items()}
     figures.pop("ppo/kl_before")
     figures = {name.replace("kl_after", "kl").replace("kl_own_after", "kl_own"): v for name, v in figures.items()}
     figures |= {f"judge/{name}_trained_on": 1.0 for name in trained_on(run.config) if name in judges}
-    if LEXICON in run.config.evaluate.judges:
-        figures["judge/positive_human"] = lexicon.positive_share(texts_of(run.records.test))
+    if LEXICON in run.config.evaluate.judges and (human := texts_of(run.records.test)):
+        figures["judge/positive_human"] = lexicon.positive_share(human)
     run.log.metrics("evaluate", 0, figures)
     for which in ("before", *(which for which in models if which not in ("before", "after")), "after"):
         shown = rows[which][: run.config.evaluate.samples]
         run.log.samples("evaluate", 0, [{**row, "set": which} for row in shown])
-    return figures
+    return figures | too_long
 
 
 def judges_of(run: Run) -> dict[str, LearnedReward | FunctionReward]:
@@ -183,17 +185,19 @@ def _logprobs(run: Run, own: Policy, other: Policy) -> Step:
     )
 
 
-def _write(run: Run, policy: Policy, references: Mapping[str, Policy], reward, judges) -> list[dict[str, Any]]:
-    """Samples of one model on the held-out prompts, as rows of samples.jsonl; looks after a stop every batch.
+def _write(
+    run: Run, records: list[Record], policy: Policy, references: Mapping[str, Policy], reward, judges
+) -> list[dict[str, Any]]:
+    """Samples of one model on the records' prompts, as rows of samples.jsonl; looks after a stop every batch.
 
     Args:
       references: column -> the model from which the KL in it is.
     """
-    records = held_out_records(run.records.test, run.config.evaluate.prompts)
     key = run.devices.key("evaluate")
     rows: list[dict[str, Any]] = [{}] * len(records)
     sampling = sampling_section(run.config, "evaluate")
     options = {"batch_size": run.config.evaluate.batch_size, "seed": run.config.seed}
+    options["cut"] = run.config.data.too_long == "cut"
     stops = stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop")
     measures = {column: _logprobs(run, policy, other) for column, other in references.items()}
     for indices, whole in writing.prompt_batches(sampling, records, run.tokenizer, **options).evaluation():

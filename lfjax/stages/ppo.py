@@ -27,7 +27,7 @@ from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
 from lfjax.run.values import measure_norm, no_values, value_network
 from lfjax.run.writing import Policy
 from lfjax.sharding import global_batch, jit_step
-from lfjax.stages.rollouts import STEPS, policy_of, reward_of, rollout_rows
+from lfjax.stages.rollouts import STEPS, policy_of, reward_of, rollout_rows, writable
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.tokenizers import stop_ids
@@ -109,7 +109,7 @@ def check(config: Config) -> None:
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
     """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.check_texts(sampling_section(config, "ppo"), data.records.train, tokenizer)
+    writing.check_texts(sampling_section(config, "ppo"), data.records.train, tokenizer, config.data.too_long)
 
 
 def check_encoders(config: Config, encoders: Mapping[str, str]) -> None:
@@ -133,11 +133,11 @@ def ppo_stage(run: Run) -> dict[str, float]:
     With LoRA the policy and the value network are adapters on models that are held once: the policy's is the reference
     too, and the value network's is that of the reward or the policy, whichever it starts from.
     """
-    section, devices, records = run.config.ppo, run.devices, run.records.train
+    section, devices = run.config.ppo, run.devices
     sampling = sampling_section(run.config, "ppo")
-    batches = writing.prompt_batches(
-        sampling, records, run.tokenizer, batch_size=section.batch_size, seed=run.config.seed
-    )
+    records, too_long = writable(run, "ppo", "train")
+    options = {"batch_size": section.batch_size, "seed": run.config.seed, "cut": run.config.data.too_long == "cut"}
+    batches = writing.prompt_batches(sampling, records, run.tokenizer, **options)
     policy = policy_of(run, *run.start("ppo"), "ppo", adapters=run.adapters("ppo"), purpose="ppo-lora")
     reward = reward_of(run, "ppo.reward", section.reward)
     keys = {p: devices.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
@@ -186,7 +186,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
         learning_rate=rate, after=sample_rows, shown="score",
     )  # fmt: skip
     run.save_model("ppo", policy.model, state.policy.params, policy.base)
-    return out
+    return out | too_long
 
 
 def reference_dtype(section) -> Any:

@@ -9,7 +9,9 @@ import numpy as np
 
 from lfjax.config import Config, sampling_section
 from lfjax.modules import is_named
+from lfjax.records import Record
 from lfjax.run import writing
+from lfjax.run.data import note
 from lfjax.run.devices import fetch
 from lfjax.run.rewards import FunctionReward, LearnedReward
 from lfjax.run.run import Run
@@ -65,6 +67,20 @@ def reward_of(run: Run, key: str, name: str) -> LearnedReward | FunctionReward:
         shapes=prompt_shapes(run.config),
         where=f"config.{key}: {name!r}",
     )
+
+
+def writable(run: Run, stage: str, split: str) -> tuple[list[Record], dict[str, float]]:
+    """(the records of a split that a stage writes to, how many have prompts that are too long); also a note of these.
+
+    See `writing.fitting`.
+    """
+    sampling, rule = sampling_section(run.config, stage), run.config.data.too_long
+    records, longer = writing.fitting(sampling, run.records[split], run.tokenizer, rule)
+    if longer:
+        done = "cut" if rule == "cut" else "left out"
+        most = f"the largest of config.sampling.prompt_buckets = {max(sampling.prompt_buckets)}"
+        note(stage, f"{longer} of {len(run.records[split])} {split} prompts are longer than {most} and are {done}")
+    return records, {f"data/{split}/too_long": float(longer)}
 
 
 def prompt_shapes(config: Config) -> int:

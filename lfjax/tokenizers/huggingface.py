@@ -13,7 +13,7 @@ from typing import Any
 
 from lfjax.config import InputError
 from lfjax.files import decoded
-from lfjax.tokenizers import trial
+from lfjax.tokenizers import panics, trial
 from lfjax.tokenizers.files import (
     BPE,
     LIBRARY,
@@ -79,10 +79,14 @@ class LibraryTokenizer:
     def _make(self, spec: dict[str, Any], *, markup: bool = False):
         """The library's object, with every named token in it; in plain text special ones are not looked for."""
         os.environ["RUST_BACKTRACE"] = "0"  # of the library's panics, which are told in one line
-        import tokenizers
-
         text = json.dumps(spec)
         trial.check("tokenizers", text.encode(), self._where)
+        with self._naming("take its added tokens"):
+            return self._read(text, markup)
+
+    def _read(self, text: str, markup: bool):
+        import tokenizers
+
         made = tokenizers.Tokenizer.from_str(text)
         made.no_truncation()
         made.no_padding()
@@ -113,8 +117,8 @@ class LibraryTokenizer:
 
     def _before(self) -> list[int]:
         """What the post-processor puts before a text."""
-        bare = self._first.encode("a", add_special_tokens=False).ids
-        whole = self._first.encode("a", add_special_tokens=True).ids
+        with self._naming("begin a sequence"):
+            bare, whole = (self._first.encode("a", add_special_tokens=special).ids for special in (False, True))
         starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
         return whole[: starts[0]] if starts else []
 
@@ -142,8 +146,9 @@ class LibraryTokenizer:
     @contextlib.contextmanager
     def _naming(self, what: str):
         try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
+            with panics.silenced():
+                yield
+        except (KeyboardInterrupt, SystemExit, InputError):
             raise
         except BaseException as error:  # the library raises no class of its own, and its panics are no Exception
             found = " ".join(str(error).split())
