@@ -64,7 +64,7 @@ def base_config(*outside: str) -> Config:
       InputError: no such declaration, or a name that is taken.
     """
     config = shared_sections()
-    config.stages = _stages().CHAIN  # what runs, in this order
+    config.stages = _stages().CHAIN  # what runs, in this order; "module:STAGE" is a method from outside
     config.outside = outside  # what this function was given
     config.steps = section()  # swap any of these for a fork: "my_module:my_step"
     for stage in _stages().declared(outside).values():
@@ -217,10 +217,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         stages = _stages().declared(outside)
         moved = {old: new for stage in stages.values() for old, new in stage.moved.items()}
         _check_keys(config, base_config(*outside), str(path), _step_sections(stages), moved)
-        for item in overrides:
+        chains = [item for item in overrides if item.startswith("--config.stages=")]
+        for item in chains:  # first: it may name a method whose keys the others set
             apply_override(config, item, moved)
+        moved |= _add_named(config)
+        for item in overrides:
+            if item not in chains:
+                apply_override(config, item, moved)
     config.lock()
     return config
+
+
+def _add_named(config: Config) -> dict[str, str]:
+    """Puts the methods that `config.stages` names by "module:STAGE" into the config, as `base_config` would have.
+
+    Returns:
+      what their keys were called before -> what they are called now.
+    """
+    given = tuple(config.outside)
+    named = (name for name in config.stages if isinstance(name, str) and ":" in name)
+    outside = tuple(dict.fromkeys((*given, *named)))
+    stages = _stages().declared(outside, key="config.stages")
+    names = dict(zip(outside, list(stages)[len(stages) - len(outside) :], strict=True))
+    added = [stages[names[dotted]] for dotted in outside[len(given) :]]
+    with config.unlocked():
+        for stage in added:
+            config[stage.name] = stage.section()
+            config.steps.update({name: step.path for name, step in stage.steps.items() if name not in config.steps})
+        config.outside, config.stages = outside, tuple(names.get(name, name) for name in config.stages)
+    return {old: new for stage in added for old, new in stage.moved.items()}
 
 
 @contextlib.contextmanager
