@@ -206,7 +206,8 @@ def _foundation(run: RunDir) -> str:
             was = f", {number(before)} before" if before else ""
             parts.append(f"<b>Fine-tuned:</b> perplexity {number(perplexity)} on held-out answers{was}.")
         if accuracy:
-            gap = figure(f"{stage}/pairs") and findings.setting(run.config, f"{stage}.min_gap")
+            asked = figure(f"{stage}/min_gap") or findings.setting(run.config, f"{stage}.min_gap")
+            gap = asked if figure(f"{stage}/pairs") else None
             apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap and is_figure(gap) else ""
             parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
     return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)

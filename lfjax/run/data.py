@@ -38,6 +38,14 @@ class Data:
         own = None if split == "train" else data[f"{split}_path"]
         return f"config.data.path {own or data.path}" if data.path else f"config.data.source {data.source!r}"
 
+    def larger(self, split: str) -> str:
+        """How a config makes a held-out split larger, for messages; "" for the training split."""
+        data = self._section
+        if split == "train" or data[f"{split}_path"]:
+            return ""
+        key = "max_records" if data.max_records else f"{split}_fraction"
+        return f", or raise config.data.{key} ({data[key]:g})"
+
     @property
     def figures(self) -> dict[str, float]:
         """data/*: how many records were found, merged and left out."""

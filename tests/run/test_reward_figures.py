@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lfjax.data.examples import RewardExample
-from lfjax.stages.reward import pair_figures, rating_mean, shifted
+from lfjax.rewards.points import rating_deviation, rating_mean, shifted
+from lfjax.stages.reward import pair_figures
 
 
 def example(ratings, ranks=None) -> RewardExample:
@@ -52,5 +53,23 @@ def test_centred_ratings_have_mean_zero_and_the_gaps_they_had():
     assert [e.ratings[0] for e in train[:-1]] == values.tolist()
 
 
-def test_without_ratings_there_is_no_mean():
-    assert rating_mean([example([None, None], ranks=[0, 1])]) is None
+def test_without_ratings_there_is_no_mean_and_without_differences_no_deviation():
+    ranked = example([None, None], ranks=[0, 1])
+    assert rating_mean([ranked]) is None and rating_deviation([ranked]) is None
+    assert rating_deviation([example([0.1]), example([0.1, 0.1])]) == 0.0
+
+
+def test_ratings_and_margins_in_units_of_their_deviation():
+    train = [example([1.0, 5.0]), example([None, 3.0])]
+    train[1].margin = 4.0
+    unit = rating_deviation(train)
+    assert unit == pytest.approx(np.std([1.0, 5.0, 3.0]))
+    first, second = shifted(train, 3.0, unit)
+    np.testing.assert_allclose([*first.ratings, second.ratings[1]], np.array([-2.0, 2.0, 0.0]) / unit)
+    assert second.margin == pytest.approx(4.0 / unit) and train[1].margin == 4.0
+
+
+def test_the_odds_are_those_of_scores_in_units():
+    rated, scores = [example([3.0, 1.0])], [np.array([30.0, 10.0])]
+    figures = pair_figures(scores, rated, 1.0, "", unit=10.0)
+    assert figures["calibration_error"] == pytest.approx(1 - 1 / (1 + np.exp(-2.0)))
