@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 MATCHED_BIGRAMS = 2000
 MIN_SAMPLES = 512
 
@@ -43,6 +45,24 @@ def matched_distinct2(texts: Sequence[str], *, bigrams: int = MATCHED_BIGRAMS, m
     if len(texts) < min_samples:
         return float("nan")
     return len(set(itertools.islice(_bigrams(texts), bigrams))) / bigrams
+
+
+def matched_distinct2_of(
+    texts: Sequence[str], selections: Iterable[Iterable[int]], *, bigrams: int = MATCHED_BIGRAMS
+) -> np.ndarray:
+    """`matched_distinct2` of each selection, the numbers of its texts in their order: [R]."""
+    numbers: dict[tuple[str, str], int] = {}
+    coded = [np.array([numbers.setdefault(b, len(numbers)) for b in _bigrams([text])], np.int64) for text in texts]
+    found = []
+    for selection in selections:
+        parts, size = [np.zeros(0, np.int64)], 0
+        for text in selection:
+            parts.append(coded[text])
+            size += len(coded[text])
+            if size >= bigrams:
+                break
+        found.append(len(np.unique(np.concatenate(parts)[:bigrams])) / bigrams)
+    return np.array(found)
 
 
 def unique_share(texts: Sequence[str]) -> float:
