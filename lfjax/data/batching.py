@@ -267,6 +267,10 @@ class RewardBatches:
         count = counts[bisect.bisect_left(counts, len(example.candidates))]
         return Bucket(count, lengths[bisect.bisect_left(lengths, longest)])
 
+    def shape_at(self, step: int) -> tuple[int, int, int]:
+        """(B, C, T) of the step's batch."""
+        return (self.batch_size, *self._buckets.at(step)[0])
+
     def batch_at(self, step: int) -> RewardBatch:
         """The step's rows; fields as in `types.RewardBatch`."""
         shape, indices = self._buckets.at(step)
@@ -328,6 +332,10 @@ class PromptBatches:
         self._buckets = _Buckets(places, lengths, batch_size=batch_size, seed=seed)
         self.steps_per_epoch = self._buckets.steps_per_epoch
         self.lengths = [shape.length for shape in self._buckets.used]  # P of the batches that occur
+
+    def length_at(self, step: int) -> int:
+        """P of the step's batch."""
+        return self._buckets.at(step)[0].length
 
     def indices_at(self, step: int) -> np.ndarray:
         """Which prompts make the step's global batch: [B] indices into `prompts`."""

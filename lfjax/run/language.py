@@ -14,7 +14,7 @@ from lfjax.config import Config, optim_section
 from lfjax.data.batching import PackedRows
 from lfjax.metrics import Window, perplexity
 from lfjax.models import lora, presets
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.models.lora import LoRA
 from lfjax.run import training
 from lfjax.run.devices import Devices
@@ -70,12 +70,10 @@ def train_language_model(
         state, metrics = learn(state, packed.batch_at(index))
         return state, {name.replace(f"{step}/", f"{stage}/"): value for name, value in metrics.items()}
 
-    tokens = section.batch_size * section.seq_len
+    work = step_work(config, (section.batch_size, section.seq_len), passes(adapters))
     state, out = training.train(
-        run, stage, state, one, total=total, tokens_per_step=tokens,
-        flops_per_step=tokens * passes(adapters) * forward_flops(config, section.seq_len), evaluate=figures,
-        learning_rate=rate,
-    )  # fmt: skip
+        run, stage, state, one, total=total, work=lambda index: work, evaluate=figures, learning_rate=rate
+    )
     run.save_model(stage, model, state.params, base)
     return {**out, **before}
 

@@ -13,7 +13,7 @@ from lfjax.config import Config, InputError, optim_section, section
 from lfjax.data.batching import RewardBatches
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import class_examples, class_labels, class_names, labelled_texts
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.report.catalogue import Figure
 from lfjax.run import training
 from lfjax.run.data import Data
@@ -86,15 +86,14 @@ def classify_stage(run: Run) -> dict[str, float]:
         scores = guess(state.params, sets[split], last=split == "test")
         return class_figures(classes_of(found[split]), [int(np.argmax(row)) for row in scores], names, prefix)
 
-    sizes = [(np.prod(shape), forward_flops(model.config, shape[-1])) for shape in first]
     state, out = training.train(
         run, "classify", state, lambda state, index: step(state, labelled(batches.batch_at(index))), total=total,
-        tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
-        flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
+        work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
         evaluate=figures, learning_rate=rate,
     )  # fmt: skip
     run.save_model("classify", model, state.params, base, labels=names)
-    out["classify/train_accuracy"] = out.pop("classify/accuracy", 0.0)
+    if "classify/accuracy" in out:
+        out["classify/train_accuracy"] = out.pop("classify/accuracy")
     out["classify/cut_share"] = cut_share
     return (
         out

@@ -15,7 +15,7 @@ from lfjax.data.batching import RewardBatches
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import RewardExample, is_judged, judged_texts, reward_examples
 from lfjax.data.sources import label_scale, ordinal_bounds
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.records import Edit, Preference, Ranking, mean_ratings, mean_values
 from lfjax.report.catalogue import Figure
 from lfjax.rewards import baselines, calibration, lexicon
@@ -142,15 +142,14 @@ def reward_stage(run: Run) -> dict[str, float]:
         scores = score(model_params(state.params), sets[split], last=split == "test")
         return pair_figures(scores, sets[split].examples, section.min_gap, prefix)
 
-    sizes = [(np.prod(shape), forward_flops(model.config, shape[-1])) for shape in first]
     state, out = training.train(
         run, "reward", state, lambda state, index: step(state, batches.batch_at(index)), total=total,
-        tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
-        flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
+        work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
         evaluate=figures, learning_rate=rate,
     )  # fmt: skip
     run.save_model("reward", model, model_params(state.params), base)
-    out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
+    if "reward/pair_accuracy" in out:
+        out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy")
     return out | said | figures(state, "test", "reward/") | reward_baselines(run.records, section.min_gap)
 
 

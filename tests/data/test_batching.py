@@ -156,6 +156,7 @@ def test_batches_have_the_declared_shapes_only():
     batches = reward_batches()
     shapes = {batch.tokens.shape for e in range(3) for batch in epoch(batches, e)}
     assert shapes == set(batches.bucket_shapes)
+    assert all(batches.shape_at(step) == batches.batch_at(step).tokens.shape for step in range(20))
     assert shapes <= {(8, c, t) for c in (1, 2, 4) for t in (16, 32)}
 
 
@@ -271,7 +272,7 @@ def test_prompts_go_to_the_smallest_bucket_that_holds_them():
     for step in range(6):
         batch, indices = batches.batch_at(step), batches.indices_at(step)
         longest = max(len(batches.prompts[i]) for i in indices)
-        assert batch.tokens.shape == (8, 3 if longest <= 3 else 6)
+        assert batch.tokens.shape == (8, 3 if longest <= 3 else 6) == (8, batches.length_at(step))
         narrow += batch.tokens.shape[1] == 3
         assert [m.sum() for m in batch.mask] == [len(batches.prompts[i]) for i in indices]
         seen += indices.tolist()
