@@ -132,6 +132,15 @@ class Bootstrap:
         value = calibration.calibration_error(differences)
         return self._resampled(keys, value, drawn)._replace(n=len(differences))
 
+    def calibration_error_of(self, keys: Sequence[Hashable], differences: np.ndarray) -> Resampled:
+        """`calibration.calibration_error` of pairs that are items themselves, in the bins of the whole."""
+        counts = np.zeros((len(differences), 11))
+        for bin_, (places, excess) in enumerate(calibration.binned_excess(differences)):
+            counts[places, bin_] = excess
+        counts[:, -1] = 1.0
+        error = self.of_counts(keys, counts, lambda s: {"": np.abs(s[:, :-1]).sum(axis=1) / s[:, -1]})[""]
+        return error._replace(value=calibration.calibration_error(differences))
+
     def of_counts(
         self, keys: Sequence[Hashable], counts: np.ndarray, figures: Callable[[np.ndarray], Mapping[str, np.ndarray]]
     ) -> dict[str, Resampled]:
