@@ -104,6 +104,16 @@ def test_the_summary_has_the_figures_of_every_stage(straight):
     assert summary["time/total_s"] == pytest.approx(sum(each["seconds"] for each in done))
 
 
+def test_held_out_figures_have_their_number_and_interval_in_the_summary_and_there_alone(straight):
+    summary = json.loads((straight / "summary.json").read_text())
+    for name in ("pretrain/perplexity", "pretrain/bits_per_byte", "sft/validation_loss", "sft/perplexity_change",
+                 "reward/pair_accuracy", "reward/validation_mse", "reward/pair_accuracy_over_ridge"):  # fmt: skip
+        assert summary[f"{name}_low"] < summary[name] < summary[f"{name}_high"] and summary[f"{name}_n"] > 1, name
+    held_out = json.loads((straight / "config.json").read_text())["data"]["validation_fraction"] * 120
+    assert summary["pretrain/perplexity_n"] == summary["data/validation/records"] == pytest.approx(held_out, rel=0.5)
+    assert not [name for row in rows(straight) for name in row if name.endswith(("_n", "_low", "_high"))]
+
+
 def test_every_stage_learns_from_the_one_before(straight):
     """The parameters move from stage to stage, and PPO starts from what sft made of the pretrained model."""
     weights = {
