@@ -67,4 +67,9 @@ def matched_distinct2_of(
 
 def unique_share(texts: Sequence[str]) -> float:
     """Different texts (white space and case aside) over texts, in [0, 1]; 0 where there is none."""
-    return len({" ".join(text.lower().split()) for text in texts}) / len(texts) if texts else 0.0
+    return len({plain(text) for text in texts}) / len(texts) if texts else 0.0
+
+
+def plain(text: str) -> str:
+    """The text without what `unique_share` takes no notice of."""
+    return " ".join(text.lower().split())

@@ -175,7 +175,7 @@ def ppo_stage(run: Run) -> dict[str, float]:
 
     work = update_work(run, batches, policy.model.config, value_model.config, reward)
     state, out = training.train(
-        run, "ppo", state, one, total=total, work=work, learning_rate=rate, after=sample_rows, shown="score"
+        run, "ppo", state, one, total=total, work=work, learning_rate=rate, after=sample_rows, shown="raw_score"
     )
     run.save_model("ppo", policy.model, state.policy.params, policy.base)
     return out
@@ -294,8 +294,8 @@ STAGE = Stage(
     longest=lambda config: writing.longest(sampling_section(config, "ppo")),
     makes=LANGUAGE_MODEL,
     figures={
-        "ppo/score": Figure("Score", "normalised, after the rules on length and end", "higher"),
-        "ppo/raw_score": Figure("Raw score", "as the reward says it", "higher"),
+        "ppo/raw_score": Figure("Score", "as the reward says it", "higher"),
+        "ppo/score": Figure("Normalised score", "what PPO learns from: after the rules on length and end", "higher"),
         "ppo/kl": Figure("KL from the start", "nats a sequence", marks=((15.0, "limit 15"),)),
         "ppo/length": Figure("Length", "tokens a response", marks=((8.0, "limit 8"),)),
     },
