@@ -55,10 +55,13 @@ class Window:
                 self._sums[name] = (total + float(value), weights + float(weight))
 
     def fetch(self) -> dict[str, float]:
-        """Everything added since the last fetch, name -> sum / weight (0 where nothing counted), in one transfer."""
+        """Everything added since the last fetch, name -> sum / weight, in one transfer; what never counted is left out.
+
+        The squared error of texts that nobody rated is no 0.
+        """
         self._collect()
         sums, self._sums = self._sums, {}
-        return {name: total / weight if weight else 0.0 for name, (total, weight) in sorted(sums.items())}
+        return {name: total / weight for name, (total, weight) in sorted(sums.items()) if weight}
 
     def pending(self) -> dict[str, list[float]]:
         """The interval's state so far, name -> [sum, weight], for a checkpoint. Waits for the device."""

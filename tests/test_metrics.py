@@ -43,10 +43,11 @@ def test_a_window_adds_in_float64():
     assert window.fetch()["a"] == 2.0**24 + 1  # float32 would lose the 1
 
 
-def test_what_never_counted_is_zero():
+def test_what_never_counted_is_absent():
+    """As the squared error in a run that nothing was rated in."""
     window = Window()
-    window.add({"a": mean(0.0, 0.0)})
-    assert window.fetch() == {"a": 0.0}
+    window.add({"a": mean(0.0, 0.0), "b": mean(0.0, 2.0)})
+    assert window.fetch() == {"b": 0.0}
 
 
 def test_adding_does_not_wait_for_the_device():

@@ -16,6 +16,8 @@ from lfjax.config import to_plain
 from lfjax.files import read_json, write_json
 from lfjax.models.flops import cpu_matmul_rate
 from lfjax.report.rundir import STAGES
+from lfjax.run import checks
+from lfjax.run.data import note
 from lfjax.run.meter import Meter
 from lfjax.run.run import Interrupted, Run
 from lfjax.signals import handled
@@ -35,6 +37,8 @@ def run_stages(run: Run) -> dict[str, float]:
     if jax.process_index() == 0:
         sections = to_plain(run.config)
         write_json(run.workdir / STAGES, {s: run.stage(s).described(sections[s]) for s in run.stages})
+    for stage, what in checks.unread(run.config, run.declared):
+        note(stage, what)
     totals, run.began = [], time.perf_counter()
     with contextlib.closing(run), handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for stage in run.stages:

@@ -17,7 +17,7 @@ from lfjax.interop import hf
 from lfjax.records import Record
 from lfjax.run import starts
 from lfjax.run.data import Data
-from lfjax.run.stage import LANGUAGE_MODEL, Stage
+from lfjax.run.stage import LANGUAGE_MODEL, SCORER, Stage
 from lfjax.sharding import batch_shards
 
 Stages = Mapping[str, Stage]
@@ -77,6 +77,20 @@ def check_sources(config: Config, stages: Stages, source: Callable[[str, str], P
     for key, path in (("model.init_from", config.model.init_from), ("tokenizer.path", config.tokenizer.path)):
         if path and not Path(path).exists():
             raise InputError(f"config.{key}: {path}: no such file or folder; correct the path")
+
+
+def unread(config: Config, stages: Stages) -> list[tuple[str, str]]:
+    """(stage, what to know of it): it trains a model of scores, and a later stage takes its score from elsewhere."""
+    found = []
+    for place, name in enumerate(config.stages):
+        later = config.stages[place + 1 :]
+        read = any(name in stages[stage].models(config, stages).values() for stage in later)
+        raisers = [stage for stage in later if stages[stage].scored_by(config[stage])]
+        if stages[name].makes == SCORER and raisers and not read:
+            without = ",".join(stage for stage in config.stages if stage != name)
+            by = f'"{raisers[0]}" takes its score from a {stages[raisers[0]].scored_by(config[raisers[0]])}'
+            found.append((name, f"no later stage reads its model: {by}; leave it out with --config.stages={without}"))
+    return found
 
 
 def check_data(config: Config, stages: Stages, data: Data) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lfjax.config import Config, InputError, at_least, one_of, optim_section, sampling_section, section
 from lfjax.models import lora
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.modules import is_named
 from lfjax.report.catalogue import Figure
 from lfjax.run import training, writing
@@ -174,19 +173,28 @@ def ppo_stage(run: Run) -> dict[str, float]:
         if section.samples_every and done % section.samples_every == 0:
             run.log.samples("ppo", done, rollout_rows(run.tokenizer, latest["rollout"], limit=8))
 
-    scored = [reward.config] if isinstance(reward, LearnedReward) else []
-    tokens = section.batch_size * (float(np.mean(batches.lengths)) + sampling.max_new_tokens)
-    read = [policy.model.config] * 3 + [value_model.config, *scored]  # rollout, old and reference; values; scores
-    learned = [policy.model.config, value_model.config] * (
-        passes(run.adapters("ppo")) * section.update_step.get("epochs", 1)
-    )
-    flops = sum(forward_flops(config, int(tokens / section.batch_size)) for config in read + learned)
+    work = update_work(run, batches, policy.model.config, value_model.config, reward)
     state, out = training.train(
-        run, "ppo", state, one, total=total, tokens_per_step=tokens, flops_per_step=tokens * flops,
-        learning_rate=rate, after=sample_rows, shown="score",
-    )  # fmt: skip
+        run, "ppo", state, one, total=total, work=work, learning_rate=rate, after=sample_rows, shown="raw_score"
+    )
     run.save_model("ppo", policy.model, state.policy.params, policy.base)
     return out | too_long
+
+
+def update_work(run: Run, batches, policy, value, reward) -> training.Work:
+    """(index) -> (tokens, model FLOPs) of that update: every token is written, read by all models, and learnt from."""
+    section, added = run.config.ppo, sampling_section(run.config, "ppo").max_new_tokens
+    read = [policy] * 3 + [value]  # rollout, old and reference; values
+    read += [reward.config] if isinstance(reward, LearnedReward) else []
+    learned = [policy, value] * section.update_step.get("epochs", 1)
+    passed = [(config, 1) for config in read] + [(config, passes(run.adapters("ppo"))) for config in learned]
+
+    def work(index: int) -> tuple[float, float]:
+        shape = (section.batch_size, batches.length_at(index) + added)
+        parts = [step_work(config, shape, count) for config, count in passed]
+        return parts[0][0], sum(flops for _, flops in parts)
+
+    return work
 
 
 def reference_dtype(section) -> Any:
@@ -286,8 +294,8 @@ STAGE = Stage(
     longest=lambda config: writing.longest(sampling_section(config, "ppo")),
     makes=LANGUAGE_MODEL,
     figures={
-        "ppo/score": Figure("Score", "normalised, after the rules on length and end", "higher"),
-        "ppo/raw_score": Figure("Raw score", "as the reward says it", "higher"),
+        "ppo/raw_score": Figure("Score", "as the reward says it", "higher"),
+        "ppo/score": Figure("Normalised score", "what PPO learns from: after the rules on length and end", "higher"),
         "ppo/kl": Figure("KL from the start", "nats a sequence", marks=((15.0, "limit 15"),)),
         "ppo/length": Figure("Length", "tokens a response", marks=((8.0, "limit 8"),)),
     },

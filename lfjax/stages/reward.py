@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ml_collections.config_dict import placeholder
@@ -16,10 +17,11 @@ from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import is_judged, judged_texts, reward_examples
 from lfjax.data.sources import label_scale, ordinal_bounds
 from lfjax.losses.ratings import least_gap
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.records import Edit, Preference, Ranking, Record, mean_ratings, mean_values
 from lfjax.report.catalogue import Figure
-from lfjax.rewards import baselines, calibration, lexicon
+from lfjax.rewards import baselines, lexicon
+from lfjax.rewards.intervals import SHARE, Bootstrap, Resampled, prompt_keys
 from lfjax.rewards.points import (
     Points,
     gap_of,
@@ -200,20 +202,21 @@ def reward_stage(run: Run) -> dict[str, float]:
     leave = functools.partial(run.leave_if_asked, "reward")
     score = scorer(devices, model, base, adapters=adapters, name="reward score", leave=leave)
 
-    def figures(state, split: str = "validation", prefix: str = "reward/validation_") -> dict[str, float]:
+    def estimates(state, split: str):
         scores = score(scaled_head(model_params(state.params), points.unit), sets[split], last=split == "test")
-        return pair_figures(scores, sets[split].examples, gap, prefix, unit=points.unit)
+        return pair_estimates(scores, sets[split].examples, gap, prompt_keys(run.records[split]), unit=points.unit)
 
-    sizes = [(np.prod(shape), forward_flops(model.config, shape[-1])) for shape in first]
     state, out = training.train(
         run, "reward", state, lambda state, index: step(state, batches.batch_at(index)), total=total,
-        tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
-        flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
-        evaluate=figures, learning_rate=rate,
+        work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
+        evaluate=lambda state: told(*estimates(state, "validation"), "reward/validation_"), learning_rate=rate,
     )  # fmt: skip
     run.save_model("reward", model, scaled_head(model_params(state.params), points.unit), base)
-    out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
-    return out | said | figures(state, "test", "reward/") | reward_baselines(run.records, gap)
+    if "reward/pair_accuracy" in out:
+        out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy")
+    found, pairs = estimates(state, "test")
+    rivals = reward_baselines(run.records, gap)
+    return out | said | told(found, pairs, "reward/") | beside_baselines(found.get("pair_accuracy"), rivals)
 
 
 def batches_of(run: Run) -> tuple[dict[str, RewardBatches], Points, dict[str, float]]:
@@ -259,63 +262,93 @@ def with_cutpoints(devices: Devices, params, bounds: tuple[float, ...]):
 
 
 def pair_figures(scores, examples, min_gap: float, prefix: str, *, unit: float = 1.0) -> dict[str, float]:
-    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any.
+    """The figures of `pair_estimates`, every answer being one of many to one prompt."""
+    prompts = ("",) * (1 + max(e.record for e in examples))
+    return told(*pair_estimates(scores, examples, min_gap, prompts, unit=unit), prefix)
+
+
+def pair_estimates(
+    scores, examples, min_gap: float, prompts: Sequence[str], *, unit: float = 1.0
+) -> tuple[dict[str, Resampled], dict[str, int]]:
+    """(figures, numbers of pairs): pair accuracy by ratings over all examples, and within records by ranks.
 
     calibration_error is that of the pairs by ratings, or by ranks where there are none; so is pair_accuracy.
 
     Args:
       scores, examples, min_gap: in rating points. unit: of these, so many are a nat of the odds.
+      prompts: of the records that the examples are of, each a cluster.
     """
+    draws, owners = Bootstrap(prompts), [prompts[e.record] for e in examples]
     rated = [
-        (s, r)
-        for row, e in zip(scores, examples, strict=True)
+        (key, s, r)
+        for key, row, e in zip(owners, scores, examples, strict=True)
         for s, r in zip(row, e.ratings, strict=True)
         if r is not None
     ]
-    out = {}
+    out, pairs = {}, {}
     if rated:
-        values, ratings = (np.asarray(column, np.float64) for column in zip(*rated, strict=True))
-        accuracy, pairs = baselines.pair_accuracy(values, ratings, min_gap)
-        out |= {f"{prefix}pair_accuracy": accuracy, f"{prefix}pairs": float(pairs)}
-        out[f"{prefix}mse"] = float(np.mean((values - ratings) ** 2))
-        out[f"{prefix}rating_slope"] = calibration.rating_slope(values, ratings)
-        apart = calibration.rated_differences(values, ratings, min_gap)
-        out[f"{prefix}calibration_error"] = calibration.calibration_error(apart / unit)
-    ranked = [(row, [np.nan if r is None else r for r in e.ranks]) for row, e in zip(scores, examples, strict=True)]
-    differences = [
-        float(row[i] - row[j])
-        for row, ranks in ranked
-        for i in range(len(ranks))
-        for j in range(len(ranks))
-        if ranks[i] < ranks[j]
+        keys, *columns = zip(*rated, strict=True)
+        values, ratings = (np.asarray(column, np.float64) for column in columns)
+        out["pair_accuracy"] = draws.pair_accuracy(keys, values, ratings, min_gap)
+        pairs["pairs"] = out["pair_accuracy"].n
+        out["mse"] = draws.mean(keys, (values - ratings) ** 2)
+        out["rating_slope"] = draws.slope(keys, values, ratings)
+        out["calibration_error"] = draws.calibration_error(keys, values / unit, ratings, min_gap)
+    ranked = [
+        (key, float(row[i] - row[j]))
+        for key, row, e in zip(owners, scores, examples, strict=True)
+        for i, first in enumerate(e.ranks)
+        for j, second in enumerate(e.ranks)
+        if first is not None and second is not None and first < second
     ]
-    if differences:
-        accuracy = float(np.mean(np.heaviside(differences, 0.5)))  # equal scores are half right
-        out |= {f"{prefix}ranked_pair_accuracy": accuracy, f"{prefix}ranked_pairs": float(len(differences))}
-        if not out.get(f"{prefix}pairs"):
-            out[f"{prefix}pair_accuracy"] = accuracy
-            out[f"{prefix}calibration_error"] = calibration.calibration_error(np.array(differences) / unit)
+    if ranked:
+        keys, differences = zip(*ranked, strict=True)
+        accuracy = draws.mean(keys, np.heaviside(differences, 0.5))  # equal scores are half right
+        out["ranked_pair_accuracy"], pairs["ranked_pairs"] = accuracy, accuracy.n
+        if not pairs.get("pairs"):
+            out["pair_accuracy"] = accuracy
+            out["calibration_error"] = draws.calibration_error_of(keys, np.array(differences) / unit)
+    return out, pairs
+
+
+def told(found: Mapping[str, Resampled], pairs: Mapping[str, int], prefix: str) -> dict[str, float]:
+    """Figures with their intervals, and the numbers of pairs."""
+    bounds = {"mse": (0.0, math.inf), "rating_slope": (-math.inf, math.inf)}
+    out = {f"{prefix}{name}": float(count) for name, count in pairs.items()}
+    for name, figure in found.items():
+        out |= figure.figures(f"{prefix}{name}", bounds.get(name, SHARE))
     return out
 
 
-def reward_baselines(records, min_gap: float) -> dict[str, float]:
-    """What a lexicon and a ridge regression on words reach on the same test pairs."""
-    split = {
-        name: [(r.prompt_text + r.responses[i], v) for r in records[name] for i, v in mean_ratings(r).items()]
-        for name in ("train", "test")
-    }
-    if not all(split.values()):
+def reward_baselines(records, min_gap: float) -> dict[str, dict[str, Resampled]]:
+    """Split -> the pair accuracy of a lexicon and of a ridge regression on words, of the same held-out pairs."""
+    rated = {
+        name: [(key, r.prompt_text + r.responses[i], v) for key, r in zip(prompt_keys(records[name]), records[name],
+               strict=True) for i, v in mean_ratings(r).items()]
+        for name in SPLITS
+    }  # fmt: skip
+    held_out = {name: rated[name] for name in ("validation", "test") if rated["train"] and rated[name]}
+    texts = [text for rows in held_out.values() for _, text, _ in rows]
+    if not texts:
         return {}
-    (texts, ratings), (test_texts, test_ratings) = (tuple(zip(*split[name], strict=True)) for name in ("train", "test"))
-    truth = np.asarray(test_ratings)
-    guesses = {
-        "lexicon": lexicon.compound_scores(test_texts),
-        "ridge": baselines.ridge_scores(texts, ratings, test_texts),
-    }
-    return {
-        f"reward/pair_accuracy_{name}": baselines.pair_accuracy(guess, truth, min_gap)[0]
-        for name, guess in guesses.items()
-    }
+    _, train_texts, ratings = zip(*rated["train"], strict=True)
+    guesses = {"lexicon": lexicon.compound_scores(texts), "ridge": baselines.ridge_scores(train_texts, ratings, texts)}
+    found, first = {}, 0
+    for name, rows in held_out.items():
+        (keys, _, truth), part = zip(*rows, strict=True), slice(first, first + len(rows))
+        draws, first = Bootstrap(prompt_keys(records[name])), first + len(rows)
+        found[name] = {b: draws.pair_accuracy(keys, guess[part], truth, min_gap) for b, guess in guesses.items()}
+    return found
+
+
+def beside_baselines(own: Resampled | None, rivals: Mapping[str, Mapping[str, Resampled]]) -> dict[str, float]:
+    """The baselines' pair accuracy in both splits, and how far the model's own is above them on the test split."""
+    out = {}
+    for split, prefix in (("validation", "reward/validation_"), ("test", "reward/")):
+        out |= told({f"pair_accuracy_{name}": rival for name, rival in rivals.get(split, {}).items()}, {}, prefix)
+    for name, rival in rivals.get("test", {}).items() if own is not None else ():
+        out |= (own - rival).figures(f"reward/pair_accuracy_over_{name}")
+    return out
 
 
 STAGE = Stage(

@@ -90,14 +90,18 @@ def prompt_shapes(config: Config) -> int:
 
 
 def rollout_rows(tokenizer, rollout: Rollout, limit: int) -> list[dict[str, Any]]:
-    """The first rows of a rollout for samples.jsonl; logprob and kl are sums over the response, in nats."""
+    """The first rows of a rollout for samples.jsonl; logprob and kl are sums over the response, in nats.
+
+    `score` is what the reward said, as in the evaluation's rows; `normalised_score` what PPO learns from.
+    """
     host = jax.tree.map(lambda x: np.asarray(x[:limit]), fetch(rollout))
     prompts, responses = texts(tokenizer, host)
     return [
         {
             "prompt": prompts[i],
             "response": responses[i],
-            "score": float(host.scores[i]),
+            "score": float(host.raw_scores[i]),
+            "normalised_score": float(host.scores[i]),
             "logprob": float(host.old_logprobs[i].sum()),
             "kl": float((host.old_logprobs[i] - host.ref_logprobs[i]).sum()),
         }
