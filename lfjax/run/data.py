@@ -21,7 +21,7 @@ class Data:
     """The records that a config's `data` section names; read on first use."""
 
     def __init__(self, section: Config):
-        self._section = section
+        self._section, self._told = section, False
 
     @functools.cached_property
     def records(self) -> Splits:
@@ -29,8 +29,9 @@ class Data:
         return load_records(self._section)
 
     def tell(self) -> None:
-        """Prints what there is, by split and kind of feedback, and what was left out."""
-        if jax.process_index() == 0:
+        """Prints what there is, by split and kind of feedback, and what was left out; once."""
+        if jax.process_index() == 0 and not self._told:
+            self._told = True
             for line in table(self.records.counts):
                 terminal.note(line)
 
