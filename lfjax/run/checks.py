@@ -97,12 +97,16 @@ def check_data(config: Config, stages: Stages, data: Data) -> None:
     """Every stage can learn from the splits that it reads. Raises InputError."""
     for stage in config.stages:
         for split in stages[stage].splits if stages[stage].learns_from else ():
-            if not any(map(stages[stage].teaches, data.records[split])):
+            teaches = stages[stage].teaches
+            if not any(map(teaches, data.records[split])):
+                count = sum(teaches(record) for name in SPLITS for record in data.records[name])
+                larger = data.larger(split, lambda records, teaches=teaches: any(map(teaches, records)))
                 others = _taught_by_feedback(stages, data.records[split])
-                hint = f" (it holds {others[0].learns_from}, for the stage {others[0].name})" if others else ""
+                hint = f"; it holds {others[0].learns_from}, for the stage {others[0].name}" if others else ""
                 raise InputError(
                     f"stage {stage}: {data.file(split)}: the {split} split holds no {stages[stage].learns_from} to"
-                    f' learn from{hint}; add some, or leave "{stage}" out of config.stages'
+                    f" learn from ({count} record{'s' * (count != 1)} of all splits {'does' if count == 1 else 'do'}"
+                    f'{hint}); add some{larger}, or leave "{stage}" out of config.stages'
                 )
     for stage in config.stages:
         stages[stage].check_data(config, data)

@@ -78,6 +78,8 @@ class Run:
         functions = {k: self.resolve(k, v) for s in self.stages for k, v in stages[s].functions(config).items()}
         forks = forks_of(config, stages, self.steps, functions)
         self._directory.open(config, forks, fits=self._check_models, check=self._check_data)
+        if self.tokenizer_folder.exists():  # else once there is a vocabulary, and with it all that is left out
+            self.data.tell()
         self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
         self.stop_requested = False
         self.began = 0.0  # time.perf_counter() when its stages began

@@ -125,6 +125,10 @@ def check_pairs(config: Config, data: Data) -> None:
     across = own.step.get("across_records") and any(own.step.get(name) for name in PAIR_LOSSES)
     gaps = {"train": ("step.min_gap", own.step.get("min_gap"), across)}
     gaps |= {split: ("min_gap", own.min_gap, True) for split in ("validation", "test")}
+
+    def differ(records: list[Record]) -> bool:
+        return any(map(has_orders, records)) or len(set(values_of(records, scale))) > 1
+
     for split, (key, given, needed) in gaps.items():
         values, gap = values_of(data.records[split], scale), gap_of(given, scale)
         if not values or any(map(has_orders, data.records[split])):
@@ -135,7 +139,7 @@ def check_pairs(config: Config, data: Data) -> None:
             raise InputError(
                 f"stage reward: {data.file(split)}: all ratings of the {split} split ({len(values)}) are {values[0]:g},"
                 f" so that there is nothing to {'learn' if split == 'train' else 'judge by'}; give {more}"
-                f'{data.larger(split)}, or leave "reward" out of config.stages'
+                f'{data.larger(split, differ)}, or leave "reward" out of config.stages'
             )
         if needed and spread < least_gap(gap):
             why = " (an eighth of the scale)" if given is None else ""
