@@ -202,7 +202,7 @@ def test_a_record_that_is_only_a_prompt_says_no_more(tmp_path):
         write_records(tmp_path / "p.jsonl", [record])
         assert list(read_records(tmp_path / "p.jsonl")) == [record]
     with pytest.raises(InputError, match="record: field 'responses'"):
-        parse_record({"prompt": "p"}, feedback=False)  # for who reads responses alone
+        parse_record({"prompt": "p"}, responses=True)  # for who reads responses alone
     with pytest.raises(InputError, match="field 'responses'"):
         parse_record(minimal(responses=[], feedback=[{"kind": "label", "response": 0, "value": 1}]))
 

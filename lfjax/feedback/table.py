@@ -98,17 +98,13 @@ class _Lines:
     """The lines of a file as text, blank ones too, for cells that hold them; `number` is the last one's."""
 
     def __init__(self, path: Path):
-        self._path, self._lines, self.number = path, files.lines(path, fix="give a table, such as CSV"), 0
+        self._lines, self.number = files.text_lines(path, fix="give a table, CSV in UTF-8"), 0
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
             yield from ["\n"] * min(number - self.number - 1, MOST_BLANK)
             self.number = number
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                found = f"not UTF-8 (byte 0x{line[error.start]:02x})"
-                raise InputError(f"{self._path}:{number}: {found}; save the table as CSV in UTF-8") from None
+            yield line
 
     def again(self, first: str) -> Iterator[str]:
         """The lines with the first one, which has been read."""
