@@ -1,5 +1,6 @@
 import gzip
 import json
+import pathlib
 
 import pytest
 
@@ -187,6 +188,13 @@ def test_a_file_that_is_no_jsonl_gives_one_line(tmp_path, content, message):
     with pytest.raises(InputError) as error:
         list(read_records(file))
     assert str(error.value).startswith(str(file)) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_pages_examples_are_records_of_every_kind(tmp_path):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "records.md").read_text()
+    (tmp_path / "page.jsonl").write_text(page.partition("```json\n")[2].partition("```")[0])
+    kinds = {entry.kind for record in read_records(tmp_path / "page.jsonl") for entry in record.feedback}
+    assert kinds == {"rating", "preference", "ranking", "edit", "critique", "label", "implicit"}
 
 
 def test_a_table_is_no_records(tmp_path):
