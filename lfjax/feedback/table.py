@@ -117,7 +117,9 @@ def _check(path: Path, header: list[str], columns: Columns) -> None:
     for field, column in columns.named.items():
         if column not in header:
             raise InputError(f"--map: {field}={column}: {path} has no such column; it has {shown}")
-    if not any(column_of(field, header, columns) for field in ("prompt", "response", "chosen")):
+    answers = any(column_of(field, header, columns) for field in ("response", "chosen"))
+    only_prompts = "prompt" in columns.named or ("prompt" in header and {*header} <= {"prompt", *PROVENANCE})
+    if not answers and not only_prompts:
         raise InputError(f"{path}: which column is which? It has {shown}; say so: {EXAMPLE}")
     if "rating" in header and not columns.scale:
         raise InputError(f"{path}: column 'rating': which scale has it? Say so: --map rating=rating:1..5")
