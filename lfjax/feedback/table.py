@@ -13,11 +13,13 @@ from typing import Any
 from lfjax import files
 from lfjax.config import InputError
 from lfjax.feedback.trl import LeftOut
-from lfjax.files import MOST_BYTES, Faults
+from lfjax.files import Faults
 
 FIELDS = ("prompt", "response", "rating", "label", "edit", "critique", "chosen", "rejected")
 PROVENANCE = ("id", "source", "license", "time")
 DELIMITERS = ",;\t|"
+MOST_CELL = 1 << 24  # characters
+MOST_HEADER = 100_000  # characters of the line that names the columns
 MOST_BLANK = 1000  # blank lines running that a cell keeps
 EXAMPLE = "--map prompt=question,response=answer,rating=score:1..5"
 
@@ -67,11 +69,15 @@ def rows(path: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, di
       faults: gets a row with more cells than there are columns.
     Raises:
       InputError: no such file, no columns, two of one name, none that the map names, or nothing says what is a text or
-        a rating's scale; no UTF-8, quotes that do not close, or a cell beyond 64 MB.
+        a rating's scale; no UTF-8, quotes that do not close, or a cell beyond 16 MB.
     """
-    csv.field_size_limit(MOST_BYTES)
+    csv.field_size_limit(MOST_CELL)
     lines = _Lines(path)
     first = next(iter(lines), "")
+    if len(first) > MOST_HEADER:
+        raise InputError(
+            f"{path}:1: the names of the columns have {len(first)} characters; at most {MOST_HEADER} are read"
+        )
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
     delimiter = "\t" if tabs else max(DELIMITERS, key=lambda sign: len(next(csv.reader([first], delimiter=sign))))
     reader = csv.reader(lines.again(first), delimiter=delimiter, strict=True)

@@ -18,6 +18,7 @@ from lfjax.records import Record
 
 SHORTEST = 32  # rows are padded to a power of two of at least so many tokens, so that few widths are compiled
 SUMMARY = "summary.json"
+MOST_RATING = 1e30  # as records may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,11 @@ def told(loaded: Loaded, folder: Path) -> Said:
 
 def _rating_mean(folder: Path) -> float | None:
     """<stage>/rating_mean of the run whose models/<stage>/ the folder is."""
-    summary = folder.parent.parent / SUMMARY
-    if folder.parent.name != "models" or not summary.is_file():
+    run = folder.resolve().parent.parent
+    if folder.resolve().parent.name != "models" or not (run / SUMMARY).exists():
         return None
-    found = files.read_json(summary, dict).get(f"{folder.name}/rating_mean")
-    return float(found) if isinstance(found, (int, float)) else None
+    found = files.read_json(files.inside(run, SUMMARY), dict).get(f"{folder.name}/rating_mean")
+    return float(found) if isinstance(found, (int, float)) and abs(found) < MOST_RATING else None
 
 
 def score_records(

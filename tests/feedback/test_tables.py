@@ -129,6 +129,8 @@ def test_columns_of_a_records_own_names_need_no_map_and_pairs_and_words_are_kind
         ('prompt\n"never closed\n', (), ":2: no CSV: "),
         ("prompt,response\nq,a,b\n", (), ":2: 3 cells, but 2 columns"),
         (b"prompt\n\xff\n", (), ":2: not UTF-8"),
+        ('prompt,response\n"' + ("x" * 999_999 + "\n") * 17, (), ":18: no CSV: field larger than"),
+        ("a," * 60_000 + "\n", (), ":1: the names of the columns have 120001 characters"),
         ("", (), "is empty"),
     ],
 )  # fmt: skip
