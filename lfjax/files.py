@@ -410,6 +410,15 @@ def lines(path: Path, *, most: int = MOST_BYTES, fix: str = RESTORE) -> Iterator
             raise InputError(f"{path}: damaged gzip data ({error}); restore the file") from None
 
 
+def text_lines(path: Path, *, fix: str = RESTORE) -> Iterator[tuple[int, str]]:
+    """As `lines`, in UTF-8; InputError names the line that is none."""
+    for number, line in lines(path, fix=fix):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); {fix}") from None
+
+
 def split_lines(
     blocks: Iterable[bytes], path: Path, *, most: int = MOST_BYTES, fix: str = RESTORE
 ) -> Iterator[tuple[int, bytes]]:

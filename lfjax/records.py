@@ -346,13 +346,14 @@ CONVERT_TABLE = (
 _PROVENANCE = {"id": _text_or_number, "source": _text, "license": _text, "time": _text_or_number}
 
 
-def parse_record(value: Any, where: str = "record", *, feedback: bool = True) -> Record:
+def parse_record(value: Any, where: str = "record", *, feedback: bool = True, responses: bool = False) -> Record:
     """A decoded JSON object as a validated `Record`.
 
     Args:
       value: what `json.loads` gave; it is not changed.
       where: "FILE:LINE", the start of the error message.
-      feedback: whether the field has to be there; without it there is none.
+      feedback: whether the field has to be there; without it there is none. Of what is only a prompt it never has.
+      responses: whether that field has to be there even so.
     Raises:
       InputError: `WHERE: field 'x': what was found; what is allowed`.
     """
@@ -363,13 +364,13 @@ def parse_record(value: Any, where: str = "record", *, feedback: bool = True) ->
     data = dict(value)
     try:
         prompt = _prompt(_take(data, "prompt"))
-        only_prompt = feedback and bool(prompt) and _is_prompt(data)
+        only_prompt = not responses and bool(prompt) and _is_prompt(data)
         if only_prompt:
             data = {"responses": [], **data}
-        responses, response_fields = _responses(_take(data, "responses"), needed=not only_prompt)
+        texts, response_fields = _responses(_take(data, "responses"), needed=not only_prompt)
         if not feedback or only_prompt:
             data.setdefault("feedback", [])
-        judgements = _feedback(_take(data, "feedback"), len(responses))
+        judgements = _feedback(_take(data, "feedback"), len(texts))
         provenance: dict[str, Any] = {}
         for name, check in _PROVENANCE.items():
             field = data.pop(name, None)
@@ -377,14 +378,14 @@ def parse_record(value: Any, where: str = "record", *, feedback: bool = True) ->
     except _Wrong as wrong:
         field, found, allowed = wrong.args
         raise InputError(f"{where}: field {field!r}: found {found}; allowed: {allowed}") from None
-    return Record(prompt, responses, judgements, **provenance, response_fields=response_fields, extra=data, where=where)
+    return Record(prompt, texts, judgements, **provenance, response_fields=response_fields, extra=data, where=where)
 
 
-def read_records(path: str | os.PathLike[str], *, feedback: bool = True) -> Iterator[Record]:
+def read_records(path: str | os.PathLike[str], *, feedback: bool = True, responses: bool = False) -> Iterator[Record]:
     """Streams the records of a JSONL file, each validated as it is read. An `id` occurs once.
 
     Args:
-      feedback: as in `parse_record`.
+      feedback, responses: as in `parse_record`.
 
     Raises:
       InputError: as `json_lines`, or a field that does not hold what it may; the message starts with FILE:LINE. Of
@@ -397,7 +398,7 @@ def read_records(path: str | os.PathLike[str], *, feedback: bool = True) -> Iter
         raise InputError(f"{path}: no JSON lines; {remedy}")
     for where, row in json_lines(path, wrong=faults.add):
         try:
-            record = parse_record(row, where, feedback=feedback)
+            record = parse_record(row, where, feedback=feedback, responses=responses)
             key = f"{type(record.id) is str} {record.id}"  # the hashes of numbers are known, those of texts are not
             if record.id is not None and first_line.setdefault(key, where) != where:
                 found = f"found {_show(record.id)}, as on line {first_line[key].rpartition(':')[2]}"

@@ -1331,6 +1331,15 @@ COMMANDS = {
     "eval of a completion beyond the context": (
         ("eval", "{trained}", "--completions={tmp}/long.jsonl"), "long.jsonl:1: field 'responses[0]': prompt and",
     ),
+    "scores by a language model": (("score", "{model}", "{text}"), "gives no scores"),
+    "scores by a run without a reward": (("score", "{trained}", "{text}"), "no scorer or classifier in it yet"),
+    "scores of no text": (("score", "{scorer}", "{tmp}/none.txt"), "none.txt: is empty"),
+    "scores of a prompt alone": (("score", "{scorer}", "{tmp}/broken.jsonl"), "broken.jsonl:2: field 'responses'"),
+    "scores over what they are of": (("score", "{scorer}", "{text}", "--output={text}"), "is a file to read as well"),
+    "answers to prompts into nothing": (("sample", "{trained}", "--prompts={text}"), "--prompts: needs --output"),
+    "answers to no prompts": (
+        ("sample", "{trained}", "--prompts={tmp}/latin.txt", "--output={new}"), "latin.txt:2: not UTF-8",
+    ),
     "import of nothing": (("import", "nowhere", "{new}"), "nowhere: no such folder"),
     "import of one folder alone": (("import", "{model}"), "target"),
     "import of a pickle": (("import", "{tmp}/pickle", "{new}"), "a pickled pytorch_model.bin is never read"),

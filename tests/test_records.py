@@ -1,5 +1,6 @@
 import gzip
 import json
+import pathlib
 
 import pytest
 
@@ -189,6 +190,13 @@ def test_a_file_that_is_no_jsonl_gives_one_line(tmp_path, content, message):
     assert str(error.value).startswith(str(file)) and message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_pages_examples_are_records_of_every_kind(tmp_path):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "records.md").read_text()
+    (tmp_path / "page.jsonl").write_text(page.partition("```json\n")[2].partition("```")[0])
+    kinds = {entry.kind for record in read_records(tmp_path / "page.jsonl") for entry in record.feedback}
+    assert kinds == {"rating", "preference", "ranking", "edit", "critique", "label", "implicit"}
+
+
 def test_a_table_is_no_records(tmp_path):
     (tmp_path / "a.tsv").write_text("prompt\tresponse\n")
     with pytest.raises(InputError, match=r"a\.tsv: no JSON lines; .* lfjax feedback convert csv"):
@@ -202,7 +210,7 @@ def test_a_record_that_is_only_a_prompt_says_no_more(tmp_path):
         write_records(tmp_path / "p.jsonl", [record])
         assert list(read_records(tmp_path / "p.jsonl")) == [record]
     with pytest.raises(InputError, match="record: field 'responses'"):
-        parse_record({"prompt": "p"}, feedback=False)  # for who reads responses alone
+        parse_record({"prompt": "p"}, responses=True)  # for who reads responses alone
     with pytest.raises(InputError, match="field 'responses'"):
         parse_record(minimal(responses=[], feedback=[{"kind": "label", "response": 0, "value": 1}]))
 

@@ -22,6 +22,7 @@ from lfjax.data.duplicates import (
     record_key,
 )
 from lfjax.data.splits import cut, equal_pairs, kinds_of
+from lfjax.files import text_lines
 from lfjax.records import Rating, Record, label_value, rating_labels, read_records
 
 SOURCES = ("vader", "jsonl", "text")
@@ -192,6 +193,26 @@ def read_text(path: str) -> Iterator[Record]:
         if part.strip():
             yield Record("", [part.strip("\n")], where=f"{file}:{line}")
         line += part.count("\n")
+
+
+def records_or_lines(path: str, *, prompts: bool) -> Iterator[Record]:
+    """The records of a JSONL file; else each line of a text as one, as a prompt alone or as a response without.
+
+    Args:
+      prompts: what is read is prompts; else responses, and a record has some.
+    Raises:
+      InputError: as `read_records`, or not UTF-8, or nothing in it.
+    """
+    file = pathlib.Path(path)
+    if file.name.removesuffix(".gz").endswith((".jsonl", ".json", ".csv", ".tsv")):
+        yield from read_records(file, feedback=False, responses=not prompts)
+        return
+    number = 0
+    for number, line in text_lines(file, fix="give records, or texts in UTF-8, one a line"):
+        text = line.rstrip("\r\n")
+        yield Record(text, [], where=f"{file}:{number}") if prompts else Record("", [text], where=f"{file}:{number}")
+    if not number:
+        raise InputError(f"{file}: is empty; it must hold a record or a text, one a line")
 
 
 def rating_scale(records: list[Record]) -> tuple[float, float] | None:

@@ -13,11 +13,13 @@ from typing import Any
 from lfjax import files
 from lfjax.config import InputError
 from lfjax.feedback.trl import LeftOut
-from lfjax.files import MOST_BYTES, Faults
+from lfjax.files import Faults
 
 FIELDS = ("prompt", "response", "rating", "label", "edit", "critique", "chosen", "rejected")
 PROVENANCE = ("id", "source", "license", "time")
 DELIMITERS = ",;\t|"
+MOST_CELL = 1 << 24  # characters
+MOST_HEADER = 100_000  # characters of the line that names the columns
 MOST_BLANK = 1000  # blank lines running that a cell keeps
 EXAMPLE = "--map prompt=question,response=answer,rating=score:1..5"
 
@@ -67,11 +69,15 @@ def rows(path: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, di
       faults: gets a row with more cells than there are columns.
     Raises:
       InputError: no such file, no columns, two of one name, none that the map names, or nothing says what is a text or
-        a rating's scale; no UTF-8, quotes that do not close, or a cell beyond 64 MB.
+        a rating's scale; no UTF-8, quotes that do not close, or a cell beyond 16 MB.
     """
-    csv.field_size_limit(MOST_BYTES)
+    csv.field_size_limit(MOST_CELL)
     lines = _Lines(path)
     first = next(iter(lines), "")
+    if len(first) > MOST_HEADER:
+        raise InputError(
+            f"{path}:1: the names of the columns have {len(first)} characters; at most {MOST_HEADER} are read"
+        )
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
     delimiter = "\t" if tabs else max(DELIMITERS, key=lambda sign: len(next(csv.reader([first], delimiter=sign))))
     reader = csv.reader(lines.again(first), delimiter=delimiter, strict=True)
@@ -98,17 +104,13 @@ class _Lines:
     """The lines of a file as text, blank ones too, for cells that hold them; `number` is the last one's."""
 
     def __init__(self, path: Path):
-        self._path, self._lines, self.number = path, files.lines(path, fix="give a table, such as CSV"), 0
+        self._lines, self.number = files.text_lines(path, fix="give a table, CSV in UTF-8"), 0
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
             yield from ["\n"] * min(number - self.number - 1, MOST_BLANK)
             self.number = number
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                found = f"not UTF-8 (byte 0x{line[error.start]:02x})"
-                raise InputError(f"{self._path}:{number}: {found}; save the table as CSV in UTF-8") from None
+            yield line
 
     def again(self, first: str) -> Iterator[str]:
         """The lines with the first one, which has been read."""
@@ -121,7 +123,9 @@ def _check(path: Path, header: list[str], columns: Columns) -> None:
     for field, column in columns.named.items():
         if column not in header:
             raise InputError(f"--map: {field}={column}: {path} has no such column; it has {shown}")
-    if not any(column_of(field, header, columns) for field in ("prompt", "response", "chosen")):
+    answers = any(column_of(field, header, columns) for field in ("response", "chosen"))
+    only_prompts = "prompt" in columns.named or ("prompt" in header and {*header} <= {"prompt", *PROVENANCE})
+    if not answers and not only_prompts:
         raise InputError(f"{path}: which column is which? It has {shown}; say so: {EXAMPLE}")
     if "rating" in header and not columns.scale:
         raise InputError(f"{path}: column 'rating': which scale has it? Say so: --map rating=rating:1..5")

@@ -145,13 +145,13 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
     if start.startswith(b"PAR1"):
         yield from _parquet(path)
     elif re.match(rb"\[\s*[{\]]", start):
-        array = files.read_json(path, list, most=MOST_ARRAY, fix="give JSON lines, a JSON array or Parquet")
+        array = files.read_json(path, list, fix="give JSON lines, which may be longer, a JSON array or Parquet")
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(array, 1))
     else:
         yield from json_lines(path)
 
 
-MOST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
+ROWS = 16  # of Parquet, read at a time: one may be large
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -162,7 +162,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
