@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from lfjax.records import Record
-from lfjax.rewards import baselines, calibration, diversity
+from lfjax.rewards import baselines, calibration, diversity, intervals
 from lfjax.rewards.intervals import SHARE, Bootstrap, is_beside, prompt_keys, without
 
 
@@ -109,6 +109,17 @@ def test_draws_of_a_statistic_are_those_of_the_drawn_items():
     pairs = np.array([baselines.pair_accuracy(scores[i], ratings[i], 0.5)[0] for i in items])
     whole = draws.pair_accuracy(keys, scores, ratings, 0.5)
     np.testing.assert_allclose(whole.drawn - whole.drawn.mean(), pairs - pairs.mean(), atol=1e-12)
+
+
+@pytest.mark.parametrize("figure", ["pair_accuracy", "calibration_error"])
+def test_of_many_answers_the_linear_part_of_a_draw_gives_the_interval_of_the_draw(figure, monkeypatch):
+    rng = np.random.default_rng(4)
+    ratings = rng.normal(size=500)
+    scores, keys = ratings + rng.normal(size=500), [int(i) for i in rng.integers(0, 200, 500)]
+    linear = getattr(Bootstrap(keys), figure)(keys, scores, ratings, 1.0).interval()
+    monkeypatch.setattr(intervals, "MOST_EXACT", 500)
+    exact = getattr(Bootstrap(keys), figure)(keys, scores, ratings, 1.0).interval()
+    np.testing.assert_allclose(linear, exact, atol=0.05 * (exact[1] - exact[0]))
 
 
 def test_of_many_answers_pairs_are_taken_among_some_and_the_interval_stays_as_narrow():
