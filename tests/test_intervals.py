@@ -132,6 +132,15 @@ def test_of_many_answers_pairs_are_taken_among_some_and_the_interval_stays_as_na
     assert high - low == pytest.approx((wide[1] - wide[0]) / 2, rel=0.25)
 
 
+@pytest.mark.filterwarnings("error")
+def test_draws_that_hold_none_of_the_items_say_nothing_and_warn_of_nothing():
+    """Two of thirty prompts have pairs: most draws hold a few answers of them, or none."""
+    draws, keys, two = Bootstrap(range(30)), [0, 0, 1, 1], np.array([0.0, 1.0, 0.0, 2.0])
+    for found in (draws.slope(keys, two, two), draws.pair_accuracy(keys, two, two, 0.5), draws.mean(keys, two),
+                  draws.calibration_error(keys, two, two, 0.5), draws.calibration_error_of(keys, two)):  # fmt: skip
+        assert np.isnan(found.drawn).any() and math.isfinite(found.value) and found.clusters == 2
+
+
 def test_records_without_a_prompt_are_clusters_of_their_own():
     records = [Record("Q", ["a"]), Record("Q", ["b"]), Record("", ["a"]), Record("", ["b"])]
     assert prompt_keys(records) == ["Q", "Q", "a", "b"]

@@ -103,6 +103,7 @@ class Bootstrap:
         """`calibration.rating_slope`."""
         s, r = (np.asarray(x, np.float64) - np.mean(x) for x in (scores, ratings))
         n, s1, r1, s2, sr = self._sums(keys, np.stack([np.ones_like(s), s, r, s * s, s * r], axis=1)).T
+        n = np.maximum(n, 1.0)  # of a draw without any of these items
         drawn = _ratio(sr - s1 * r1 / n, s2 - s1 * s1 / n)
         return self._resampled(keys, calibration.rating_slope(scores, ratings), drawn)
 
@@ -142,7 +143,8 @@ class Bootstrap:
     ) -> dict[str, Resampled]:
         """Figures of sums: `figures` takes [R K], the sums of the items' counts [N K], and gives each as [R]."""
         counts = np.asarray(counts, np.float64)
-        whole, drawn = figures(counts.sum(axis=0)[None]), figures(self._sums(keys, counts))
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a draw without any of these items
+            whole, drawn = figures(counts.sum(axis=0)[None]), figures(self._sums(keys, counts))
         return {name: self._resampled(keys, float(value[0]), drawn[name]) for name, value in whole.items()}
 
     def distinct2(self, keys: Sequence[Hashable], texts: Sequence[str]) -> Resampled:
