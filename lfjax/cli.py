@@ -22,7 +22,7 @@ import lfjax
 from lfjax import cache, files
 from lfjax.config import BadLines, InputError
 from lfjax.signals import handled
-from lfjax.terminal import cell, line, note, show, visible
+from lfjax.terminal import line, note, show, visible
 
 BEGAN = time.perf_counter()  # of this process, but for what Python itself needs to start
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
@@ -280,7 +280,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
 
     from lfjax.report import rundir
-    from lfjax.report.costs import cost_lines
+    from lfjax.report.costs import cost_lines, figure_lines
     from lfjax.run.chain import run_stages
     from lfjax.run.run import Interrupted, Run, TrainingFailed
 
@@ -293,7 +293,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
         follow_links=arguments.follow_links,
     )
     try:
-        summary = run_stages(run)
+        run_stages(run)
     except Interrupted as stop:
         note(f"{stop}; start the same command to go on")
         return 130
@@ -304,12 +304,11 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if jax.process_index() == 0:
         ended = time.perf_counter()
-        path = report.build(arguments.workdir, stages.described)
-        for name in sorted(summary):
-            figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else str(summary[name])
-            print(f"{cell(name):40s} {cell(figure)}")
+        path, found = report.build(arguments.workdir, stages.described), rundir.read(arguments.workdir)
+        for line in figure_lines(found):
+            print(visible(line))
         print(visible(f"report: {path}"))
-        for row in cost_lines(rundir.read(arguments.workdir), run.began - BEGAN, time.perf_counter() - ended):
+        for row in cost_lines(found, run.began - BEGAN, time.perf_counter() - ended):
             print(visible(row))
     return 0
 

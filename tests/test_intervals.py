@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from lfjax.records import Record
-from lfjax.rewards import baselines, calibration, diversity
+from lfjax.rewards import baselines, calibration, diversity, intervals
 from lfjax.rewards.intervals import SHARE, Bootstrap, is_beside, prompt_keys, without
 
 
@@ -111,6 +111,17 @@ def test_draws_of_a_statistic_are_those_of_the_drawn_items():
     np.testing.assert_allclose(whole.drawn - whole.drawn.mean(), pairs - pairs.mean(), atol=1e-12)
 
 
+@pytest.mark.parametrize("figure", ["pair_accuracy", "calibration_error"])
+def test_of_many_answers_the_linear_part_of_a_draw_gives_the_interval_of_the_draw(figure, monkeypatch):
+    rng = np.random.default_rng(4)
+    ratings = rng.normal(size=500)
+    scores, keys = ratings + rng.normal(size=500), [int(i) for i in rng.integers(0, 200, 500)]
+    linear = getattr(Bootstrap(keys), figure)(keys, scores, ratings, 1.0).interval()
+    monkeypatch.setattr(intervals, "MOST_EXACT", 500)
+    exact = getattr(Bootstrap(keys), figure)(keys, scores, ratings, 1.0).interval()
+    np.testing.assert_allclose(linear, exact, atol=0.05 * (exact[1] - exact[0]))
+
+
 def test_of_many_answers_pairs_are_taken_among_some_and_the_interval_stays_as_narrow():
     rng = np.random.default_rng(3)
     ratings = rng.normal(size=6000)
@@ -119,6 +130,15 @@ def test_of_many_answers_pairs_are_taken_among_some_and_the_interval_stays_as_na
     some = slice(0, 1500)
     wide = Bootstrap(range(1500), draws=200).pair_accuracy(range(1500), scores[some], ratings[some], 1.0).interval()
     assert high - low == pytest.approx((wide[1] - wide[0]) / 2, rel=0.25)
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_that_hold_none_of_the_items_say_nothing_and_warn_of_nothing():
+    """Two of thirty prompts have pairs: most draws hold a few answers of them, or none."""
+    draws, keys, two = Bootstrap(range(30)), [0, 0, 1, 1], np.array([0.0, 1.0, 0.0, 2.0])
+    for found in (draws.slope(keys, two, two), draws.pair_accuracy(keys, two, two, 0.5), draws.mean(keys, two),
+                  draws.calibration_error(keys, two, two, 0.5), draws.calibration_error_of(keys, two)):  # fmt: skip
+        assert np.isnan(found.drawn).any() and math.isfinite(found.value) and found.clusters == 2
 
 
 def test_records_without_a_prompt_are_clusters_of_their_own():

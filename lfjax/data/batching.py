@@ -276,7 +276,8 @@ class RewardBatches:
 
     def shape_at(self, step: int) -> tuple[int, int, int]:
         """(B, C, T) of the step's batch."""
-        return (self.batch_size, *self._buckets.at(step)[0])
+        shape = self._buckets.at(step)[0]
+        return self.batch_size, shape.candidates, shape.length
 
     def batch_at(self, step: int) -> RewardBatch:
         """The step's rows; fields as in `types.RewardBatch`."""

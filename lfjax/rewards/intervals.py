@@ -26,6 +26,7 @@ LEVEL = 0.95
 DRAWS, SLOW_DRAWS = 1000, 200  # the fewer for figures of which a draw takes longer
 MOST_CLUSTERS = 4000  # more are drawn in so many groups
 MOST_ANSWERS = 2000  # of more, pairs are taken among so many
+MOST_EXACT = 400  # of more answers, what a draw changes in pairs is taken as linear, which errs by their inverse
 SHARE = (0.0, 1.0)  # the bounds of a share
 PARTS = ("n", "low", "high")  # what stands beside a figure, behind "_"
 
@@ -102,6 +103,7 @@ class Bootstrap:
         """`calibration.rating_slope`."""
         s, r = (np.asarray(x, np.float64) - np.mean(x) for x in (scores, ratings))
         n, s1, r1, s2, sr = self._sums(keys, np.stack([np.ones_like(s), s, r, s * s, s * r], axis=1)).T
+        n = np.maximum(n, 1.0)  # of a draw without any of these items
         drawn = _ratio(sr - s1 * r1 / n, s2 - s1 * s1 / n)
         return self._resampled(keys, calibration.rating_slope(scores, ratings), drawn)
 
@@ -109,28 +111,23 @@ class Bootstrap:
         """`baselines.pair_accuracy`; its n is the number of pairs."""
         scores, ratings = np.asarray(scores, np.float64), np.asarray(ratings, np.float64)
         value, pairs = baselines.pair_accuracy(scores, ratings, min_gap)
-        kept = self._some(keys)
-        keys, few, apart = [keys[i] for i in kept], scores[kept], _apart(ratings[kept], min_gap)
-        right = apart * np.heaviside(few[:, None] - few[None, :], 0.5)
-        drawn = _ratio(self._quadratic(keys, right), self._quadratic(keys, apart))
-        drawn = value + (drawn - np.nanmean(drawn) if pairs else drawn) * math.sqrt(len(kept) / max(len(scores), 1))
+        keys, few, higher, lower = self._pairs(keys, scores, ratings, min_gap)
+        right = np.heaviside(few[higher] - few[lower], 0.5)
+        drawn = _ratio(*(self._of_pairs(keys, higher, lower, x) for x in (right, np.ones_like(right))))
+        drawn = value + (drawn - np.nanmean(drawn) if pairs else drawn) * math.sqrt(len(few) / max(len(scores), 1))
         return self._resampled(keys, value, drawn)._replace(n=pairs)
 
     def calibration_error(self, keys: Sequence[Hashable], scores, ratings, min_gap: float) -> Resampled:
         """`calibration.calibration_error` of the same pairs; every draw is told in the bins of the whole."""
-        scores, ratings = np.asarray(scores, np.float64), np.asarray(ratings, np.float64)
-        differences = calibration.rated_differences(scores, ratings, min_gap, most=MOST_ANSWERS)
-        kept = self._some(keys)
-        keys, few, apart = [keys[i] for i in kept], scores[kept], _apart(ratings[kept], min_gap)
-        higher, lower = np.nonzero(apart)
-        found = np.zeros(min(SLOW_DRAWS, self._draws))
-        for places, excess in calibration.binned_excess(few[higher] - few[lower]):
-            matrix = np.zeros(apart.shape, np.float32)
-            matrix[higher[places], lower[places]] = excess
-            found += np.abs(self._quadratic(keys, matrix, draws=SLOW_DRAWS))
-        drawn = _ratio(found, self._quadratic(keys, apart, draws=SLOW_DRAWS))
-        value = calibration.calibration_error(differences)
-        return self._resampled(keys, value, drawn)._replace(n=len(differences))
+        keys, few, higher, lower = self._pairs(keys, np.asarray(scores), np.asarray(ratings), min_gap)
+        found, bins = np.zeros(self._draws), calibration.binned_excess(few[higher] - few[lower])
+        for places, excess in bins:
+            found += np.abs(self._of_pairs(keys, higher[places], lower[places], excess))
+        drawn = _ratio(found, self._of_pairs(keys, higher, lower, np.ones(len(higher))))
+        value = sum(abs(excess.sum()) for _, excess in bins) / len(higher) if len(higher) else math.nan
+        if len(few) < len(scores):
+            value = calibration.calibration_error(calibration.rated_differences(scores, ratings, min_gap))
+        return self._resampled(keys, float(value), drawn)._replace(n=len(higher))
 
     def calibration_error_of(self, keys: Sequence[Hashable], differences: np.ndarray) -> Resampled:
         """`calibration.calibration_error` of pairs that are items themselves, in the bins of the whole."""
@@ -146,7 +143,8 @@ class Bootstrap:
     ) -> dict[str, Resampled]:
         """Figures of sums: `figures` takes [R K], the sums of the items' counts [N K], and gives each as [R]."""
         counts = np.asarray(counts, np.float64)
-        whole, drawn = figures(counts.sum(axis=0)[None]), figures(self._sums(keys, counts))
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a draw without any of these items
+            whole, drawn = figures(counts.sum(axis=0)[None]), figures(self._sums(keys, counts))
         return {name: self._resampled(keys, float(value[0]), drawn[name]) for name, value in whole.items()}
 
     def distinct2(self, keys: Sequence[Hashable], texts: Sequence[str]) -> Resampled:
@@ -186,10 +184,25 @@ class Bootstrap:
         own = [np.bincount(owners, column, minlength=times.shape[1]) for column in values.T]
         return times.astype(np.float64) @ np.stack(own, axis=1)
 
-    def _quadratic(self, keys: Sequence[Hashable], matrix: np.ndarray, *, draws: int | None = None) -> np.ndarray:
-        """sum_ij times_i matrix_ij times_j of each draw, [R]; exact where the matrix holds halves."""
-        times = self._drawn(len(keys))[:draws, self._owners(keys)]
-        return np.einsum("ri,ri->r", times @ matrix.astype(np.float32), times, dtype=np.float64)
+    def _pairs(self, keys: Sequence[Hashable], scores: np.ndarray, ratings: np.ndarray, min_gap: float):
+        """(keys, scores, higher, lower): pairs of numbers of answers, the first rated so far above the second."""
+        kept = self._some(keys)
+        gap = ratings[kept][:, None] - ratings[kept][None, :]
+        pairs = np.nonzero((gap > 0) & (gap >= least_gap(min_gap)))
+        return [keys[i] for i in kept], scores[kept], *pairs
+
+    def _of_pairs(self, keys: Sequence[Hashable], higher: np.ndarray, lower: np.ndarray, values: np.ndarray):
+        """The sum of the pairs' values, each as often as both its answers are in a draw, [R].
+
+        Of many answers its linear part around the whole.
+        """
+        if len(keys) > MOST_EXACT:
+            linear = np.bincount(higher, values, len(keys)) + np.bincount(lower, values, len(keys))
+            return self._sums(keys, linear[:, None])[:, 0] - values.sum()
+        matrix = np.zeros((len(keys), len(keys)))
+        matrix[higher, lower] = values
+        times = self._drawn(len(keys))[:, self._owners(keys)].astype(np.float64)
+        return np.einsum("ri,ri->r", times @ matrix, times)
 
     def _some(self, keys: Sequence[Hashable]) -> np.ndarray:
         """The items of as many clusters as give at most MOST_ANSWERS, always the same ones, [N'] ascending."""
@@ -214,12 +227,6 @@ def is_beside(name: str, figures: Iterable[str]) -> bool:
     """Whether a figure is the n, low or high of another."""
     head, _, part = name.rpartition("_")
     return part in PARTS and f"{head}_n" in figures and head in figures
-
-
-def _apart(ratings: np.ndarray, min_gap: float) -> np.ndarray:
-    """[N N]: whether the first is rated so far above the second."""
-    gap = ratings[:, None] - ratings[None, :]
-    return (gap > 0) & (gap >= least_gap(min_gap))
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

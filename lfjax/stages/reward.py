@@ -350,8 +350,8 @@ def beside_baselines(own: Resampled | None, rivals: Mapping[str, Mapping[str, Re
     out = {}
     for split, prefix in (("validation", "reward/validation_"), ("test", "reward/")):
         out |= told({f"pair_accuracy_{name}": rival for name, rival in rivals.get(split, {}).items()}, {}, prefix)
-    for name, rival in rivals.get("test", {}).items() if own is not None else ():
-        out |= (own - rival).figures(f"reward/pair_accuracy_over_{name}")
+    for name, rival in rivals.get("test", {}).items():
+        out |= {} if own is None else (own - rival).figures(f"reward/pair_accuracy_over_{name}")
     return out
 
 
