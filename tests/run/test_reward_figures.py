@@ -7,7 +7,7 @@ from lfjax.data.examples import RewardExample
 from lfjax.records import Rating, Record
 from lfjax.rewards.intervals import prompt_keys
 from lfjax.rewards.points import rating_deviation, rating_mean, shifted
-from lfjax.stages.reward import beside_baselines, pair_estimates, pair_figures, reward_baselines
+from lfjax.stages.reward_figures import beside_baselines, pair_estimates, pair_figures, reward_baselines
 
 
 def example(ratings, ranks=None) -> RewardExample:
