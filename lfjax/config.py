@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 Config = Any  # an ml_collections ConfigDict: its leaves get their types from `base_config`, which no checker can follow
+MOVED = {"run.tensorboard": "run.trackers"}  # keys of shared sections: before -> now
 
 
 class InputError(ValueError):
@@ -150,7 +151,7 @@ def shared_sections() -> Config:
         matmul_precision="highest",  # on CPU free; "default" is faster on accelerators
         breakdown_every=10,  # PPO updates between those whose parts are timed one by one, in timing.jsonl; 0: never
         max_skipped=10,  # non-finite updates in a row before the run stops
-        tensorboard=True,
+        trackers=("tensorboard",),  # "tensorboard", "wandb", or "module:Class" of your own; (): none
         compile_cache=True,  # keep compiled programs in ~/.cache/lfjax/xla
     )
     return config
@@ -215,12 +216,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
         outside: Any = config.get("outside", ())
         stages = _stages().declared(outside)
-        moved = {old: new for stage in stages.values() for old, new in stage.moved.items()}
+        moved = moved_keys(stages)
         _check_keys(config, base_config(*outside), str(path), _step_sections(stages), moved)
         chains = [item for item in overrides if item.startswith("--config.stages=")]
         for item in chains:  # first: it may name a method whose keys the others set
             apply_override(config, item, moved)
-        moved |= _add_named(config)
+        moved = moved_keys(_add_named(config))
         for item in overrides:
             if item not in chains:
                 apply_override(config, item, moved)
@@ -228,24 +229,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _add_named(config: Config) -> dict[str, str]:
+def moved_keys(stages: Mapping[str, Any]) -> dict[str, str]:
+    """What keys were called before -> what they are called now, of shared sections and of these stages'."""
+    return MOVED | {old: new for stage in stages.values() for old, new in stage.moved.items()}
+
+
+def _add_named(config: Config) -> dict[str, Any]:
     """Puts the methods that `config.stages` names by "module:STAGE" into the config, as `base_config` would have.
 
     Returns:
-      what their keys were called before -> what they are called now.
+      name -> declaration, of all that there are.
     """
     given = tuple(config.outside)
     named = (name for name in config.stages if isinstance(name, str) and ":" in name)
     outside = tuple(dict.fromkeys((*given, *named)))
     stages = _stages().declared(outside, key="config.stages")
     names = dict(zip(outside, list(stages)[len(stages) - len(outside) :], strict=True))
-    added = [stages[names[dotted]] for dotted in outside[len(given) :]]
     with config.unlocked():
-        for stage in added:
+        for stage in (stages[names[dotted]] for dotted in outside[len(given) :]):
             config[stage.name] = stage.section()
             config.steps.update({name: step.path for name, step in stage.steps.items() if name not in config.steps})
         config.outside, config.stages = outside, tuple(names.get(name, name) for name in config.stages)
-    return {old: new for stage in added for old, new in stage.moved.items()}
+    return stages
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def get_config():
     config.ppo.update_step.update(epochs=2, minibatches=2)
     config.sampling.max_new_tokens = 8
     config.evaluate.update(prompts=16, batch_size=8, samples=4, judges=("lexicon",))
-    config.run.update(tensorboard=False, compile_cache=False)
+    config.run.update(trackers=(), compile_cache=False)
     return config
 
 

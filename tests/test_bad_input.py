@@ -150,6 +150,10 @@ OVERRIDES = {
     "buckets below the rows": ("--config.reward.buckets=24,32", "config.reward.seq_len", "at most the largest"),
     "top_p in PPO": ("--config.sampling.top_p=0.9", "config.sampling.top_p: 0.9", "top_p=1.0"),
     "min_p of PPO alone": ("--config.ppo.sampling.min_p=0.1", "config.ppo.sampling.min_p: 0.1", "min_p=0.0"),
+    "a shared key that has moved": ("--config.run.tensorboard=False", "tensorboard", "is called config.run.trackers"),
+    "a tracker that there is not": ("--config.run.trackers=tensorbord", "config.run.trackers", "allowed: tensorboard"),
+    "what is no tracker": ("--config.run.trackers=pathlib:Path", "config.run.trackers", "no lfjax.trackers.Tracker"),
+    "a tracker's class": ("--config.run.trackers=pathlib:Pth", "config.run.trackers", "no Class 'Pth'; did you mean"),
     "a key that has moved": ("--config.ppo.stop=('.',)", "config.ppo.stop", "is called config.sampling.stop now"),
     "a step's that has moved": ("--config.ppo.rollout_step.top_p=0.9", "rollout_step.top_p", "sampling.top_p now"),
     "temperature 0 in PPO": ("--config.sampling.temperature=0", "config.sampling.temperature", "at least"),
@@ -1199,7 +1203,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     assert same_model(workdir, trained)
 
 
-LINKED = ("checkpoints", "models/pretrain", "tensorboard", "steps", "profile", "steps/a.py")
+LINKED = ("checkpoints", "models/pretrain", "tensorboard", "wandb", "steps", "profile", "steps/a.py")
 READ = ("config.json", "inputs.json", "summary.json", "samples.jsonl", "checkpoints/pretrain/FINISHED")
 
 
@@ -1254,7 +1258,7 @@ def test_a_tensorboard_folder_that_cannot_be_written_ends_a_run_in_one_line(comm
     workdir = tmp_path / "w"
     workdir.mkdir()
     (workdir / "tensorboard").write_text("mine")
-    tensorboard = "--config.run.tensorboard=True"
+    tensorboard = "--config.run.trackers=tensorboard"
     line = command(*arguments(workdir, records, PRETRAINING, tensorboard), progress=True)
     assert f"{workdir}/tensorboard/pretrain: cannot write: " in line and "free some space" in line
     (workdir / "tensorboard").unlink()

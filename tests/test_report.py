@@ -94,7 +94,7 @@ def synthetic_run(folder, *, stages=CONFIG["stages"], summary=SUMMARY):
     """A run directory with curves like those of a real quickstart run."""
     rng = np.random.default_rng(0)
     noise = lambda size: rng.normal() * size  # noqa: E731
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     write_json(folder / "config.json", CONFIG)
     if "pretrain" in stages:
         write_stage(log, "pretrain", 4000, 50, {
@@ -308,7 +308,7 @@ HOSTILE = '</span><script>alert(1)</script><img src=x onerror="alert(2)">\x00\x1
 
 def test_what_a_model_wrote_cannot_become_markup(tmp_path):
     folder = synthetic_run(tmp_path / "<b>run")
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     rows = [{"prompt": HOSTILE.replace("\ud800", ""), "response": HOSTILE.replace("\ud800", ""), "score": 1.0, "set": s}
             for s in ("before", "after")]  # fmt: skip
     log.samples("evaluate", 1, rows)
@@ -386,7 +386,7 @@ PPO_WORDS = r"PPO|[Rr]eward|[Ss]core|steer|hack|price"
 
 def hand_made(folder, stages, summary, *, done=None, updates=0, **config):
     """A run directory of these stages, the first `done` of them finished; PPO logged that many updates."""
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     write_json(folder / "config.json", {**CONFIG, "stages": stages, **config})
     for stage in stages[:done]:
         (folder / "checkpoints" / stage).mkdir(parents=True)
@@ -447,7 +447,7 @@ def test_fine_tuning_has_no_limit_on_the_distance_and_may_overshoot_people(tmp_p
 
 def test_words_that_gained_by_fine_tuning_carry_no_score(tmp_path):
     folder = hand_made(tmp_path / "run", SFT, EVALUATED)
-    log, rng = RunLog(folder, tensorboard=False), np.random.default_rng(0)
+    log, rng = RunLog(folder), np.random.default_rng(0)
     for which, texts in (("before", BEFORE), ("after", AFTER)):
         rows = [{**row, "set": which, "score": None} for row in sample_rows(rng, texts, 24)]
         log.samples("evaluate", 0, rows)
@@ -544,7 +544,7 @@ def test_ppo_without_an_evaluation_shows_its_training_batches(tmp_path, evaluate
 
 
 def test_a_run_of_other_stages_and_metrics_is_shown(tmp_path):
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     for step in (1, 2, 3):
         log.metrics("distil", step, {"distil/divergence": 1.0 / step, "flat": 2.0, "gone": float("nan")})
     text = Page(built(tmp_path).read_text(encoding="utf-8")).text
@@ -680,7 +680,7 @@ def test_a_link_planted_where_the_report_is_written_is_not_followed(tmp_path):
 def test_a_page_stays_small_and_says_what_it_leaves_out(tmp_path):
     """300 metrics of 300 rows, 4,000 settings and figures, and samples of 30,000 characters each."""
     folder = tmp_path / "run"
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(300, 300))
     for step, row in enumerate(values):
@@ -704,7 +704,7 @@ ARABIC, HEBREW = "\u0633\u0644\u0627\u0645", "\u05e9\u05dc\u05d5\u05dd"
 
 def test_the_direction_of_a_text_stays_its_own(tmp_path):
     folder = hand_made(tmp_path / "run", CONFIG["stages"], {**SUMMARY, f"{HEBREW} \u202e": 1.0, "plain": 2.0})
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     for step in (1, 2):
         log.metrics(f"{ARABIC}", step, {f"x/{ARABIC}\u202e\x9b": 1.0 * step})
     log.samples("ppo", 1, [{"prompt": ARABIC, "response": "\u2067 x \u200e\u200f\u061c"}])

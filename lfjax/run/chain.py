@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import signal
 import time
@@ -40,7 +39,7 @@ def run_stages(run: Run) -> dict[str, float]:
     for stage, what in checks.unread(run.config, run.declared):
         note(stage, what)
     totals, run.began = [], time.perf_counter()
-    with contextlib.closing(run), handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    with run, handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for stage in run.stages:
             done = run.finished(stage) or _run_stage(run, stage)
             totals.append(done)

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FASTER = [
     "--config.pretrain.steps=4", "--config.reward.steps=4", "--config.ppo.steps=2", "--config.ppo.norm_samples=64",
     "--config.evaluate.prompts=64", "--config.evaluate.batch_size=64", "--config.run.compile_cache=False",
-    "--config.run.tensorboard=False",
+    "--config.run.trackers=",
 ]  # fmt: skip
 
 
