@@ -17,6 +17,7 @@ from lfjax.config import InputError
 from lfjax.records import json_lines
 
 FIELDS = ("prompt", "completion", "label", "chosen", "rejected", "messages", "text")
+MOST_MESSAGES = 1000  # each answer's record holds all before it
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "function": "tool"}
 
 
@@ -54,6 +55,8 @@ def trl(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _turns(messages: list[dict[str, Any]], kept: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if len(messages) > MOST_MESSAGES:
+        raise LeftOut(f"more than {MOST_MESSAGES} messages")
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
     if not places:
         raise LeftOut("no answer in its messages")

@@ -71,6 +71,7 @@ LEFT_OUT = {
     "differ before": {"chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
     "no answer of the assistant": {"chosen": [USER], "rejected": [USER]},
     "something else than text": {"messages": [{"role": "user", "content": [{"type": "image"}]}, GOOD]},
+    "more than 1000 messages": {"messages": [USER, GOOD] * 501},
     "neither true nor false": {"prompt": "q", "completion": "a", "label": "x"},
     "none of prompt": {"input_ids": [1, 2]},
 }
