@@ -163,9 +163,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = unpacked = 0
+    most = max(2 * files.MOST_BYTES, files.MOST_RATIO * path.stat().st_size)
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS):
+            unpacked += batch.nbytes
+            if unpacked > most:
+                raise InputError(f"{path}: Parquet that unpacks to more than {files.MOST_RATIO} times its size")
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row

@@ -62,6 +62,10 @@ def test_an_array_and_parquet_are_read_as_lines_are(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert converted(tmp_path / "rows.parquet")[0] == records
+    bomb = pyarrow.chunked_array([pyarrow.array(["x" * 2_000_000] * 20)] * 4)
+    parquet.write_table(pyarrow.table({"prompt": bomb}), tmp_path / "bomb.parquet", compression="zstd")
+    with pytest.raises(InputError, match=r"bomb\.parquet: Parquet that unpacks to more than"):
+        converted(tmp_path / "bomb.parquet")
     with pytest.raises(InputError, match=r"rows\.parquet: damaged Parquet"):
         converted(written(tmp_path / "rows.parquet", (tmp_path / "rows.parquet").read_bytes()[:-20]))
 
