@@ -876,6 +876,12 @@ def test_a_reward_function_is_no_hack_because_a_lexicon_moved(tmp_path):
     assert (fallen.level, fallen.verdict) == checks.HACK
 
 
+def test_a_reward_model_that_judges_is_named_by_its_stage_and_unit(tmp_path):
+    summary = {**NO_LEXICON, "judge/reward_before": 0.1, "judge/reward_after": -0.4, "reward/rating_mean": 3.0}
+    row = findings.comparisons(read(hand_made(tmp_path / "run", CONFIG["stages"], summary, **OWN)))["judge/reward"]
+    assert row.title == "Judge: the reward model" and row.unit.startswith("rating points above the mean")
+
+
 def test_a_judge_that_knows_nothing_and_a_missing_one_are_said_to_be(tmp_path):
     weak = {**NO_LEXICON, **RIDGE, "judge/ridge_pair_accuracy_low": 0.45}
     check = level(hand_made(tmp_path / "weak", CONFIG["stages"], weak), "An independent judge")

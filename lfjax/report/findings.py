@@ -95,11 +95,11 @@ def comparisons(run: RunDir) -> dict[str, Comparison]:
         ("score", f"The {reward_name(run)}'s score", f"{score_unit(run)}; {scored} was trained on this", number, None),
         ("judge/positive", "Positive to the judge", "prompt + answer; a word lexicon no training saw", percent, human),
         ("judge/ridge", "The judge's rating", f"rating points; {ridge_judge(run)}", number, None),
+        *_further_judges(run),
         ("judge/positive_response", "Answer alone positive", "share; the same judge on the answer only", percent, None),
         ("diversity/distinct2", "Variety, matched distinct-2", "new word pairs in equal amounts of text", number, None),
         ("diversity/unique", "Different answers", "share of answers that are not copies", percent, None),
         ("length", "Length", "tokens an answer", number, None),
-        *_further_judges(run),
         ("eos_share", "Answers that end", "share that ends before the limit", percent, None),
     )  # fmt: skip
     found = {}
@@ -191,12 +191,15 @@ def ridge_knows(run: RunDir) -> bool:
 
 
 def _further_judges(run: RunDir):
-    """Rows of `comparisons` for the judges beside the lexicon; one that training learnt to please says so."""
+    """Rows of `comparisons` for the judges beside the lexicon and ridge; one that training learnt to please says so."""
     for key in (name.removesuffix("_before") for name in run.summary if name.startswith("judge/")):
         if f"{key}_before" in run.summary and key not in ("judge/positive", "judge/positive_response", "judge/ridge"):
-            towards = figure(run, f"{key}_trained_on")
-            learnt = "; training has learnt to please it" if towards else "; training was not towards it"
-            yield key, f"Judge {key.removeprefix('judge/')}", f"mean score{learnt}", number, None
+            name, towards = key.removeprefix("judge/"), figure(run, f"{key}_trained_on")
+            learnt = "training has learnt to please it" if towards else "training was not towards it"
+            rated = figure(run, f"{name}/rating_mean") is not None
+            unit = "rating points above the mean of the training ratings" if rated else "mean score"
+            title = f"Judge: {run.about(name).title}" if name in run.known else f"Judge {name}"
+            yield key, title, f"{unit}; {learnt}", number, None
 
 
 def tuned_by(run: RunDir) -> str:
