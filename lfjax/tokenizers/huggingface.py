@@ -29,6 +29,7 @@ from lfjax.tokenizers.files import (
 
 # Which words a byte-level BPE never merges across, by tokenizer_class; GPT-2's is the library's own default.
 _GPT2 = ("", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
+MOST_BEGIN = 16  # tokens that begin every sequence
 _QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,6 +57,7 @@ class LibraryTokenizer:
         self._inner = self._first if inner == spec else self._make(inner)
         vocabulary = self._first.get_vocab(with_added_tokens=True)
         before = self._before() if begin is None else [vocabulary[settings.tokens[role] or ""] for role in begin]
+        _check_begin(before, vocabulary, where)
         own = {"bos": before[0]} if before else {}
         found = special_ids(settings, vocabulary, own, where)
         self.bos_id, self.eos_id, self.eos_ids, self.pad_id = found
@@ -203,6 +205,17 @@ def _check_sections(spec: dict[str, Any], where: str) -> None:
         inner = node.get(steps, []) if isinstance(node, dict) else []
         if not (node is None or isinstance(node, dict)) or not all(isinstance(step, dict) for step in inner):
             raise InputError(f"{where}: {name!r}: it has to hold objects with a 'type'; restore the model's own file")
+
+
+def _check_begin(ids: list[int], vocabulary: dict[str, int], where: str) -> None:
+    """A post-processor names ids itself, which no vocabulary need hold."""
+    most = max(vocabulary.values())
+    if len(ids) > MOST_BEGIN or not all(0 <= i <= most for i in ids):
+        found = f"{len(ids)} tokens" if len(ids) > MOST_BEGIN else f"the ids {ids}"
+        raise InputError(
+            f"{where}: 'post_processor': it begins a sequence with {found}; allowed: at most {MOST_BEGIN}, with ids"
+            f" from 0 to {most}; restore the model's own file"
+        )
 
 
 def _parts(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -83,6 +83,19 @@ def test_an_id_far_beyond_the_number_of_tokens_is_refused(tmp_path):
         tokenizers.load(tmp_path)
 
 
+@pytest.mark.parametrize("ids, found", [([2**31], r"the ids \[2147483648\]"), ([1] * 17, "17 tokens")])
+def test_what_begins_a_sequence_is_a_few_ids_of_the_vocabulary(tmp_path, ids, found):
+    special = {"id": "<|im_end|>", "ids": ids, "tokens": ["<|im_end|>"] * len(ids)}
+    single = [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_end|>": special}}
+    spec = json.loads(files.byte_level().to_str()) | {"post_processor": template}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match=rf"tokenizer\.json: 'post_processor': it begins a sequence with {found}"):
+        tokenizers.load(tmp_path)
+
+
 def added(tokens) -> dict:
     return {"added_tokens_decoder": {str(400 + i): {"content": token} for i, token in enumerate(tokens)}}
 
