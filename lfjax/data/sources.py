@@ -64,7 +64,9 @@ def load_records(data: Any) -> Splits:
     else:
         splits, counts = _load_files(data)
     if data.max_records:
+        there = sum(map(len, splits.values()))
         splits = _at_most(splits, data.max_records, data.seed)
+        counts["beyond_max_records"] = there - sum(map(len, splits.values()))
     for name in SPLITS:
         counts[f"{name}/records"] = len(splits[name])
         if not splits[name]:

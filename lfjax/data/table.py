@@ -7,11 +7,12 @@ from typing import Any
 
 from lfjax.data.duplicates import SPLITS
 
-# What is left out of everything, by the name of its count; and what is only no pair.
+# Why records are left out, by the name of the count that says how many.
 LEFT_OUT = {
     "empty": "without text",
     "train_also_held_out": "of training that are held out as well",
     "validation_also_test": "of validation that are in the test file as well",
+    "beyond_max_records": "beyond config.data.max_records",
 }
 
 

@@ -217,6 +217,8 @@ def test_max_records_keeps_every_splits_share_in_order(tmp_path):
         positions = [everything[name].index(record) for record in some[name]]
         assert positions == sorted(positions)
     assert load_records(section(path=path, max_records=50, seed=1)).train != some.train
+    assert some.counts["beyond_max_records"] == 200 - sum(len(some[name]) for name in SPLITS) > 140
+    assert any("beyond config.data.max_records" in line for line in table(some.counts))
 
 
 def test_empty_texts_and_duplicates_are_counted(tmp_path):
