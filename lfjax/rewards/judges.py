@@ -14,6 +14,7 @@ import numpy as np
 from lfjax.records import Record, mean_ratings
 from lfjax.rewards.baselines import fit_ridge
 from lfjax.rewards.intervals import Bootstrap, Resampled, prompt_keys
+from lfjax.rewards.points import gap_of
 
 FOLDS = 5
 FEWEST = 20  # rated answers
@@ -52,7 +53,7 @@ def fit_rating_judge(records: Sequence[Record], scale: tuple[float, float]) -> R
     if len(rated) < FEWEST or len({value for *_, value in rated}) < 2:
         return None
     keys, texts, ratings = (list(column) for column in zip(*rated, strict=True))
-    truth, gap = np.asarray(ratings, np.float64), (scale[1] - scale[0]) / 8.0
+    truth, gap = np.asarray(ratings, np.float64), gap_of(None, scale)
     told = Bootstrap(keys).pair_accuracy(keys, _of_others(keys, texts, truth), truth, gap)
     return RatingJudge(fit_ridge(texts, ratings), told, gap)
 
