@@ -2,7 +2,7 @@
 
 python benchmarks/replies.py [FOLDER]: writes the file for every scale, trains the reward model of configs/ratings.py on
 each from one vocabulary and one language model, and compares what the saved models say of held-out replies. Prints a
-table, and JSON as its last line. `python benchmarks/replies.py write FILE` only writes the file, with ratings from 1 to 5.
+table, and JSON as its last line. `python benchmarks/replies.py write FILE` only writes the file, rated from 1 to 5.
 The replies have ratings, pairs, rankings and edits, in six scripts, with emoji, chat
 prompts and duplicates; the file begins with a byte order mark and its lines end in CRLF.
 """
