@@ -8,7 +8,7 @@ import pytest
 import smallest
 
 from lfjax import stages
-from lfjax.config import InputError, apply_override, base_config, validate
+from lfjax.config import InputError, apply_override, base_config, load, validate
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.sources import load_records, rating_classes
 from lfjax.interop import hf
@@ -221,6 +221,18 @@ def test_ratings_that_teach_nothing_end_a_run_before_it_begins(rows, override, m
     given = (f"--config.data.path={path}", "--config.stages=tokenizer,pretrain,reward", f"--config.{override}")
     assert train(tmp_path / "w", *given, "--config.reward.init_from=pretrain") == 2
     assert message in capfd.readouterr().err and not (tmp_path / "w").exists()
+
+
+def test_a_split_whose_ratings_are_equal_says_which_fraction_would_do(train, tmp_path, capfd):
+    rows, few = rated([2, 4]), "--config.data.test_fraction=0.05"
+    config = load(smallest.PATH, [f"--config.data.path={smallest.write_records(tmp_path / 'a.jsonl', rows)}", few])
+    for record in load_records(config.data).test:
+        rows[record.id]["feedback"][0]["value"] = 3
+    path = smallest.write_records(tmp_path / "b.jsonl", rows)
+    given = (f"--config.data.path={path}", "--config.stages=tokenizer,pretrain,reward", few)
+    assert train(tmp_path / "w", *given, "--config.reward.init_from=pretrain") == 2
+    told = capfd.readouterr().err
+    assert "all ratings of the test split (3) are 3" in told and "set config.data.test_fraction to 0.1" in told
 
 
 def test_pairs_in_peoples_order_need_no_gap(train, tmp_path):

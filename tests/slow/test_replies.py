@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_held_out_scores_agree_on_every_scale_and_figures_are_in_its_points(tmp_path):
-    found = replies.compare(tmp_path)
+    found = replies.compare(tmp_path, "--config.pretrain.steps=40", "--config.reward.steps=60")
     first, *others = (found["scores"][scale] for scale in replies.SCALES)
     assert len(first) > 30 and np.ptp(first) > 0.2
     for scores in others:
