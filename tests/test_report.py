@@ -1006,6 +1006,15 @@ def test_figures_are_written_to_be_read(value, text):
     assert charts.number(value) == text
 
 
+def test_an_interval_stands_behind_its_figure():
+    said = charts.with_interval
+    assert said(charts.percent, 0.846, 0.78, 0.9, 39.0) == "84.6 % (78 to 90, n 39)"
+    assert said(charts.percent, -0.004, -0.02, -0.001) == "−0.4 % (−2 to 0)"
+    assert said(charts.number, 2.914, 2.8, 3.02, 1878.0) == "2.91 (2.8 to 3.02, n 1\u202f878)"
+    assert said(charts.number, 1.0, None, None, 1.0) == "1 (n 1)" and said(charts.number, None) == "–"
+    assert len(said(charts.percent, 1e300, -1e300, 1e300, 1e300)) < 60
+
+
 def test_variants_of_a_metric_share_its_chart():
     names = ["reward/validation_pair_accuracy", "reward/pair_accuracy", "optim/grad_norm", "x/zeta", "reward/loss"]
     assert catalogue.families(names, FIGURES) == {

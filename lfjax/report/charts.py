@@ -78,10 +78,15 @@ def with_interval(
 ) -> str:
     """A figure with what is known of its 95 % interval and of how many things it is: "84.6 % (78 to 90, n 39)"."""
     ends = [] if low is None or high is None else [low, high]
-    said = [f"{100 * end:.0f}".replace("-", "\u2212") if form is percent else form(end) for end in ends]
-    count = [] if n is None else [f"n {n:,.0f}".replace(",", "\u202f")]
+    said = [_whole(100 * end) if form is percent else form(end) for end in ends]
+    count = [] if n is None else [f"n {_whole(n)}"]
     beside = [" to ".join(said)] * bool(said) + count
     return form(value) + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _whole(value: float) -> str:
+    """Without decimals, and without the sign of a zero."""
+    return number(round(value)) if abs(value) < LONG else number(value)
 
 
 def clock(seconds: float) -> str:
