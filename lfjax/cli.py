@@ -22,7 +22,7 @@ import lfjax
 from lfjax import cache, files
 from lfjax.config import InputError
 from lfjax.signals import handled
-from lfjax.terminal import cell, line, note, show, visible
+from lfjax.terminal import line, note, show, visible
 
 BEGAN = time.perf_counter()  # of this process, but for what Python itself needs to start
 HEARTBEAT_SECONDS = 40  # without a sign of life from another process
@@ -265,7 +265,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     configs.validate(config, declared)
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
 
-    from lfjax.report import rundir
+    from lfjax.report import ending, rundir
     from lfjax.report.costs import cost_lines
     from lfjax.run.chain import run_stages
     from lfjax.run.run import Interrupted, Run, TrainingFailed
@@ -291,12 +291,11 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if jax.process_index() == 0:
         ended = time.perf_counter()
         path = report.build(arguments.workdir, stages.described)
-        for name in sorted(summary):
-            figure = f"{summary[name]:.6g}" if isinstance(summary[name], float) else str(summary[name])
-            print(f"{cell(name):40s} {cell(figure)}")
-        print(visible(f"report: {path}"))
-        for row in cost_lines(rundir.read(arguments.workdir), run.began - BEGAN, time.perf_counter() - ended):
-            print(visible(row))
+        done = rundir.read(arguments.workdir)
+        costs = cost_lines(done, run.began - BEGAN, time.perf_counter() - ended)
+        figures = f"all {len(summary)} figures: {Path(arguments.workdir) / 'summary.json'}"
+        for row in (*ending.lines(done), f"report: {path}", figures, *costs):
+            print(line(row))
     return 0
 
 

@@ -48,13 +48,14 @@ def train_language_model(
 
     config, params = start_of(run, stage)
     model = devices.network(dataclasses.replace(config, dropout=section.dropout))
-    tx, rate = optimizer(optim_section(run.config, stage), total, model)
+    recipe = optimizer(optim_section(run.config, stage), total, model)
     trained, base = trained_part(devices, adapters, params, config, f"{stage}-lora")
-    state, shardings = create_state(devices, LMState, trained, tx)
-    function = functools.partial(run.steps[step], tx=tx, **section.step.to_dict())
+    state, shardings = create_state(devices, LMState, trained, recipe)
+    function = functools.partial(run.steps[step], **section.step.to_dict())
     learn = compiled_step(
-        devices, stage, function, model, base, state, shardings, [packed.batch_at(0)], adapters=adapters
-    )
+        devices, step, function, recipe, model, base, state, shardings, [packed.batch_at(0)], adapters=adapters,
+        purpose=stage,
+    )  # fmt: skip
     evaluate = held_out(devices, run.steps["evaluate"], model, base, validation, adapters)
     before = {}
     if tuned:
@@ -74,7 +75,7 @@ def train_language_model(
     state, out = training.train(
         run, stage, state, one, total=total, tokens_per_step=tokens,
         flops_per_step=tokens * passes(adapters) * forward_flops(config, section.seq_len), evaluate=figures,
-        learning_rate=rate,
+        learning_rate=recipe.rate,
     )  # fmt: skip
     run.save_model(stage, model, state.params, base)
     return {**out, **before}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from lfjax.checkpoint import Checkpoints
 from lfjax.metrics import Progress, Window
 from lfjax.run.run import Interrupted, Run, TrainingFailed
+from lfjax.sharding import Step
 
 
 def train(
@@ -46,7 +48,8 @@ def train(
     checkpoints, window = run.checkpoints(stage), Window()
     state, start, figures, row = _restored(run, checkpoints, state, window)
     run.log.cut(run.stages, stage, start if start else -1)
-    progress, trace = Progress(stage, total, start=start, shown=jax.process_index() == 0), Trace(run, stage)
+    progress = Progress(stage, total, start=start, shown=jax.process_index() == 0, clock=_clock)
+    trace = Trace(run, stage)
     pace = Pace(run, stage, start, tokens_per_step, flops_per_step, learning_rate, progress, shown)
     # whatever ends the loop, saves under way are finished
     with contextlib.closing(checkpoints), contextlib.closing(trace), progress:
@@ -61,10 +64,7 @@ def train(
                 row = pace.log(window, state, done)
             after(state, done)
             if done == total or (section.eval_every and done % section.eval_every == 0):
-                with run.meter.part("evaluate"):
-                    figures = evaluate(state)
-                if figures:
-                    run.log.metrics(stage, done, figures)
+                figures = _evaluated(run, stage, done, evaluate, state, progress)
             if done % section.save_every == 0 or done == total:
                 _save(run, checkpoints, window, state, done, figures, row)
             if done < total and _asked(run, at_log=done % section.log_every == 0):
@@ -72,6 +72,23 @@ def train(
                 raise Interrupted(f"stage {stage} stopped and saved at step {done} of {total}")
     last_row = {name: value for name, value in row.items() if not name.startswith("optim/")}
     return state, {**last_row, **figures}
+
+
+def _clock() -> float:
+    """Seconds, in which no compiling passes: what is left of a stage counts none."""
+    return time.monotonic() - Step.seconds
+
+
+def _evaluated(run: Run, stage: str, done: int, evaluate: Callable, state, progress: Progress) -> dict[str, float]:
+    """The held-out figures after so many steps, logged and, the first few, shown."""
+    with run.meter.part("evaluate"):
+        figures = evaluate(state)
+    if figures:
+        run.log.metrics(stage, done, figures)
+        leaves = ((name.rpartition("/")[2].removeprefix("validation_"), value) for name, value in figures.items())
+        shown = [f"{leaf} {value:.4g}" for leaf, value in itertools.islice(leaves, 3)]
+        progress.line(f"{stage} {done}  held out: {', '.join(shown)}")
+    return figures
 
 
 def _restored(run: Run, checkpoints: Checkpoints, state, window: Window):

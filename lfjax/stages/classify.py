@@ -71,13 +71,13 @@ def classify_stage(run: Run) -> dict[str, float]:
 
     loaded = run.load_model(*run.start("classify"))
     model, params = with_head(devices, run.config.model, loaded, "classify", len(names), dropout=section.dropout)
-    tx, rate = optimizer(optim_section(run.config, "classify"), total, model)
+    recipe = optimizer(optim_section(run.config, "classify"), total, model)
     trained, base = trained_part(devices, adapters, params, model.config, "classify-lora")
-    state, shardings = create_state(devices, RewardState, trained, tx)
-    function = functools.partial(run.steps["classify"], tx=tx, **section.step.to_dict())
+    state, shardings = create_state(devices, RewardState, trained, recipe)
+    function = functools.partial(run.steps["classify"], **section.step.to_dict())
     first = {batch.tokens.shape: batch for batch in map(labelled, one_of_each(batches).values())}
     step = compiled_step(
-        devices, "classify", function, model, base, state, shardings, first.values(), adapters=adapters
+        devices, "classify", function, recipe, model, base, state, shardings, first.values(), adapters=adapters
     )
     leave = functools.partial(run.leave_if_asked, "classify")
     guess = scorer(devices, model, base, adapters=adapters, name="classify score", each=len(names), leave=leave)
@@ -91,7 +91,7 @@ def classify_stage(run: Run) -> dict[str, float]:
         run, "classify", state, lambda state, index: step(state, labelled(batches.batch_at(index))), total=total,
         tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
         flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
-        evaluate=figures, learning_rate=rate,
+        evaluate=figures, learning_rate=recipe.rate,
     )  # fmt: skip
     run.save_model("classify", model, state.params, base, labels=names)
     out["classify/train_accuracy"] = out.pop("classify/accuracy", 0.0)

@@ -15,7 +15,7 @@ from lfjax.modules import is_named
 from lfjax.records import Record
 from lfjax.rewards import diversity, lexicon
 from lfjax.run import writing
-from lfjax.run.data import Data, texts_of
+from lfjax.run.data import Data, say, texts_of
 from lfjax.run.devices import fetch
 from lfjax.run.rewards import FunctionReward, LearnedReward
 from lfjax.run.run import Run
@@ -127,6 +127,7 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     run.log.cut(run.stages, "evaluate", -1)
     for which, policy in policies.items():
         run.stage("evaluate").check_room(run.config, policy.model.config.context, f"the context of {models[which][1]}")
+        say("evaluate", f"{models[which][1]} ({which}) writes {run.config.evaluate.prompts} answers")
         references = {"kl": policies["before"]} | ({"kl_own": policies[starts[which]]} if which in starts else {})
         rows[which] = _write(run, policy, references, reward, judges)
         found = _figures(rows[which], lexical=LEXICON in run.config.evaluate.judges, judges=[*judges])

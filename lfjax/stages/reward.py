@@ -129,12 +129,14 @@ def reward_stage(run: Run) -> dict[str, float]:
     if bounds := ordinal_bounds(section.step, run.data.rating_scale or label_scale(run.records.train)):
         keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
         params = with_cutpoints(devices, params, keywords["ordinal_bounds"])
-    tx, rate = optimizer(optim_section(run.config, "reward"), total, model)
+    recipe = optimizer(optim_section(run.config, "reward"), total, model)
     trained, base = trained_part(devices, adapters, params, model.config, "reward-lora")
-    state, shardings = create_state(devices, RewardState, trained, tx)
-    function = functools.partial(run.steps["reward"], tx=tx, **keywords)
+    state, shardings = create_state(devices, RewardState, trained, recipe)
+    function = functools.partial(run.steps["reward"], **keywords)
     first = one_of_each(batches)
-    step = compiled_step(devices, "reward", function, model, base, state, shardings, first.values(), adapters=adapters)
+    step = compiled_step(
+        devices, "reward", function, recipe, model, base, state, shardings, first.values(), adapters=adapters
+    )
     leave = functools.partial(run.leave_if_asked, "reward")
     score = scorer(devices, model, base, adapters=adapters, name="reward score", leave=leave)
 
@@ -147,7 +149,7 @@ def reward_stage(run: Run) -> dict[str, float]:
         run, "reward", state, lambda state, index: step(state, batches.batch_at(index)), total=total,
         tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
         flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
-        evaluate=figures, learning_rate=rate,
+        evaluate=figures, learning_rate=recipe.rate,
     )  # fmt: skip
     run.save_model("reward", model, model_params(state.params), base)
     out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
