@@ -23,6 +23,8 @@ from lfjax.run.run import Run
 from lfjax.sharding import global_batch, jit_step
 from lfjax.state import LMState
 
+HELD_OUT = ("loss", "perplexity")  # figures of every validation here
+
 
 def train_language_model(
     run: Run,

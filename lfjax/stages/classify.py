@@ -166,6 +166,7 @@ STAGE = Stage(
     sources=start_from("classify"),
     heads=True,
     makes=CLASSIFIER,
+    held_out=("f1", "accuracy", "precision", "recall"),
     figures={"classify/loss": Figure("Loss", "nats a text", "lower", log=True)},
     told="a classifier's training",
     run=classify_stage,

@@ -271,6 +271,7 @@ STAGE = Stage(
     sources=start_from("reward"),
     heads=True,
     makes=SCORER,
+    held_out=("pair_accuracy", "ranked_pair_accuracy", "mse", "calibration_error"),
     figures={
         "reward/loss": Figure("Loss", "sum of the losses on ratings and pairs", "lower", log=True),
         "reward/mse": Figure("Squared error", "rating points, squared", "lower"),
