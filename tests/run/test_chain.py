@@ -6,11 +6,14 @@ import math
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import smallest
 
+from lfjax.interop import hf
+from lfjax.run.language import gentle_rate
 from lfjax.sharding import Step
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -297,7 +300,22 @@ def test_a_model_that_is_started_from_brings_its_context(straight, train, tmp_pa
     options = [f"--config.model.init_from={folder}", "--config.stages=tokenizer,sft", "--config.model.context=2"]
     assert train(tmp_path / "long", *options, f"--config.sft.seq_len={context + 1}") == 2
     assert f"config.sft.seq_len: {context + 1} tokens; allowed: at most the context of" in capsys.readouterr().err
-    assert train(tmp_path / "whole", *options, f"--config.sft.seq_len={context}", "--config.sft.steps=1") == 0
+    whole = [*options, f"--config.sft.seq_len={context}", "--config.sft.steps=1"]
+    assert train(tmp_path / "whole", *whole, "--config.optim.learning_rate=0.1") == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "pretrained" in line]
+    assert "config.optim.learning_rate = 0.1" in said and "config.model.init_from" in said
+    assert train(tmp_path / "gentle", *whole, "--config.sft.optim.learning_rate=1e-4") == 0
+    assert "pretrained" not in capsys.readouterr().err
+
+
+def test_the_rate_that_a_pretrained_model_bears_follows_from_the_size_of_its_weights(shared):
+    """A story teller learns answers at 2e-3 (configs/gsm8k_sft.py) and writes nonsense at 4e-3."""
+    params = hf.load(shared / "data" / "stories260K_hf").params
+    rate = gentle_rate(params, 64)
+    assert 2e-3 < rate < 4e-3
+    halved = {"layers": jax.tree.map(lambda x: x / 2, params["layers"])}
+    assert gentle_rate(halved, 64) == pytest.approx(rate / 2)
+    assert gentle_rate({"embed": params["embed"]}, 64) == math.inf
 
 
 @pytest.mark.slow
