@@ -17,7 +17,9 @@ def lines(run: RunDir) -> list[str]:
     found = findings.comparisons(run)
     headline, _ = findings.verdict(run, found, 0)
     stages = [f"{stage.name}: {', '.join(told)}" for stage in run.stages if (told := _of_stage(run, stage.name))]
-    compared = [f"{c.title}: {c.form(c.before)} -> {c.form(c.after)}" for c in found.values() if not c.interim]
+    first = [key for key in (*list(found)[:2], "kl", "length") if key in found]  # the gain, and what it may have cost
+    shown = [found[key] for key in dict.fromkeys((*first, *found)) if not found[key].interim]
+    compared = [f"{c.title}: {c.form(c.before)} -> {c.form(c.after)}" for c in shown]
     return [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
 
 
@@ -31,8 +33,10 @@ def _held_out(key: str, variants: dict[str, str]) -> str:
 
 
 def _of_stage(run: RunDir, stage: str) -> list[str]:
-    """Its final held-out figures of which is known what is better, in reading order."""
+    """Its final held-out figures of which is known what is better, in reading order; [] where it has no validation."""
     names = [name for name, value in run.summary.items() if name.startswith(f"{stage}/") and is_figure(value)]
+    if not any(name.startswith(f"{stage}/validation_") for name in names):
+        return []
     told, seen = [], set()
     for key, variants in catalogue.families(names, run.figures).items():
         entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]

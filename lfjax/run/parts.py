@@ -36,7 +36,7 @@ class Recipe:
       fixed: all else that is in the program, as (name, value).
     """
 
-    numbers: Mapping[str, np.generic]
+    numbers: Mapping[str, Any]
     fixed: tuple[tuple[str, Any], ...]
 
     def rate(self, step, numbers: Mapping[str, Any] | None = None):
