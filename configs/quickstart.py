@@ -39,4 +39,5 @@ def get_config():
     config.ppo.value_optim.update(learning_rate=8e-4, warmup_steps=4, end_factor=0.1, b2=0.95, eps=1e-8)
     config.ppo.experience_step.min_length = 8
     config.ppo.update_step.update(epochs=4, minibatches=2)
+    config.evaluate.judges = ("lexicon",)
     return config

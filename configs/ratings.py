@@ -1,6 +1,6 @@
 """Your own ratings: a small language model and a reward model from a file of feedback, then PPO towards it.
 
-For a few hundred to a few thousand records (see "Your own ratings in five minutes" in README.md) on a laptop CPU: 300
+For a few hundred to a few thousand records (see "Your own file" in README.md) on a laptop CPU: 300
 records of one line take 110 s of CPU time (281 s on 2 busy cores of an AMD EPYC, x86-64, jax 0.10.2); made-up slogans
 rated 1 to 5 went from 0.4 points below the average rating to 1.4 above it, with less variety. The language model starts
 from nothing and knows no more than your texts: for one that writes, start from a model folder

@@ -18,5 +18,5 @@ def get_config():
     config.ppo.update(steps=6, batch_size=16, log_every=1, save_every=2, samples_every=2, norm_samples=32)
     config.sampling.max_new_tokens = 16
     config.ppo.update_step.update(epochs=2, minibatches=2)
-    config.evaluate.update(prompts=32, batch_size=16, samples=8)
+    config.evaluate.update(prompts=32, batch_size=16, samples=8, judges=("lexicon",))
     return config

@@ -8,6 +8,7 @@ standard input, its answer a line of JSON on standard output; it ends with its i
 import base64
 import contextlib
 import datetime
+import functools
 import json
 import random
 import re
@@ -15,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+import unicodedata
 
 MOST_TEXT, MOST_ANSWER = 1 << 22, 1 << 26  # characters of a rendering, and of all in an answer
 MARKS = "\ufdd1", "\ufdd2"  # around what a template marks with {% generation %}; no characters, so in no text
@@ -154,6 +156,8 @@ def match(request: dict) -> dict:
 MOST_GROWTH, MOST_MORE = 20, 100  # a text may become so many times as long, and so many characters longer
 MOST_REPLACED = 100  # times, by all that replaces one text by another
 MOST_NAMED = 5000  # texts that a vocabulary's rules name
+SCRIPTS_END, SCRIPTS_STEP = 0x20000, 8  # from there on there are ideographs alone; a script's letters fill more columns
+SCRIPT_RUN = 40  # characters: a regex that tries every way to part them takes 2^40 steps, and every cubic one few
 PROBES = (
     "The quick brown fox; Ünïcödé, \u0301 Ελληνικά Русский עברית العربية हिन्दी বাংলা தமிழ் ไทย ქართული Հայերեն አማርኛ "
     "ខ្មែរ မြန်မာ 中文 日本語 かな 한국어 😀👍🏽 x = [1.5, -2] # {}()\r\n\t\u200d\ufeff\x00\x7f",
@@ -161,8 +165,23 @@ PROBES = (
 )
 
 
+@functools.cache
+def scripts() -> tuple[str, ...]:
+    """A run of letters of every script, large and small, and of every category of characters, each with a sign behind.
+
+    Python knows no scripts; the first words of a letter's name are its script's.
+    """
+    groups: dict[str, str] = {}
+    for character in map(chr, range(0, SCRIPTS_END, SCRIPTS_STEP)):
+        category = unicodedata.category(character)
+        words = unicodedata.name(character, "").split()[:2] if category[0] == "L" else []
+        for group in (category, " ".join(word for word in words if word.replace("-", "").isalpha())):
+            groups[group] = (groups.get(group, "") + character)[:4]
+    return tuple((group * SCRIPT_RUN)[:SCRIPT_RUN] + "!" for name, group in groups.items() if name not in ("", "Cs"))
+
+
 def try_vocabulary(request: dict) -> dict:
-    """Loads a vocabulary and takes short texts and long runs through it and back, among them runs of what it names.
+    """Loads a vocabulary and takes short texts and runs of every script, and of what it names, through it and back.
 
     Args:
       request: vocabulary: a tokenizer.json's text (library "tokenizers"), or a model in base64 ("sentencepiece").
@@ -210,7 +229,7 @@ def try_vocabulary(request: dict) -> dict:
 
     both_ways("a")  # what is set up at the first use
     found = []
-    for text in (*PROBES, *named):
+    for text in (*PROBES, *scripts(), *named):
         began = time.process_time()
         both_ways(text)
         found.append(((time.process_time() - began) / len(text), text[:8]))

@@ -20,7 +20,7 @@ from typing import TextIO
 
 import lfjax
 from lfjax import cache, files
-from lfjax.config import InputError
+from lfjax.config import BadLines, InputError
 from lfjax.signals import handled
 from lfjax.terminal import line, note, show, visible
 
@@ -55,6 +55,7 @@ def _command(argv: list[str] | None) -> int:
     methods.add_argument("--markdown", action="store_true", help="as docs/methods.md")
     methods.set_defaults(run=_methods)
     _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
+    _score_arguments(commands.add_parser("score", help="what a reward model or a classifier says of texts"))
     _eval_arguments(commands.add_parser("eval", help="perplexity of a text, or log-probabilities of completions"))
     _import_arguments(commands.add_parser("import", help="read and check a model folder, and write it in our layout"))
     _export_arguments(commands.add_parser("export", help="write a model for transformers and what reads its layout"))
@@ -79,7 +80,7 @@ def _command(argv: list[str] | None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return _refuse(str(error))
+        return _refuse(*(error.lines if isinstance(error, BadLines) else [str(error)]))
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from what is saved" if arguments.command == "train" else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
@@ -161,8 +162,8 @@ def _is_one_of_several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {line(message)}", file=sys.stderr, flush=True)
+def _refuse(*messages: str) -> int:
+    print("\n".join(f"error: {line(message)}" for message in messages), file=sys.stderr, flush=True)
     return 2
 
 
@@ -190,6 +191,9 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
     _base_argument(parser)
     parser.add_argument("--prompt", action="append", help="text to continue; repeatable; default: start from nothing")
+    parser.add_argument("--prompts", metavar="FILE", help="records, or a prompt a line; with --output: records to rate")
+    parser.add_argument("--output", metavar="FILE", help="the records to write, each with --n responses")
+    parser.add_argument("--batch-size", type=int, default=32, help="of --prompts: samples written at a time")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
     parser.add_argument("--max-new-tokens", type=int, help="default: 64, or what fits the model's context")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
@@ -198,6 +202,16 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], help="text of one token that ends a sample; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_sample)
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, or a run directory (its last model of scores)")
+    parser.add_argument("file", help="records (JSON lines, gzipped or not), or a text a line")
+    parser.add_argument("--stage", help="of a run directory: the stage whose model is meant")
+    _base_argument(parser)
+    parser.add_argument("--batch-size", type=int, default=16, help="texts computed at a time")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON lines here; default: print them")
+    parser.set_defaults(run=_score)
 
 
 def _base_argument(parser: argparse.ArgumentParser) -> None:
@@ -279,7 +293,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
         follow_links=arguments.follow_links,
     )
     try:
-        summary = run_stages(run)
+        run_stages(run)
     except Interrupted as stop:
         note(f"{stop}; start the same command to go on")
         return 130
@@ -293,7 +307,7 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
         path = report.build(arguments.workdir, stages.described)
         done = rundir.read(arguments.workdir)
         costs = cost_lines(done, run.began - BEGAN, time.perf_counter() - ended)
-        figures = f"all {len(summary)} figures: {Path(arguments.workdir) / 'summary.json'}"
+        figures = f"all {len(done.summary)} figures: {Path(arguments.workdir) / 'summary.json'}"
         for row in (*ending.lines(done), f"report: {path}", figures, *costs):
             print(line(row))
     return 0
@@ -448,7 +462,7 @@ def _why_alone(host: str, port: int, process: int, processes: int, seconds: int)
 
 
 def _sample(arguments: argparse.Namespace, _) -> int:
-    for name, low in (("n", 1), ("max_new_tokens", 1), ("temperature", 0.0), ("top_k", 0)):
+    for name, low in (("n", 1), ("batch_size", 1), ("max_new_tokens", 1), ("temperature", 0.0), ("top_k", 0)):
         value = getattr(arguments, name)
         if value is not None and not value >= low:  # also true of NaN
             raise InputError(f"--{name.replace('_', '-')}: {value}; allowed: at least {low}")
@@ -459,11 +473,19 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     for prompt in arguments.prompt or ():
         if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f"--prompt: {prompt!a} is not UTF-8 text; write it in UTF-8, in a UTF-8 locale")
+    if bool(arguments.prompts) != bool(arguments.output) or (arguments.prompts and arguments.prompt):
+        raise InputError("--prompts: needs --output, the records to write, and goes without --prompt")
+    output = _output(arguments.output, arguments.prompts)
     folder = _model_folder(Path(arguments.model), arguments.stage)
     _set_up_jax("highest", True)
 
+    from lfjax.data.sources import records_or_lines
     from lfjax.interop import hf
+    from lfjax.records import write_records
+    from lfjax.run.samples import sample_records
     from lfjax.sampling.text import sample_texts
+
+    asked = list(records_or_lines(arguments.prompts, prompts=True)) if arguments.prompts else []
 
     loaded = hf.load(folder, base=arguments.base)
     if loaded.tokenizer is None:
@@ -472,6 +494,11 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
     options = {name: getattr(arguments, name) for name in SAMPLING}
     try:
+        if output:
+            how = {"n": arguments.n, "source": str(folder), "batch_size": arguments.batch_size}
+            count = write_records(output, sample_records(loaded, asked, **how, **options))
+            print(visible(f"{output}: {count} records of {arguments.n} responses, to rate"), file=_beside(output))
+            return 0
         responses = sample_texts(loaded, prompts, **options)
     except InputError as error:
         key, _, rest = str(error).partition(":")
@@ -483,18 +510,51 @@ def _sample(arguments: argparse.Namespace, _) -> int:
     return 0
 
 
+def _output(name: str | None, *read: str | None) -> Path | None:
+    """The file that --output names; raises InputError where it cannot be, or is one of those read."""
+    output = Path(name) if name else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(f"--output: {output}: no file can be written there; name one in a folder that exists")
+    if output and any(path and Path(path).resolve() == output.resolve() for path in read):
+        raise InputError(f"--output: {output}: is a file to read as well; name another")
+    return output
+
+
+def _score(arguments: argparse.Namespace, _) -> int:
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size: {arguments.batch_size}; allowed: at least 1")
+    output = _output(arguments.output, arguments.file)
+    folder = _model_folder(Path(arguments.model), arguments.stage, "scorer", "classifier")
+    _set_up_jax("highest", True)
+
+    from lfjax.data.sources import records_or_lines
+    from lfjax.interop import hf
+    from lfjax.run import scores
+
+    records = list(records_or_lines(arguments.file, prompts=False))
+    loaded = hf.load(folder, base=arguments.base)
+    said = scores.told(loaded, folder)
+    if loaded.tokenizer is None:
+        raise InputError(f"{folder}: no tokenizer in the folder; scoring text needs one: put its files there")
+    rows = list(scores.score_records(loaded, records, said, batch_size=arguments.batch_size))
+    if cut := sum(row.get("cut", False) for row in rows):
+        note(f"note: {cut} of {len(rows)} texts are longer than the model's context and are cut")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output:
+        files.write_text(output, lines, pipe=True)
+        print(visible(f"{output}: {len(rows)} scores"), file=_beside(output))
+    else:
+        show(lines.removesuffix("\n"))
+    return 0
+
+
 def _eval(arguments: argparse.Namespace, _) -> int:
     for name in ("order", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; allowed: at least 1")
     if arguments.train_text and not arguments.text:
         raise InputError("--train-text: is for --text; completions have no n-gram beside them")
-    output = Path(arguments.output) if arguments.output else None
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise InputError(f"--output: {output}: no file can be written there; name one in a folder that exists")
-    read = (arguments.text, arguments.train_text, arguments.completions)
-    if output and any(path and Path(path).resolve() == output.resolve() for path in read):
-        raise InputError(f"--output: {output}: is a file to read as well; name another")
+    output = _output(arguments.output, arguments.text, arguments.train_text, arguments.completions)
     folder = _model_folder(Path(arguments.model), arguments.stage)
     _set_up_jax("highest", True)
 
@@ -503,7 +563,7 @@ def _eval(arguments: argparse.Namespace, _) -> int:
     from lfjax.run import scoring
 
     texts = [scoring.read_text(path) if path else None for path in (arguments.text, arguments.train_text)]
-    records = [] if arguments.text else list(read_records(arguments.completions, feedback=False))
+    records = [] if arguments.text else list(read_records(arguments.completions, feedback=False, responses=True))
     loaded = hf.load(folder, base=arguments.base)
     if loaded.tokenizer is None:
         raise InputError(f"{folder}: no tokenizer in the folder; scoring text needs one: put its files there")
@@ -564,8 +624,8 @@ def _bytes(flag: str, text: str) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-def _model_folder(path: Path, stage: str | None = None) -> Path:
-    """The folder itself; of a run directory the stage's model, or the last language model."""
+def _model_folder(path: Path, stage: str | None = None, *kinds: str) -> Path:
+    """The folder itself; of a run directory the stage's model, or the last one of such a kind ("language model")."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; name a model folder or a run directory")
     if stage is not None:
@@ -580,10 +640,11 @@ def _model_folder(path: Path, stage: str | None = None) -> Path:
     from lfjax import stages
     from lfjax.report import rundir
 
-    for stage in reversed(rundir.stages_that_make(path, "language model", stages.described)):
+    kinds = kinds or ("language model",)
+    for stage in reversed(rundir.stages_that_make(path, kinds, stages.described)):
         if (path / "models" / stage).is_dir():
             return files.inside(path, f"models/{stage}")
-    raise InputError(f"{path}/models: no language model in it yet; finish the stage that makes one first")
+    raise InputError(f"{path}/models: no {' or '.join(kinds)} in it yet; finish the stage that makes one first")
 
 
 def _report(arguments: argparse.Namespace, _) -> int:
@@ -595,10 +656,13 @@ def _report(arguments: argparse.Namespace, _) -> int:
 
 def _feedback_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    convert = actions.add_parser("convert", help="a JSONL file as others publish it -> a JSONL file of records")
-    convert.add_argument("format", help="hh, gsm8k or ilf (lfjax/feedback/conversion.py)")
+    convert = actions.add_parser("convert", help="feedback as others have it -> a JSONL file of records")
+    convert.add_argument("format", help="trl, csv, hh, gsm8k or ilf (docs/records.md)")
     convert.add_argument("source", help="the file, gzipped or not")
     convert.add_argument("output", help="the file to write")
+    convert.add_argument(
+        "--map", action="append", default=[], metavar="FIELD=COLUMN,...", help="csv: rating=score:1..5"
+    )
     convert.add_argument("--max-chars", type=int, default=0, help="leave out longer prompts with a response; 0: none")
     parser.set_defaults(run=_feedback)
 
@@ -616,7 +680,9 @@ def _feedback(arguments: argparse.Namespace, _) -> int:
     if arguments.max_chars < 0:
         raise InputError(f"--max-chars: {arguments.max_chars}; allowed: 0 (no limit) or more")
     left_out: collections.Counter[str] = collections.Counter()
-    records = convert(arguments.source, arguments.format, left_out, max_chars=arguments.max_chars)
+    records = convert(
+        arguments.source, arguments.format, left_out, max_chars=arguments.max_chars, columns=arguments.map
+    )
     beside = _beside(output)
     print(visible(f"{output}: {write_records(output, records)} records"), file=beside)
     for reason, count in left_out.items():

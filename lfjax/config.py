@@ -24,10 +24,23 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 Config = Any  # an ml_collections ConfigDict: its leaves get their types from `base_config`, which no checker can follow
+MOVED = {"run.tensorboard": "run.trackers"}  # keys of shared sections: before -> now
 
 
 class InputError(ValueError):
     """Bad input: one line that names the file, line and field, or the config key, and the fix. Exit code 2."""
+
+
+class BadLines(InputError):
+    """Several lines of a file are wrong: what is said of the first of them, and how many more there are.
+
+    Attributes:
+      lines: a message each.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
 
 
 def section(**fields) -> Config:
@@ -52,7 +65,7 @@ def base_config(*outside: str) -> Config:
       InputError: no such declaration, or a name that is taken.
     """
     config = shared_sections()
-    config.stages = _stages().CHAIN  # what runs, in this order
+    config.stages = _stages().CHAIN  # what runs, in this order; "module:STAGE" is a method from outside
     config.outside = outside  # what this function was given
     config.steps = section()  # swap any of these for a fork: "my_module:my_step"
     for stage in _stages().declared(outside).values():
@@ -74,6 +87,9 @@ def shared_sections() -> Config:
         test_fraction=0.05,
         heading_records=20,  # a prompt of so many records is a heading: with given splits prompt and response decide
         max_records=0,  # 0: all
+        # what has more tokens than its stage takes: a prompt to write from is left out ("skip"), or loses its start
+        # ("cut"); a text to learn from is cut to seq_len either way; "error": any stops the run before it trains
+        too_long="skip",
         seed=0,
     )
     config.tokenizer = section(
@@ -135,7 +151,7 @@ def shared_sections() -> Config:
         matmul_precision="highest",  # on CPU free; "default" is faster on accelerators
         breakdown_every=10,  # PPO updates between those whose parts are timed one by one, in timing.jsonl; 0: never
         max_skipped=10,  # non-finite updates in a row before the run stops
-        tensorboard=True,
+        trackers=("tensorboard",),  # "tensorboard", "wandb", or "module:Class" of your own; (): none
         compile_cache=True,  # keep compiled programs in ~/.cache/lfjax/xla
     )
     return config
@@ -200,12 +216,41 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"{path}: get_config() returned {type(config).__name__}; it has to return a ConfigDict")
         outside: Any = config.get("outside", ())
         stages = _stages().declared(outside)
-        moved = {old: new for stage in stages.values() for old, new in stage.moved.items()}
+        moved = moved_keys(stages)
         _check_keys(config, base_config(*outside), str(path), _step_sections(stages), moved)
-        for item in overrides:
+        chains = [item for item in overrides if item.startswith("--config.stages=")]
+        for item in chains:  # first: it may name a method whose keys the others set
             apply_override(config, item, moved)
+        moved = moved_keys(_add_named(config))
+        for item in overrides:
+            if item not in chains:
+                apply_override(config, item, moved)
     config.lock()
     return config
+
+
+def moved_keys(stages: Mapping[str, Any]) -> dict[str, str]:
+    """What keys were called before -> what they are called now, of shared sections and of these stages'."""
+    return MOVED | {old: new for stage in stages.values() for old, new in stage.moved.items()}
+
+
+def _add_named(config: Config) -> dict[str, Any]:
+    """Puts the methods that `config.stages` names by "module:STAGE" into the config, as `base_config` would have.
+
+    Returns:
+      name -> declaration, of all that there are.
+    """
+    given = tuple(config.outside)
+    named = (name for name in config.stages if isinstance(name, str) and ":" in name)
+    outside = tuple(dict.fromkeys((*given, *named)))
+    stages = _stages().declared(outside, key="config.stages")
+    names = dict(zip(outside, list(stages)[len(stages) - len(outside) :], strict=True))
+    with config.unlocked():
+        for stage in (stages[names[dotted]] for dotted in outside[len(given) :]):
+            config[stage.name] = stage.section()
+            config.steps.update({name: step.path for name, step in stage.steps.items() if name not in config.steps})
+        config.outside, config.stages = outside, tuple(names.get(name, name) for name in config.stages)
+    return stages
 
 
 @contextlib.contextmanager
@@ -412,6 +457,7 @@ def validate(config: Config, stages: Mapping[str, Any]) -> None:
     _check_values(config)
     _check_stages(config, stages)
     one_of(config, "data.source", ("vader", "jsonl", "text"))
+    one_of(config, "data.too_long", ("skip", "cut", "error"))
     if config.data.source != "vader" and not config.data.path:
         raise InputError(f'config.data.path: not set; data.source="{config.data.source}" needs the file\'s path')
     _check_fixed_splits(config)

@@ -73,6 +73,15 @@ def bounds() -> Iterator[tuple[str, str]]:
     yield f"chat templates and vocabularies: bounded in time {memory}", ""
 
 
+def trackers() -> Iterator[tuple[str, str]]:
+    """What `config.run.trackers` can name here."""
+    try:
+        wandb = f"wandb {importlib.metadata.version('wandb')}"
+    except importlib.metadata.PackageNotFoundError:
+        wandb = "wandb after pip install wandb"
+    yield f"trackers: tensorboard, {wandb}, a class of your own", ""
+
+
 def cache(folder: Path) -> Iterator[tuple[str, str]]:
     """Where compiled programs and fetched data are kept, and whether they can be."""
     try:
@@ -100,6 +109,6 @@ def examine(folder: Path) -> tuple[list[str], list[str]]:
         found = [("lfjax: not installed", "lfjax runs from its folder alone; pip install -e . there")]
     else:
         found = list(packages(requirements))
-    found = [*found, *devices(), *memory(), *bounds(), *cache(folder)]
+    found = [*found, *devices(), *memory(), *bounds(), *trackers(), *cache(folder)]
     lines = [f"python {sys.version.split()[0]} ({sys.executable})", *(line for line, _ in found if line)]
     return lines, [problem for _, problem in found if problem]

@@ -20,12 +20,12 @@ import re
 import secrets
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from lfjax.config import InputError
+from lfjax.config import BadLines, InputError
 
 MOST_BYTES = 64 * 2**20  # of a file that is read whole, and of a line
 MOST_DEPTH = 100  # of JSON: arrays and objects in one another
@@ -331,23 +331,64 @@ def json_value(content: bytes, *, once: bool = False, finite: bool = True) -> An
         raise
 
 
-def json_lines(path: Path, *, fix: str, once: bool = False) -> Iterator[tuple[str, Any]]:
+def json_lines(
+    path: Path, *, fix: str, once: bool = False, wrong: Callable[[InputError], None] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Streams ("FILE:LINE", value) for each line of a JSONL file, packed by gzip or not; blank lines are skipped.
 
+    Args:
+      wrong: gets the error of a line, which is then left out; None: it is raised.
     Raises:
       InputError: as `lines`, or a line is not UTF-8 or not JSON; the message starts with FILE:LINE and ends in `fix`.
     """
     for number, line in lines(path, fix=fix):
         where = f"{path}:{number}"
         try:
-            yield where, json_value(line, once=once)
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
-            raise InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}; {fix}") from None
+            value = json_value(line, once=once)
         except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; {fix}") from None
+            if wrong is None:
+                raise _not_json(where, error, fix) from None
+            wrong(_not_json(where, error, fix))
+        else:
+            yield where, value
+
+
+class Faults:
+    """Gathers what is wrong with the lines of a file, so that it is shown at once: 20 of them, and how many more."""
+
+    SHOWN, COUNTED = 20, 10_000
+
+    def __init__(self, path: Path):
+        self._path, self._count, self._shown = path, 0, list[InputError]()
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def add(self, error: InputError) -> None:
+        """One more; so many that none is looked for any more are shown now."""
+        self._count += 1
+        if self._count <= self.SHOWN:
+            self._shown.append(error)
+        if self._count == self.COUNTED:
+            self.show()
+
+    def show(self) -> None:
+        """Raises the InputError that there is, or `BadLines` of several; nothing where there is none."""
+        if self._count == 1:
+            raise self._shown[0]
+        more, least = self._count - len(self._shown), "at least " if self._count == self.COUNTED else ""
+        if self._count:
+            last = [f"{self._path}: {least}{more} more lines are wrong"] if more else []
+            raise BadLines([*map(str, self._shown), *last])
+
+
+def _not_json(where: str, error: ValueError, fix: str) -> InputError:
+    if isinstance(error, UnicodeDecodeError):
+        found = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
+        return InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8")
+    if isinstance(error, json.JSONDecodeError):
+        return InputError(f"{where}: not JSON: {error.msg} at column {error.colno}; {fix}")
+    return InputError(f"{where}: not JSON: {error}; {fix}")
 
 
 def lines(path: Path, *, most: int = MOST_BYTES, fix: str = RESTORE) -> Iterator[tuple[int, bytes]]:
@@ -367,6 +408,15 @@ def lines(path: Path, *, most: int = MOST_BYTES, fix: str = RESTORE) -> Iterator
             yield from split_lines(_blocks(path, file, stream, packed, fix), path, most=most, fix=fix)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path}: damaged gzip data ({error}); restore the file") from None
+
+
+def text_lines(path: Path, *, fix: str = RESTORE) -> Iterator[tuple[int, str]]:
+    """As `lines`, in UTF-8; InputError names the line that is none."""
+    for number, line in lines(path, fix=fix):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); {fix}") from None
 
 
 def split_lines(

@@ -11,9 +11,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +24,7 @@ from lfjax import files
 from lfjax.config import InputError
 from lfjax.files import read_json, write_json
 from lfjax.terminal import visible
+from lfjax.trackers import SHOWN, Tracker
 from lfjax.types import Mean
 
 METRICS, TIMING, SAMPLES, SUMMARY = "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json"
@@ -55,10 +53,13 @@ class Window:
                 self._sums[name] = (total + float(value), weights + float(weight))
 
     def fetch(self) -> dict[str, float]:
-        """Everything added since the last fetch, name -> sum / weight (0 where nothing counted), in one transfer."""
+        """Everything added since the last fetch, name -> sum / weight, in one transfer; what never counted is left out.
+
+        The squared error of texts that nobody rated is no 0.
+        """
         self._collect()
         sums, self._sums = self._sums, {}
-        return {name: total / weight if weight else 0.0 for name, (total, weight) in sorted(sums.items())}
+        return {name: total / weight for name, (total, weight) in sorted(sums.items()) if weight}
 
     def pending(self) -> dict[str, list[float]]:
         """The interval's state so far, name -> [sum, weight], for a checkpoint. Waits for the device."""
@@ -74,32 +75,37 @@ class Window:
 class RunLog:
     """The log files of one run directory. Rows are appended and flushed at once; only process 0 writes anything.
 
+    Trackers get a copy of each row, after it is in the file; `samples` but the first `trackers.SHOWN` of a call.
+
     To be cut back exactly on resume, everything a loop writes for step N must be written *before* it saves
     checkpoint N: a checkpoint at N means that the rows up to and including N are in the files.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, process: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, workdir: str | os.PathLike, *, process: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self.workdir = pathlib.Path(workdir)
         self._writes = process == 0
-        self._tensorboard = tensorboard and self._writes
-        self._events: dict[str, pathlib.Path] = {}  # stage -> the file of this process
-        self._purge: dict[str, int] = {}
+        self._trackers = tuple(trackers) if self._writes else ()
         if self._writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """One row of metrics.jsonl, and the same figures for TensorBoard. Non-finite figures are written as null."""
+        """One row of metrics.jsonl. Non-finite figures are written as null."""
         self._append(METRICS, [{"stage": stage, "step": int(step), **dict(sorted(values.items()))}])
-        if self._tensorboard:
-            self._to_tensorboard(stage, step, values)
+        for tracker in self._trackers:
+            tracker.metrics(stage, step, values)
 
     def timing(self, stage: str, step: int, **figures: float) -> None:
         """One row of timing.jsonl: `seconds` since such a row before, rates (tokens_per_s, mfu), parts of one step."""
         self._append(TIMING, [{"stage": stage, "step": int(step), **figures}])
+        for tracker in self._trackers:
+            tracker.timing(stage, step, figures)
 
     def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of samples.jsonl: prompt, response, score, logprob, kl, and set "before" or "after" where compared."""
+        rows = list(rows)
         self._append(SAMPLES, [{"stage": stage, "step": int(step), **row} for row in rows])
+        for tracker in self._trackers if rows else ():
+            tracker.samples(stage, step, rows[:SHOWN])
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Adds figures, keys "stage/name", to summary.json: one flat sorted dict, replaced atomically.
@@ -111,12 +117,14 @@ class RunLog:
             path = self.workdir / SUMMARY
             known = read_json(path, dict) if path.exists() else {}
             write_json(path, dict(sorted({**known, **figures}.items())))
+        for tracker in self._trackers:
+            tracker.summary(figures)
 
     def cut(self, stages: Sequence[str], stage: str, step: int) -> None:
         """Forgets what a resumed run will write again.
 
         Keeps the rows of stages before `stage` and the rows of `stage` up to and including `step`; a torn last line
-        goes. step = -1 keeps nothing of `stage`. TensorBoard goes on with `purge_step` = step + 1.
+        goes. step = -1 keeps nothing of `stage`.
 
         Args:
           stages: the run's stages in their order; `stage` is one of them.
@@ -134,52 +142,17 @@ class RunLog:
                 self.workdir / name,
                 lambda row: row["stage"] in earlier or (row["stage"] == stage and row["step"] <= step),
             )
-        self.close()
-        for gone in [*later, *([stage] if step < 0 else [])]:
-            shutil.rmtree(self.workdir / "tensorboard" / gone, ignore_errors=True)
-        self._purge = {stage: step + 1}
+        for tracker in self._trackers:
+            tracker.cut(stage, step, [*later, *([stage] if step < 0 else [])])
 
-    def close(self) -> None:
-        """Ends TensorBoard's files; the log may be written to again afterwards, to new ones."""
-        self._events = {}
+    def close(self, *, finished: bool = False) -> None:
+        """Ends what trackers write; `finished` says whether all stages are done."""
+        for tracker in self._trackers:
+            tracker.close(finished=finished)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self._writes and rows:
             files.append(self.workdir / name, files.encoded("".join(_line(row) for row in rows)))
-
-    def _to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """One folder a stage: every stage counts its own steps, and a purge must not reach into another stage.
-
-        Written here and now: tensorboardX's own writer does it in a thread, which cannot say that a disk is full.
-        """
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.summary import scalar
-
-        proto: Any = event_pb2  # protobuf makes its classes when it is imported, which no checker can follow
-        events, now = [], time.time()
-        if stage not in self._events:
-            folder = self.workdir / "tensorboard" / stage
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                part = sum(1 for _ in folder.iterdir())  # the rest of the name only tells seconds apart
-            except OSError as error:
-                raise files.cannot_write(folder, error) from error
-            self._events[stage] = folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{part}"
-            events.append(proto.Event(wall_time=now, file_version="brain.Event:2"))
-            if stage in self._purge:
-                start = proto.SessionLog(status=proto.SessionLog.START)
-                events.append(proto.Event(wall_time=now, step=self._purge[stage], session_log=start))
-        for name, value in values.items():
-            events.append(proto.Event(wall_time=now, step=int(step), summary=scalar(name, float(value))))
-        files.append(self._events[stage], b"".join(_event_record(event.SerializeToString()) for event in events))
-
-
-def _event_record(data: bytes) -> bytes:
-    """A TFRecord: the length, its checksum, the data, their checksum."""
-    from tensorboardX.record_writer import masked_crc32c
-
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def _rewrite(path: pathlib.Path, keeps: Callable[[Any], bool]) -> None:

@@ -12,14 +12,14 @@ from lfjax.config import InputError, on_path
 
 
 def resolve(key: str, dotted: str, search: tuple[Path, ...] = (), *, kind: type | None = None) -> Any:
-    """The function behind "module:function", or with `kind` the object of that kind.
+    """The function behind "module:function", or with `kind` the object of that kind (`type`: a class).
 
     The current folder and `search` are on the path.
 
     Raises:
       InputError: not of that form, no such module (with the paths tried) or no such function in it.
     """
-    what = "function" if kind is None else kind.__name__
+    what = "function" if kind is None else "Class" if kind is type else kind.__name__
     module_name, _, name = dotted.partition(":")
     if not module_name or not name:
         raise InputError(f'{key}: {dotted!r}; write "module:{what}"')

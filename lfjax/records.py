@@ -12,7 +12,7 @@ of feedback shares this schema and all kinds may be mixed in one file:
   implicit    response, signal, value                                what a person did with a response
 
 `response`, `chosen`, `rejected` and the items of `order` are indices into `responses`. Fields that the schema does
-not know are kept in `extra` and written back.
+not know are kept in `extra` and written back. A record that is only a prompt needs neither `responses` nor `feedback`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -116,7 +117,8 @@ class Record:
 
     Attributes:
       prompt: text, or chat messages {"role", "content"}; "" where the responses stand alone.
-      responses: 1..N texts. Other fields of a response given as an object are in `response_fields`, one dict each.
+      responses: 1..N texts; none where the record is only a prompt. Other fields of a response
+        given as an object are in `response_fields`, one dict each.
       feedback: any number of judgements of any kind.
       where: "FILE:LINE" for error messages; not part of the record's value.
     """
@@ -306,8 +308,8 @@ def _prompt(value: Any) -> str | list[dict[str, Any]]:
     return value
 
 
-def _responses(value: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    if not isinstance(value, list) or not value:
+def _responses(value: Any, *, needed: bool) -> tuple[list[str], list[dict[str, Any]]]:
+    if not isinstance(value, list) or (needed and not value):
         raise _Wrong("responses", _show(value), "a list of one or more strings, or objects with `text`")
     texts, fields = [], []
     for i, response in enumerate(value):
@@ -323,28 +325,52 @@ def _responses(value: Any) -> tuple[list[str], list[dict[str, Any]]]:
     return texts, fields if any(fields) else []
 
 
+def _is_prompt(data: dict[str, Any]) -> bool:
+    """Whether a record with these further fields is only a prompt; a name that is nearly another is misspelt."""
+    if any(data.get(name) for name in ("responses", "feedback")) or _is_row(data):
+        return False
+    return not any(difflib.get_close_matches(name, data.keys() - {name}, 1, 0.7) for name in ("responses", "feedback"))
+
+
+def _is_row(data: dict[str, Any]) -> bool:
+    """Whether it looks like a row of a data set for TRL."""
+    pair, other = {"chosen", "rejected"}, ("completion", "messages")
+    return not data.keys() & {"responses", "feedback"} and (data.keys() >= pair or any(name in data for name in other))
+
+
+CONVERT_ROWS = "make records of such rows: lfjax feedback convert trl FILE records.jsonl"
+CONVERT_TABLE = (
+    "make records of it: lfjax feedback convert csv FILE records.jsonl --map prompt=COLUMN,response=COLUMN,"
+    "rating=COLUMN:1..5"
+)
 _PROVENANCE = {"id": _text_or_number, "source": _text, "license": _text, "time": _text_or_number}
 
 
-def parse_record(value: Any, where: str = "record", *, feedback: bool = True) -> Record:
+def parse_record(value: Any, where: str = "record", *, feedback: bool = True, responses: bool = False) -> Record:
     """A decoded JSON object as a validated `Record`.
 
     Args:
       value: what `json.loads` gave; it is not changed.
       where: "FILE:LINE", the start of the error message.
-      feedback: whether the field has to be there; without it there is none.
+      feedback: whether the field has to be there; without it there is none. Of what is only a prompt it never has.
+      responses: whether that field has to be there even so.
     Raises:
       InputError: `WHERE: field 'x': what was found; what is allowed`.
     """
     if not isinstance(value, dict):
         raise InputError(f"{where}: found {_show(value)}; a record is a JSON object with prompt, responses, feedback")
+    if _is_row(value):
+        raise InputError(f"{where}: field 'responses': found {', '.join(sorted(value))[:60]}; {CONVERT_ROWS}")
     data = dict(value)
     try:
         prompt = _prompt(_take(data, "prompt"))
-        responses, response_fields = _responses(_take(data, "responses"))
-        if not feedback:
+        only_prompt = not responses and bool(prompt) and _is_prompt(data)
+        if only_prompt:
+            data = {"responses": [], **data}
+        texts, response_fields = _responses(_take(data, "responses"), needed=not only_prompt)
+        if not feedback or only_prompt:
             data.setdefault("feedback", [])
-        judgements = _feedback(_take(data, "feedback"), len(responses))
+        judgements = _feedback(_take(data, "feedback"), len(texts))
         provenance: dict[str, Any] = {}
         for name, check in _PROVENANCE.items():
             field = data.pop(name, None)
@@ -352,33 +378,47 @@ def parse_record(value: Any, where: str = "record", *, feedback: bool = True) ->
     except _Wrong as wrong:
         field, found, allowed = wrong.args
         raise InputError(f"{where}: field {field!r}: found {found}; allowed: {allowed}") from None
-    return Record(prompt, responses, judgements, **provenance, response_fields=response_fields, extra=data, where=where)
+    return Record(prompt, texts, judgements, **provenance, response_fields=response_fields, extra=data, where=where)
 
 
-def read_records(path: str | os.PathLike[str], *, feedback: bool = True) -> Iterator[Record]:
+def read_records(path: str | os.PathLike[str], *, feedback: bool = True, responses: bool = False) -> Iterator[Record]:
     """Streams the records of a JSONL file, each validated as it is read. An `id` occurs once.
 
     Args:
-      feedback: as in `parse_record`.
+      feedback, responses: as in `parse_record`.
 
     Raises:
-      InputError: as `json_lines`, or a field that does not hold what it may; the message starts with FILE:LINE.
+      InputError: as `json_lines`, or a field that does not hold what it may; the message starts with FILE:LINE. Of
+        several lines that are wrong the first 20 are told, and how many more there are (`BadLines`); what stands
+        behind the first is not streamed.
     """
     first_line: dict[str, str] = {}
-    for where, row in json_lines(path):
-        record = parse_record(row, where, feedback=feedback)
-        key = f"{type(record.id) is str} {record.id}"  # the hashes of numbers are known, those of texts are not
-        if record.id is not None and first_line.setdefault(key, where) != where:
-            line = first_line[key].rpartition(":")[2]
-            raise InputError(f"{where}: field 'id': found {_show(record.id)}, as on line {line}; allowed: each id once")
-        yield record
+    faults = files.Faults(path)
+    if remedy := _other_form(pathlib.Path(path)):
+        raise InputError(f"{path}: no JSON lines; {remedy}")
+    for where, row in json_lines(path, wrong=faults.add):
+        try:
+            record = parse_record(row, where, feedback=feedback, responses=responses)
+            key = f"{type(record.id) is str} {record.id}"  # the hashes of numbers are known, those of texts are not
+            if record.id is not None and first_line.setdefault(key, where) != where:
+                found = f"found {_show(record.id)}, as on line {first_line[key].rpartition(':')[2]}"
+                raise InputError(f"{where}: field 'id': {found}; allowed: each id once")
+        except InputError as error:
+            faults.add(error)
+        if not faults:
+            yield record
+    faults.show()
 
 
-def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def json_lines(
+    path: str | os.PathLike[str], *, wrong: Callable[[InputError], None] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Streams ("FILE:LINE", value) for each line of a JSONL file.
 
     UTF-8, with or without a byte order mark, gzipped or not; LF or CRLF; blank lines are skipped.
 
+    Args:
+      wrong: as in `files.json_lines`.
     Raises:
       InputError: no such file, a folder, nothing in it, not UTF-8, not JSON; the message starts with FILE:LINE.
     """
@@ -389,11 +429,30 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         found = "not a regular file, and it is read more than once" if path.exists() else "no such file"
         raise InputError(f"{path}: {found}; give a JSONL file, one record a line")
     empty = True
-    for where, value in files.json_lines(path, fix="one JSON object a line", once=True):
+
+    def note(error: InputError) -> None:
+        nonlocal empty
+        empty = False
+        if wrong is None:
+            raise error
+        wrong(error)
+
+    for where, value in files.json_lines(path, fix="one JSON object a line", once=True, wrong=note):
         empty = False
         yield where, value
     if empty:
         raise InputError(f"{path}: is empty; it must hold at least one record (a JSON object a line)")
+
+
+def _other_form(path: pathlib.Path) -> str:
+    """What makes records of a table, a JSON array or a Parquet file; "" where it is none."""
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return CONVERT_TABLE
+    start = b""
+    if path.is_file():
+        with files.open_regular(path) as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return CONVERT_ROWS if re.match(rb"PAR1|\[\s*\{", start) else ""
 
 
 def _feedback_json(entry: Feedback) -> dict[str, Any]:

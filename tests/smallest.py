@@ -30,8 +30,8 @@ def get_config():
     config.ppo.update(init_from="sft", samples_every=3, norm_samples=16, **{**training, "steps": 6, "log_every": 1})
     config.ppo.update_step.update(epochs=2, minibatches=2)
     config.sampling.max_new_tokens = 8
-    config.evaluate.update(prompts=16, batch_size=8, samples=4)
-    config.run.update(tensorboard=False, compile_cache=False)
+    config.evaluate.update(prompts=16, batch_size=8, samples=4, judges=("lexicon",))
+    config.run.update(trackers=(), compile_cache=False)
     return config
 
 

@@ -26,6 +26,7 @@ from lfjax import cli, stages
 from lfjax.interop import hf
 from lfjax.models import presets
 from lfjax.models.transformer import Transformer
+from lfjax.run.data import Data
 from lfjax.tokenizers import sentencepiece
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -46,8 +47,9 @@ def trained(tmp_path_factory, records) -> pathlib.Path:
 
 
 @pytest.fixture
-def command(capfd, request, tmp_path):
+def command(capfd, request, tmp_path, monkeypatch):
     """Runs a command that has to be refused; gives its one line without "error: "."""
+    monkeypatch.setattr(Data, "tell", lambda self: None)  # the table of the data, once a run begins
 
     def refused(*argv: object, progress: bool = False) -> str:
         capfd.readouterr()
@@ -151,6 +153,10 @@ OVERRIDES = {
     "buckets below the rows": ("--config.reward.buckets=24,32", "config.reward.seq_len", "at most the largest"),
     "top_p in PPO": ("--config.sampling.top_p=0.9", "config.sampling.top_p: 0.9", "top_p=1.0"),
     "min_p of PPO alone": ("--config.ppo.sampling.min_p=0.1", "config.ppo.sampling.min_p: 0.1", "min_p=0.0"),
+    "a shared key that has moved": ("--config.run.tensorboard=False", "tensorboard", "is called config.run.trackers"),
+    "a tracker that there is not": ("--config.run.trackers=tensorbord", "config.run.trackers", "allowed: tensorboard"),
+    "what is no tracker": ("--config.run.trackers=pathlib:Path", "config.run.trackers", "no lfjax.trackers.Tracker"),
+    "a tracker's class": ("--config.run.trackers=pathlib:Pth", "config.run.trackers", "no Class 'Pth'; did you mean"),
     "a key that has moved": ("--config.ppo.stop=('.',)", "config.ppo.stop", "is called config.sampling.stop now"),
     "a step's that has moved": ("--config.ppo.rollout_step.top_p=0.9", "rollout_step.top_p", "sampling.top_p now"),
     "temperature 0 in PPO": ("--config.sampling.temperature=0", "config.sampling.temperature", "at least"),
@@ -343,10 +349,6 @@ DATA = {
          for row in smallest.records()],
         "split is empty (120 records in all, only 1 of them different)", "give more records",
     ),
-    "one prompt only": (
-        [row | {"prompt": "Describe rain."} for row in smallest.records()],
-        "all 120 have one prompt", "give config.data.validation_path and test_path",
-    ),
     "no text": ([row | {"responses": [" "]} for row in smallest.records()], "120 of them empty", "give more records"),
     "too few": (smallest.records(1), "split is empty (1 records in all)", "give more records"),
 }  # fmt: skip
@@ -403,13 +405,20 @@ def test_a_stage_without_its_feedback_names_the_file_and_the_ways_out(stage, wha
     assert untouched(tmp_path / "w")
 
 
-def test_a_prompt_longer_than_its_room_is_named_by_its_line(command, tmp_path, trained):
+@pytest.mark.parametrize("stage", ["ppo", "sft"])
+def test_a_text_longer_than_its_room_is_named_by_its_line_where_that_is_an_error(command, tmp_path, trained, stage):
     rows = [row | {"prompt": "one two three " * 9} if row["id"] == 30 else row for row in smallest.records()]
     file = smallest.write_records(tmp_path / "long.jsonl", rows)
     start = ("--config.ppo.value_init=policy", f"--config.ppo.init_from={trained}/models/pretrain")
     given = (f"--config.tokenizer.path={trained}/models/tokenizer", "--config.ppo.reward=smallest:records", *start)
-    line = command(*arguments(tmp_path / "w", file, "--config.stages=ppo", *given))
-    assert f"{file}:31: field 'prompt': found" in line and "allowed: at most 8" in line
+    options = (
+        f"--config.stages={stage}",
+        f"--config.sft.init_from={trained}/models/pretrain",
+        "--config.sft.seq_len=60",
+    )
+    line = command(*arguments(tmp_path / "w", file, *options, *given, "--config.data.too_long=error"))
+    found = {"ppo": ("field 'prompt': found", "at most 8"), "sft": ("prompt and response have", "config.sft.seq_len")}
+    assert f"{file}:31: " in line and all(text in line for text in found[stage])
     assert untouched(tmp_path / "w")
 
 
@@ -1193,7 +1202,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(
     assert same_model(workdir, trained)
 
 
-LINKED = ("checkpoints", "models/pretrain", "tensorboard", "steps", "profile", "steps/a.py")
+LINKED = ("checkpoints", "models/pretrain", "tensorboard", "wandb", "steps", "profile", "steps/a.py")
 READ = ("config.json", "inputs.json", "summary.json", "samples.jsonl", "checkpoints/pretrain/FINISHED")
 
 
@@ -1248,7 +1257,7 @@ def test_a_tensorboard_folder_that_cannot_be_written_ends_a_run_in_one_line(comm
     workdir = tmp_path / "w"
     workdir.mkdir()
     (workdir / "tensorboard").write_text("mine")
-    tensorboard = "--config.run.tensorboard=True"
+    tensorboard = "--config.run.trackers=tensorboard"
     line = command(*arguments(workdir, records, PRETRAINING, tensorboard), progress=True)
     assert f"{workdir}/tensorboard/pretrain: cannot write: " in line and "free some space" in line
     (workdir / "tensorboard").unlink()
@@ -1324,6 +1333,15 @@ COMMANDS = {
     ),
     "eval of a completion beyond the context": (
         ("eval", "{trained}", "--completions={tmp}/long.jsonl"), "long.jsonl:1: field 'responses[0]': prompt and",
+    ),
+    "scores by a language model": (("score", "{model}", "{text}"), "gives no scores"),
+    "scores by a run without a reward": (("score", "{trained}", "{text}"), "no scorer or classifier in it yet"),
+    "scores of no text": (("score", "{scorer}", "{tmp}/none.txt"), "none.txt: is empty"),
+    "scores of a prompt alone": (("score", "{scorer}", "{tmp}/broken.jsonl"), "broken.jsonl:2: field 'responses'"),
+    "scores over what they are of": (("score", "{scorer}", "{text}", "--output={text}"), "is a file to read as well"),
+    "answers to prompts into nothing": (("sample", "{trained}", "--prompts={text}"), "--prompts: needs --output"),
+    "answers to no prompts": (
+        ("sample", "{trained}", "--prompts={tmp}/latin.txt", "--output={new}"), "latin.txt:2: not UTF-8",
     ),
     "import of nothing": (("import", "nowhere", "{new}"), "nowhere: no such folder"),
     "import of one folder alone": (("import", "{model}"), "target"),

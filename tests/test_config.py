@@ -116,7 +116,7 @@ def test_an_equals_sign_belongs_to_the_value():
         ("--config.seed=True", "config.seed: 'True' is not int"),
         ("--config.ppo.kl_coef=high", "config.ppo.kl_coef: 'high' is not float; give a value such as 1e-4"),
         ("--config.ppo.kl_coef=nan", "config.ppo.kl_coef: 'nan' is not float"),
-        ("--config.run.tensorboard=1", "config.run.tensorboard: '1' is not bool; give a value such as True"),
+        ("--config.run.compile_cache=1", "config.run.compile_cache: '1' is not bool; give a value such as True"),
         ("--config.reward.buckets={1: 2}", "config.reward.buckets: '{1: 2}' is not tuple; give a value such as (1, 2)"),
     ],
 )
@@ -244,10 +244,10 @@ def test_the_resolved_config_survives_json_and_nothing_in_it_is_hidden():
 def test_the_difference_names_each_leaf_that_changed_or_is_absent():
     old, new = to_plain(base_config()), to_plain(base_config())
     new["seed"], new["ppo"]["kl_coef"] = 3, 0.5
-    del new["run"]["tensorboard"]
+    del new["run"]["compile_cache"]
     assert difference(old, new) == [
         "config.ppo.kl_coef: 0.1 -> 0.5",
-        'config.run.tensorboard: true -> "(absent)"',
+        'config.run.compile_cache: true -> "(absent)"',
         "config.seed: 0 -> 3",
     ]
     assert difference(old, old) == []

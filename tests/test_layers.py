@@ -12,7 +12,7 @@ state  sampling  tokenizers
 data  feedback  interop
 rewards
 steps
-checkpoint  metrics  report
+checkpoint  metrics  trackers  report
 run
 stages
 methods
@@ -22,7 +22,7 @@ __main__
 LAYER = {name: height for height, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 EXCEPTION = ("config.py", "stages")  # one line in a function: a config is made of the sections of all stages
 FORBIDDEN = {"steps": {"sharding", "data", "interop"}}
-HEAVY = {"tensorflow_datasets", "sklearn", "grain", "tensorboardX"}
+HEAVY = {"tensorflow_datasets", "sklearn", "grain", "tensorboardX", "wandb"}
 ROOT = pathlib.Path(lfjax.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.name != "__init__.py")
 

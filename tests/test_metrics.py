@@ -12,6 +12,7 @@ import rich.console
 
 from lfjax.config import InputError
 from lfjax.metrics import Progress, RunLog, Window, read_json, write_json
+from lfjax.trackers import TensorBoard
 from lfjax.types import Mean
 
 STAGES = ("pretrain", "reward", "ppo")
@@ -43,10 +44,11 @@ def test_a_window_adds_in_float64():
     assert window.fetch()["a"] == 2.0**24 + 1  # float32 would lose the 1
 
 
-def test_what_never_counted_is_zero():
+def test_what_never_counted_is_absent():
+    """As the squared error in a run that nothing was rated in."""
     window = Window()
-    window.add({"a": mean(0.0, 0.0)})
-    assert window.fetch() == {"a": 0.0}
+    window.add({"a": mean(0.0, 0.0), "b": mean(0.0, 2.0)})
+    assert window.fetch() == {"b": 0.0}
 
 
 def test_adding_does_not_wait_for_the_device():
@@ -86,7 +88,7 @@ def test_stopping_inside_an_interval_changes_no_bit():
 
 
 def test_equal_floats_give_equal_text_and_come_back_with_every_bit(tmp_path):
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     values = [0.1, 1 / 3, np.float64(1 / 3), float(np.float32(0.1)), 1e-300, 5e-324, -0.0]
     log.metrics("ppo", 1, {f"v{i}": value for i, value in enumerate(values)})
     (row,) = rows(tmp_path / "metrics.jsonl")
@@ -98,7 +100,7 @@ def test_equal_floats_give_equal_text_and_come_back_with_every_bit(tmp_path):
 
 
 def test_rows_carry_stage_and_step_and_no_clock(tmp_path):
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     log.metrics("pretrain", 10, {"pretrain/loss": 4.0})
     log.timing("pretrain", 10, seconds=1.5, tokens_per_s=1000.0)
     log.samples("ppo", 5, [{"prompt": "a\nb", "response": "ü \u2028", "set": "after"}])
@@ -112,7 +114,7 @@ def test_rows_carry_stage_and_step_and_no_clock(tmp_path):
 
 
 def test_a_figure_that_is_not_finite_is_null_and_the_row_stays_json(tmp_path):
-    RunLog(tmp_path, tensorboard=False).metrics("ppo", 1, {"a": float("nan"), "b": np.float32(np.inf), "c": 1.0})
+    RunLog(tmp_path).metrics("ppo", 1, {"a": float("nan"), "b": np.float32(np.inf), "c": 1.0})
     assert rows(tmp_path / "metrics.jsonl") == [{"stage": "ppo", "step": 1, "a": None, "b": None, "c": 1.0}]
 
 
@@ -142,7 +144,7 @@ def write_run(log, until_stage="ppo", until_step=30):
     "stage, step", [("pretrain", 10), ("reward", 0), ("reward", 25), ("ppo", 30), ("pretrain", -1)]
 )
 def test_cut_leaves_what_a_run_stopped_there_had_written(tmp_path, stage, step):
-    whole, stopped = RunLog(tmp_path / "whole", tensorboard=False), RunLog(tmp_path / "stopped", tensorboard=False)
+    whole, stopped = RunLog(tmp_path / "whole"), RunLog(tmp_path / "stopped")
     write_run(whole)
     write_run(stopped, stage, step)
     whole.cut(STAGES, stage, step)
@@ -156,7 +158,7 @@ def test_cut_leaves_what_a_run_stopped_there_had_written(tmp_path, stage, step):
 )
 def test_cut_drops_a_torn_last_line(tmp_path, torn):
     """A line without its line feed was being written when the kill came, even if it happens to parse."""
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     write_run(log)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -166,7 +168,7 @@ def test_cut_drops_a_torn_last_line(tmp_path, torn):
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     write_run(log)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join([*lines[:2], "{oops\n", *lines[2:]]))
@@ -193,7 +195,7 @@ def test_summary_is_flat_sorted_and_grows(tmp_path):
 
 
 def test_tensorboard_goes_on_with_purge_step(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, trackers=[TensorBoard(tmp_path, {})])
     write_run(log)
     log.cut(STAGES, "reward", 10)
     assert not (tmp_path / "tensorboard" / "ppo").exists()
@@ -201,7 +203,13 @@ def test_tensorboard_goes_on_with_purge_step(tmp_path):
     log.close()
     events = [event for path in sorted((tmp_path / "tensorboard" / "reward").iterdir()) for event in read_events(path)]
     assert [event.step for event in events if event.HasField("session_log")] == [11]
-    assert [event.step for event in events if event.HasField("summary")] == [0, 10, 20, 30, 20]
+    found = [(event.step, value) for event in events for value in event.summary.value]
+    assert [step for step, value in found if value.tag == "reward/loss"] == [0, 10, 20, 30, 20]
+    assert [value.simple_value for _, value in found if value.tag == "time/seconds"] == [0.5] * 4
+    table = next(value for step, value in found if value.tag == "reward/samples" and step == 20)
+    assert table.metadata.plugin_data.plugin_name == "text"
+    assert [dim.size for dim in table.tensor.tensor_shape.dim] == [3, 2]  # names and two rows, of two columns
+    assert list(table.tensor.string_val)[:4] == [b"prompt", b"response", b"    p", b"    reward 20"]
 
 
 def read_events(path):
@@ -224,7 +232,7 @@ def small_files():
 
 
 def test_tensorboard_on_a_full_disk_is_one_clear_line_and_nothing_after_it(tmp_path, capfd, small_files):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, trackers=[TensorBoard(tmp_path, {})])
     log.metrics("ppo", 1, {"a": 1.0})
     figures = {f"name{i}": 1.0 for i in range(1000)}
     small_files(60_000)  # metrics.jsonl holds a row, the events do not fit
@@ -241,7 +249,7 @@ def test_tensorboard_on_a_full_disk_is_one_clear_line_and_nothing_after_it(tmp_p
 
 @pytest.mark.parametrize("name", ["tensorboard", "tensorboard/ppo"])
 def test_a_file_in_place_of_tensorboards_folder_is_one_clear_line(name, tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, trackers=[TensorBoard(tmp_path, {})])
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=r"tensorboard/ppo: cannot write: (File exists|Not a directory); free"):
@@ -252,7 +260,7 @@ def test_a_file_in_place_of_tensorboards_folder_is_one_clear_line(name, tmp_path
 def test_tensorboards_records_are_checked_by_their_sums(tmp_path):
     from tensorboardX.crc32c import crc32c
 
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, trackers=[TensorBoard(tmp_path, {})])
     log.metrics("ppo", 3, {"ppo/a b": 1.5, "ppo/nan": float("nan")})
     (file,) = (tmp_path / "tensorboard" / "ppo").iterdir()
     data, at = file.read_bytes(), 0
@@ -290,7 +298,7 @@ def test_text_that_is_no_utf8_comes_back(tmp_path):
     path, odd = tmp_path / "x.json", "caf\udce9 é 🙂 \ud83d"
     write_json(path, {odd: odd})
     assert read_json(path) == {odd: odd} and "é 🙂" in path.read_text(encoding="utf-8")
-    RunLog(tmp_path, tensorboard=False).samples("ppo", 1, [{"response": odd}])
+    RunLog(tmp_path).samples("ppo", 1, [{"response": odd}])
     assert rows(tmp_path / "samples.jsonl")[0]["response"] == odd
 
 
@@ -311,7 +319,7 @@ def test_json_that_no_parser_reads_is_named(data, found, tmp_path):
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path, small_files):
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     small_files(10_000)
     with pytest.raises(InputError, match=r"metrics\.jsonl: cannot write: File too large; free some space"):
         log.metrics("ppo", 1, {f"name{i}": 1.0 for i in range(1000)})

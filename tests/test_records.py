@@ -1,9 +1,10 @@
 import gzip
 import json
+import pathlib
 
 import pytest
 
-from lfjax.config import InputError
+from lfjax.config import BadLines, InputError
 from lfjax.records import (
     Critique,
     Edit,
@@ -101,7 +102,9 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
         (minimal(prompt=[{"role": "user"}]), "prompt[0].content", "nothing", "required"),
         (minimal(prompt=[{"role": "robot", "content": ""}]), "prompt[0].role", "robot", "user"),
         (minimal(responses=..., respones=["a"]), "responses", "respones", "required"),
-        (minimal(responses=[]), "responses", "[]", "one or more"),
+        (minimal(prompt="", responses=[]), "responses", "[]", "one or more"),
+        (minimal(responses=..., feedback=[{"kind": "label"}]), "responses", "nothing", "required"),
+        (minimal(responses=..., feedback=..., feedbck=[]), "responses", "nothing", "required"),
         (minimal(responses=["a", 1]), "responses[1]", "1", "a string"),
         (minimal(responses=[{"txt": "a"}]), "responses[0].text", "txt", "required"),
         (minimal(responses=["\ud800"]), "responses[0]", "surrogate", "Unicode"),
@@ -159,6 +162,12 @@ def test_a_gzipped_file_holds_the_same_records(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
+        (
+            b'{"prompt": "p", "completion": "a", "label": true}',
+            ":1: field 'responses': found completion, label, prompt; make records of such rows",
+        ),
+        (b'{"chosen": [], "rejected": []}', ":1: field 'responses': found chosen, rejected; make records of such rows"),
+        (b'[\n {"prompt": "p"}]', ": no JSON lines; make records of such rows: lfjax feedback convert trl"),
         (b"", "is empty"),
         (b"\n  \n", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
@@ -179,6 +188,45 @@ def test_a_file_that_is_no_jsonl_gives_one_line(tmp_path, content, message):
     with pytest.raises(InputError) as error:
         list(read_records(file))
     assert str(error.value).startswith(str(file)) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_pages_examples_are_records_of_every_kind(tmp_path):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "records.md").read_text()
+    (tmp_path / "page.jsonl").write_text(page.partition("```json\n")[2].partition("```")[0])
+    kinds = {entry.kind for record in read_records(tmp_path / "page.jsonl") for entry in record.feedback}
+    assert kinds == {"rating", "preference", "ranking", "edit", "critique", "label", "implicit"}
+
+
+def test_a_table_is_no_records(tmp_path):
+    (tmp_path / "a.tsv").write_text("prompt\tresponse\n")
+    with pytest.raises(InputError, match=r"a\.tsv: no JSON lines; .* lfjax feedback convert csv"):
+        list(read_records(tmp_path / "a.tsv"))
+
+
+def test_a_record_that_is_only_a_prompt_says_no_more(tmp_path):
+    for value in ({"prompt": "p", "topic": 1}, {"prompt": "p", "responses": [], "feedback": []}):
+        record = parse_record(value)
+        assert (record.prompt, record.responses, record.feedback) == ("p", [], [])
+        write_records(tmp_path / "p.jsonl", [record])
+        assert list(read_records(tmp_path / "p.jsonl")) == [record]
+    with pytest.raises(InputError, match="record: field 'responses'"):
+        parse_record({"prompt": "p"}, responses=True)  # for who reads responses alone
+    with pytest.raises(InputError, match="field 'responses'"):
+        parse_record(minimal(responses=[], feedback=[{"kind": "label", "response": 0, "value": 1}]))
+
+
+def test_the_first_bad_lines_are_told_at_once_and_how_many_more_there_are(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    bad = lines(minimal(prompt=1)) + "{\n\n"  # two wrong lines, and an empty one
+    file.write_text(lines(minimal()) + bad * 12 + lines(minimal()))
+    with pytest.raises(BadLines) as error:
+        list(read_records(file))
+    assert len(error.value.lines) == 21 and error.value.lines[-1] == f"{file}: 4 more lines are wrong"
+    assert error.value.lines[0].startswith(f"{file}:2: field 'prompt'")
+    assert error.value.lines[3].startswith(f"{file}:6: not JSON")
+    file.write_text("{}\n" * 20_000)
+    with pytest.raises(BadLines, match="at least 9980 more"):
+        list(read_records(file))
 
 
 def test_no_file_and_a_folder_are_told_apart(tmp_path):

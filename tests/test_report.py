@@ -18,7 +18,7 @@ from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
 from lfjax.report import catalogue, charts, checks, ending, findings, picture, rundir
 from lfjax.report import html as html_page
-from lfjax.report.costs import cost_lines
+from lfjax.report.costs import cost_lines, figure_lines
 
 SUMMARY = {
     "compile/count": 14,
@@ -95,7 +95,7 @@ def synthetic_run(folder, *, stages=CONFIG["stages"], summary=SUMMARY):
     """A run directory with curves like those of a real quickstart run."""
     rng = np.random.default_rng(0)
     noise = lambda size: rng.normal() * size  # noqa: E731
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     write_json(folder / "config.json", CONFIG)
     if "pretrain" in stages:
         write_stage(log, "pretrain", 4000, 50, {
@@ -258,11 +258,37 @@ def test_the_headline_figures_stand_in_the_text(whole):
 def test_every_logged_metric_has_a_curve(whole):
     page = Page(whole)
     drawn = " ".join(svg.get("aria-label", "") for svg in page.all("svg"))
-    titles = ("Loss", "Perplexity", "Pair accuracy", "Score", "KL from the start", "Entropy", "Clip fraction", "Length")
+    titles = (
+        "Loss",
+        "Perplexity",
+        "Pair accuracy, held out",
+        "Normalised score",
+        "KL from the start",
+        "Entropy",
+        "Clip fraction",
+        "Length",
+    )
     for title in (*titles, "Explained variance", "Answers that end", "Learning rate", "Gradient norm"):
         assert f"{title}: " in drawn, title
     assert "Wholly new metric: training from" in drawn  # nobody told the report of it
     assert "held out from 4.42 at step 1\u202f000 to 4.08 at 4\u202f000" in drawn  # beside the training loss
+
+
+def test_simpler_methods_are_drawn_beside_what_is_held_out_as_they_are(tmp_path):
+    """Not beside the training batches; and as measured on the split that the curve is of, where that is known."""
+    more = {"reward/validation_pair_accuracy_ridge": 0.8512, "reward/validation_pair_accuracy_lexicon": 0.7411}
+    page = Page(build(tmp_path, summary={**SUMMARY, **more}))
+    of = {svg["aria-label"].split(":")[0]: svg for svg in page.all("svg") if "aria-label" in svg}
+    assert "training" in of["Pair accuracy, training batches"]["aria-label"]
+    held_out = of["Pair accuracy, held out"]["aria-label"]
+    assert "held out from 78.7 %" in held_out and "training" not in held_out
+    run = read(tmp_path / "quickstart")
+    names = [("reward/pair_accuracy", "training"), ("reward/validation_pair_accuracy", "held out")]
+    charts_of = {shown.title: marks for _, shown, _, marks in html_page._alike(run, names[0][0], names)}
+    assert charts_of["Pair accuracy, training batches"] == []
+    assert [(mark.value, mark.label) for mark in charts_of["Pair accuracy, held out"]] == [
+        (0.8512, "ridge"), (0.7411, "lexicon"),
+    ]  # fmt: skip
 
 
 def test_samples_stand_side_by_side_in_file_order(whole):
@@ -283,7 +309,7 @@ HOSTILE = '</span><script>alert(1)</script><img src=x onerror="alert(2)">\x00\x1
 
 def test_what_a_model_wrote_cannot_become_markup(tmp_path):
     folder = synthetic_run(tmp_path / "<b>run")
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     rows = [{"prompt": HOSTILE.replace("\ud800", ""), "response": HOSTILE.replace("\ud800", ""), "score": 1.0, "set": s}
             for s in ("before", "after")]  # fmt: skip
     log.samples("evaluate", 1, rows)
@@ -361,7 +387,7 @@ PPO_WORDS = r"PPO|[Rr]eward|[Ss]core|steer|hack|price"
 
 def hand_made(folder, stages, summary, *, done=None, updates=0, **config):
     """A run directory of these stages, the first `done` of them finished; PPO logged that many updates."""
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     write_json(folder / "config.json", {**CONFIG, "stages": stages, **config})
     for stage in stages[:done]:
         (folder / "checkpoints" / stage).mkdir(parents=True)
@@ -422,7 +448,7 @@ def test_fine_tuning_has_no_limit_on_the_distance_and_may_overshoot_people(tmp_p
 
 def test_words_that_gained_by_fine_tuning_carry_no_score(tmp_path):
     folder = hand_made(tmp_path / "run", SFT, EVALUATED)
-    log, rng = RunLog(folder, tensorboard=False), np.random.default_rng(0)
+    log, rng = RunLog(folder), np.random.default_rng(0)
     for which, texts in (("before", BEFORE), ("after", AFTER)):
         rows = [{**row, "set": which, "score": None} for row in sample_rows(rng, texts, 24)]
         log.samples("evaluate", 0, rows)
@@ -519,7 +545,7 @@ def test_ppo_without_an_evaluation_shows_its_training_batches(tmp_path, evaluate
 
 
 def test_a_run_of_other_stages_and_metrics_is_shown(tmp_path):
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     for step in (1, 2, 3):
         log.metrics("distil", step, {"distil/divergence": 1.0 / step, "flat": 2.0, "gone": float("nan")})
     text = Page(built(tmp_path).read_text(encoding="utf-8")).text
@@ -655,7 +681,7 @@ def test_a_link_planted_where_the_report_is_written_is_not_followed(tmp_path):
 def test_a_page_stays_small_and_says_what_it_leaves_out(tmp_path):
     """300 metrics of 300 rows, 4,000 settings and figures, and samples of 30,000 characters each."""
     folder = tmp_path / "run"
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(300, 300))
     for step, row in enumerate(values):
@@ -679,7 +705,7 @@ ARABIC, HEBREW = "\u0633\u0644\u0627\u0645", "\u05e9\u05dc\u05d5\u05dd"
 
 def test_the_direction_of_a_text_stays_its_own(tmp_path):
     folder = hand_made(tmp_path / "run", CONFIG["stages"], {**SUMMARY, f"{HEBREW} \u202e": 1.0, "plain": 2.0})
-    log = RunLog(folder, tensorboard=False)
+    log = RunLog(folder)
     for step in (1, 2):
         log.metrics(f"{ARABIC}", step, {f"x/{ARABIC}\u202e\x9b": 1.0 * step})
     log.samples("ppo", 1, [{"prompt": ARABIC, "response": "\u2067 x \u200e\u200f\u061c"}])
@@ -793,6 +819,104 @@ def test_parameters_are_those_of_the_described_decoder(tmp_path):
     run = read(synthetic_run(tmp_path / "run"))
     matrices = 2000 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 352)
     assert findings.parameters(run) == matrices
+
+
+# Judges and intervals
+
+
+def beside(name, value, low, high, n=128):
+    return {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_n": float(n)}
+
+
+NO_LEXICON = {k: v for k, v in SUMMARY.items() if not k.startswith("judge/")}
+RIDGE = {
+    **beside("judge/ridge_before", 2.91, 2.8, 3.02), **beside("judge/ridge_after", 3.42, 3.3, 3.54),
+    **beside("judge/ridge_change", 0.51, 0.4, 0.62), **beside("judge/ridge_won", 0.71, 0.62, 0.8),
+    **beside("judge/ridge_pair_accuracy", 0.846, 0.78, 0.9, 39),
+}  # fmt: skip
+SCORES = {**beside("ppo/score_change", 1.81, 1.6, 2.02), **beside("ppo/score_won", 0.92, 0.88, 0.95)}
+OWN = {"ppo": {"reward": "mine:short"}, "evaluate": {"judges": []}}
+
+
+@pytest.mark.parametrize(
+    "changes, config, headline",
+    [
+        (RIDGE, {}, "From 2.91 to 3.42 rating points: +0.51 (0.4 to 0.62)"),
+        (RIDGE | beside("judge/ridge_change", 0.1, -0.1, 0.3), {}, "The reward rose, the judge sees no gain"),
+        (RIDGE | {"judge/ridge_pair_accuracy_low": 0.48}, {}, "The reward rose: 92.0 % (88 to 95, n 128) of pairs won"),
+        (SCORES | {"reward/rating_mean": 3.0}, {}, "The reward rose by 1.81 (1.6 to 2.02) rating points"),
+        (SCORES | {"reward/rating_mean": 3.0}, OWN, "The reward rose: 92.0 % (88 to 95, n 128) of pairs won"),
+        (RIDGE | beside("ppo/score_change", 0.4, -0.1, 0.9), {}, "No difference seen in the reward"),
+        (
+            {"judge/mine_before": 1.0, "judge/mine_after": 2.0, **beside("judge/mine_won", 0.8, 0.7, 0.9)},
+            {},
+            "80.0 % (70 to 90, n 128) of pairs won",
+        ),
+        ({"judge/x_before": 1.0, "judge/x_after": 2.0, "judge/x_trained_on": 1.0}, {}, "The reward rose: 92.0 %"),
+    ],
+)
+def test_without_the_lexicon_the_headline_is_in_rating_points_or_pairs_won(tmp_path, changes, config, headline):
+    folder = hand_made(tmp_path / "run", CONFIG["stages"], {**NO_LEXICON, **SCORES, **changes}, **config)
+    found, text = told(folder)
+    assert found.startswith(headline)
+    assert "positive" not in text and "hacking below" not in text and "lexicon" not in text.split("Reward model:")[0]
+    run = read(folder)
+    assert figure_lines(run)[0] == found
+    known = findings.judge_of(run, findings.comparisons(run))
+    assert ("no other judge has confirmed it" in text) == (known is None)
+
+
+def test_a_reward_function_is_no_hack_because_a_lexicon_moved(tmp_path):
+    """It need not be after praise; that people's ratings fell is another matter."""
+    fell = {**SUMMARY, **beside("judge/positive_change", -0.1, -0.2, -0.05), "judge/positive_after": 0.36}
+    function = {"ppo": {"reward": "mine:short"}}
+    learnt, own = (hand_made(tmp_path / str(i), CONFIG["stages"], fell, **c) for i, c in enumerate(({}, function)))
+    assert [level(f, "An independent judge").level for f in (learnt, own)] == ["alarm", "watch"]
+    ratings = {**NO_LEXICON, **RIDGE, **beside("judge/ridge_change", -0.51, -0.6, -0.4), "judge/ridge_after": 2.4}
+    fallen = level(hand_made(tmp_path / "2", CONFIG["stages"], ratings, **function), "An independent judge")
+    assert (fallen.level, fallen.verdict) == checks.HACK
+
+
+def test_a_reward_model_that_judges_is_named_by_its_stage_and_unit(tmp_path):
+    summary = {**NO_LEXICON, "judge/reward_before": 0.1, "judge/reward_after": -0.4, "reward/rating_mean": 3.0}
+    row = findings.comparisons(read(hand_made(tmp_path / "run", CONFIG["stages"], summary, **OWN)))["judge/reward"]
+    assert row.title == "Judge: the reward model" and row.unit.startswith("rating points above the mean")
+
+
+def test_a_judge_that_knows_nothing_and_a_missing_one_are_said_to_be(tmp_path):
+    weak = {**NO_LEXICON, **RIDGE, "judge/ridge_pair_accuracy_low": 0.45}
+    check = level(hand_made(tmp_path / "weak", CONFIG["stages"], weak), "An independent judge")
+    assert check.level == "watch" and "no better than chance" in check.text
+    check = level(hand_made(tmp_path / "none", CONFIG["stages"], NO_LEXICON), "An independent judge")
+    assert check.level == "unknown" and "evaluate.judges" in check.text
+
+
+@pytest.mark.parametrize("low, ahead", [(-0.08, False), (-0.05, False), (-0.03, True)])
+def test_a_model_is_behind_a_baseline_only_where_the_interval_says_so(tmp_path, low, ahead):
+    """84.6 % against 85.9 % of 39 pairs is half a pair."""
+    summary = {**SUMMARY, **beside("reward/pair_accuracy", 0.846, 0.78, 0.9, 39),
+               **beside("reward/pair_accuracy_ridge", 0.859, 0.8, 0.91, 39),
+               **beside("reward/pair_accuracy_over_ridge", -0.013, low, -0.001 if ahead else 0.04, 39)}  # fmt: skip
+    check = level(hand_made(tmp_path / "run", CONFIG["stages"], summary), "The reward model")
+    assert ("is ahead of it" in check.text) == ahead == ("No difference seen" not in check.text)
+    assert "84.6 % (78 to 90, n 39)" in check.text and check.level == ("watch" if ahead else "ok")
+
+
+def test_the_lexicon_is_a_rival_only_where_it_judges(tmp_path):
+    for judges, shown in ((["lexicon"], True), ([], False)):
+        folder = hand_made(tmp_path / str(shown), CONFIG["stages"], SUMMARY, evaluate={"judges": judges})
+        assert ("word lexicon: 74.0 %" in level(folder, "The reward model").text) == shown
+
+
+def test_every_figure_is_one_line_with_its_interval(tmp_path):
+    summary = {**SUMMARY, **beside("reward/pair_accuracy", 0.846, 0.78, 0.9, 39), "ppo/score": 1.2,
+               **beside("judge/positive_change", 0.476, 0.43, 0.52)}  # fmt: skip
+    lines = figure_lines(read(hand_made(tmp_path / "run", CONFIG["stages"], summary, updates=2)))
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:]}
+    assert said["reward/pair_accuracy"] == "84.6 % (78 to 90, n 39)"
+    assert said["judge/positive_change"] == "47.6 points (43 to 52, n 128)"
+    assert said["ppo/score"].startswith("(normalised)") and said["compile/count"] == "14"
+    assert not [name for name in said if name.endswith(("_n", "_low", "_high"))]
 
 
 # Charts
@@ -918,7 +1042,7 @@ def test_the_end_of_a_run_is_a_sentence_and_a_few_lines_of_held_out_figures(tmp_
     summary = {"reward/train_pair_accuracy": 0.9, "reward/validation_pair_accuracy": 0.7, "reward/pair_accuracy": 0.6}
     summary |= {"reward/validation_loss": 2.0, "reward/loss": 1.0, "reward/pair_accuracy_n": 9.0}
     run = dataclasses.replace(run, summary=summary, stages=[rundir.Stage("reward", "done")], series={}, samples=[])
-    assert ending.lines(run)[1:] == ["reward: loss 2, pair accuracy 60.0 %"]
+    assert ending.lines(run)[1:] == ["reward: loss 2, pair accuracy 60.0 % (n 9)"]
 
 
 def test_the_costs_add_up_and_line_up(tmp_path):

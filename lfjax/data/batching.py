@@ -63,7 +63,7 @@ class PackedRows:
         packed: bool = True,
     ):
         self.seq_len, self.batch_size, self.pad_id, self._packed = seq_len, batch_size, pad_id, packed
-        self._tokens, self._flags, self._starts, self._lengths = _flatten(documents, seq_len)
+        self._tokens, self._flags, self._starts, self._lengths, self._owners = _flatten(documents, seq_len)
         self.cut = sum(len(_ids(document)) > seq_len + 1 for document in documents)
         self._epochs = _Epochs(seed)
         self.targets = int(np.count_nonzero(self._flags))  # of an epoch that leaves no row out
@@ -108,29 +108,36 @@ class PackedRows:
         for start in range(0, len(rows), self.batch_size):
             yield self._build(rows[start : start + self.batch_size])
 
+    def evaluation_documents(self) -> Iterator[list[np.ndarray]]:
+        """For every batch of `evaluation` and each of its rows, which document each segment is of."""
+        rows = [self._owners[row] for row in self._epochs.order(0, self._pack)]
+        rows += [np.zeros(0, np.int64)] * (-len(rows) % self.batch_size)
+        return (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
+
 
 def _ids(document: list[int] | Document) -> list[int]:
     return document[0] if isinstance(document, tuple) else document
 
 
-def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens in one array, which of them are targets, and the start and length of each piece."""
+def _flatten(documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens in one array, which of them are targets, and the start, length and document of each piece."""
     if not documents:
         raise InputError("no document to train on: the records hold no text of the kind that this stage learns from")
     tokens: list[int] = []
     flags: list[bool] = []
-    starts, lengths = [], []
-    for document in documents:
+    starts, lengths, owners = [], [], []
+    for number, document in enumerate(documents):
         ids, counts = document if isinstance(document, tuple) else (document, [True] * len(document))
         for first in range(0, len(ids) - 1, seq_len):
             if any(counts[first + 1 : first + seq_len + 1]):
                 starts.append(len(tokens) + first)
                 lengths.append(min(seq_len + 1, len(ids) - first))
+                owners.append(number)
         tokens.extend(ids)
         flags.extend([False, *counts[1:]])  # the first token is nobody's target
     if not starts:
         raise InputError("no document to train on: each has fewer than 2 tokens, or none that counts")
-    return np.array(tokens, np.int32), np.array(flags, bool), np.array(starts), np.array(lengths)
+    return np.array(tokens, np.int32), np.array(flags, bool), np.array(starts), np.array(lengths), np.array(owners)
 
 
 def best_fit(lengths: Sequence[int], capacity: int, window: int = PACKING_WINDOW) -> list[list[int]]:
@@ -267,6 +274,11 @@ class RewardBatches:
         count = counts[bisect.bisect_left(counts, len(example.candidates))]
         return Bucket(count, lengths[bisect.bisect_left(lengths, longest)])
 
+    def shape_at(self, step: int) -> tuple[int, int, int]:
+        """(B, C, T) of the step's batch."""
+        shape = self._buckets.at(step)[0]
+        return self.batch_size, shape.candidates, shape.length
+
     def batch_at(self, step: int) -> RewardBatch:
         """The step's rows; fields as in `types.RewardBatch`."""
         shape, indices = self._buckets.at(step)
@@ -328,6 +340,10 @@ class PromptBatches:
         self._buckets = _Buckets(places, lengths, batch_size=batch_size, seed=seed)
         self.steps_per_epoch = self._buckets.steps_per_epoch
         self.lengths = [shape.length for shape in self._buckets.used]  # P of the batches that occur
+
+    def length_at(self, step: int) -> int:
+        """P of the step's batch."""
+        return self._buckets.at(step)[0].length
 
     def indices_at(self, step: int) -> np.ndarray:
         """Which prompts make the step's global batch: [B] indices into `prompts`."""

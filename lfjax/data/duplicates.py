@@ -55,9 +55,14 @@ def overlap_keys(records: list[Record], heading_records: int = HEADING_RECORDS) 
     ]
 
 
+def place_of(key: str) -> float:
+    """Where the key's sha256 lies in [0, 1): the same on every machine, whatever else is in the data."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "big") / 2.0**64
+
+
 def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
-    """train, validation or test, by the key's sha256: the same on every machine, whatever else is in the data."""
-    place = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "big") / 2.0**64
+    """train, validation or test, by the key's place alone."""
+    place = place_of(key)
     if place < test_fraction:
         return "test"
     return "validation" if place < test_fraction + validation_fraction else "train"

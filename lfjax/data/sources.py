@@ -8,6 +8,7 @@ import itertools
 import math
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +20,9 @@ from lfjax.data.duplicates import (
     merge_rated_duplicates,
     overlap_keys,
     record_key,
-    split_of,
-    text_key,
 )
+from lfjax.data.splits import cut, equal_pairs, kinds_of
+from lfjax.files import text_lines
 from lfjax.records import Rating, Record, label_value, rating_labels, read_records
 
 SOURCES = ("vader", "jsonl", "text")
@@ -44,8 +45,8 @@ class Splits:
 def load_records(data: Any) -> Splits:
     """The records that a config's `data` section names, in fixed splits.
 
-    A record's split depends on its normalised text alone (see `duplicates.record_key`), so near-identical texts never
-    straddle two splits and a seed never moves one. With explicit `validation_path` and `test_path`, training records
+    A record's split depends on the texts alone (see `splits.cut`): near-identical ones never straddle two splits, no
+    seed and no order of the records moves one. With explicit `validation_path` and `test_path`, training records
     of a held-out one's prompt or text (see `duplicates.overlap_keys`) are left out and counted (`train_also_held_out`),
     and so are validation records of a test one's (`validation_also_test`).
 
@@ -63,24 +64,16 @@ def load_records(data: Any) -> Splits:
     else:
         splits, counts = _load_files(data)
     if data.max_records:
+        there = sum(map(len, splits.values()))
         splits = _at_most(splits, data.max_records, data.seed)
+        counts["beyond_max_records"] = there - sum(map(len, splits.values()))
     for name in SPLITS:
         counts[f"{name}/records"] = len(splits[name])
         if not splits[name]:
             raise InputError(_why_empty(name, splits, counts, data))
+        kinds = Counter(kind for record in splits[name] for kind in kinds_of(record))
+        counts |= {f"{name}/{kind.replace(' ', '_')}": count for kind, count in sorted(kinds.items())}
     return Splits(**splits, counts=counts)
-
-
-def left_out(counts: dict[str, Any]) -> list[str]:
-    """What a user has to know of records that given splits leave out, a line each."""
-    lines = []
-    for name, other in (("train_also_held_out", "training"), ("validation_also_test", "validation")):
-        if counts.get(name):
-            lines.append(
-                f"{counts[name]} {other} records are left out: held-out ones have the same prompt (where there is none,"
-                " or config.data.heading_records share it, the same text)"
-            )
-    return lines
 
 
 def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any], data: Any) -> str:
@@ -93,18 +86,10 @@ def _why_empty(name: str, splits: dict[str, list[Record]], counts: dict[str, Any
             f" because {other} ones have the same prompt, or the same text where there is none; give others, or, where"
             " prompts are headings that records share, config.data.heading_records=2"
         )
-    cut = [record for split in splits.values() for record in split]
-    prompts = {text_key(record.prompt_text) for record in cut}
-    if len(cut) > 1 and prompts != {""} and len(prompts) < len(SPLITS):
-        return (
-            f"config.data: the {name} split is empty: records are split by their prompt, so that answers to one prompt"
-            f" stay together, and all {len(cut)} have"
-            f" {'one prompt' if len(prompts) == 1 else f'{len(prompts)} prompts'};"
-            " give config.data.validation_path and test_path"
-        )
+    there = [record for split in splits.values() for record in split]
     empty = f", {counts['empty']} of them empty" if counts["empty"] else ""
-    different = len({record_key(record) for record in cut})
-    empty += f", only {different} of them different" if 0 < different < len(cut) else ""
+    different = len({record_key(record) for record in there})
+    empty += f", only {different} of them different" if 0 < different < len(there) else ""
     return (
         f"config.data: the {name} split is empty ({counts['rows']} records in all{empty}); give more records, a larger "
         f"config.data.validation_fraction and test_fraction, or config.data.validation_path and test_path"
@@ -122,7 +107,7 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     counts: dict[str, Any] = {"rows": sum(len(records) for records in files.values()), "empty": 0}
     counts |= {"duplicates": 0, "duplicates_max_gap": 0.0}
     for name, records in files.items():
-        kept = [record for record in records if any(response.strip() for response in record.responses)]
+        kept = [record for record in records if _says_something(record)]
         counts["empty"] += len(records) - len(kept)
         files[name], merged, gap = merge_rated_duplicates(kept)
         counts["duplicates"] += merged
@@ -142,14 +127,18 @@ def _load_files(data: Any) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     ]
     counts["validation_also_test"] = len(keys["validation"]) - len(splits["validation"])
     held_out = tested | set(keys["validation"])
-    splits["train"] = []
-    counts["train_also_held_out"] = 0
-    for record, key in zip(files["train"], keys["train"], strict=True):
-        if key in held_out:
-            counts["train_also_held_out"] += 1
-        else:
-            splits[split_of(record_key(record), **fractions)].append(record)
+    kept = [record for record, key in zip(files["train"], keys["train"], strict=True) if key not in held_out]
+    counts["train_also_held_out"] = len(files["train"]) - len(kept)
+    found = cut(kept, **fractions)
+    counts |= {"split_by_response": int(found.by_response), "moved": found.moved}
+    splits = {name: splits[name] if name in files and name != "train" else found.splits[name] for name in SPLITS}
+    counts["equal_pairs"] = sum(equal_pairs(record) for split in splits.values() for record in split)
     return splits, counts
+
+
+def _says_something(record: Record) -> bool:
+    """Whether a response of the record holds more than white space; of one that is only a prompt, the prompt."""
+    return any(text.strip() for text in record.responses or [record.prompt_text])
 
 
 def _keys(splits: dict[str, list[Record]], heading_records: int) -> dict[str, list[tuple[str, ...]]]:
@@ -206,6 +195,26 @@ def read_text(path: str) -> Iterator[Record]:
         if part.strip():
             yield Record("", [part.strip("\n")], where=f"{file}:{line}")
         line += part.count("\n")
+
+
+def records_or_lines(path: str, *, prompts: bool) -> Iterator[Record]:
+    """The records of a JSONL file; else each line of a text as one, as a prompt alone or as a response without.
+
+    Args:
+      prompts: what is read is prompts; else responses, and a record has some.
+    Raises:
+      InputError: as `read_records`, or not UTF-8, or nothing in it.
+    """
+    file = pathlib.Path(path)
+    if file.name.removesuffix(".gz").endswith((".jsonl", ".json", ".csv", ".tsv")):
+        yield from read_records(file, feedback=False, responses=not prompts)
+        return
+    number = 0
+    for number, line in text_lines(file, fix="give records, or texts in UTF-8, one a line"):
+        text = line.rstrip("\r\n")
+        yield Record(text, [], where=f"{file}:{number}") if prompts else Record("", [text], where=f"{file}:{number}")
+    if not number:
+        raise InputError(f"{file}: is empty; it must hold a record or a text, one a line")
 
 
 def rating_scale(records: list[Record]) -> tuple[float, float] | None:

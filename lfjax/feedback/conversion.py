@@ -1,4 +1,4 @@
-"""Feedback as others publish it -> records. One function a format, from a row to a record's JSON object."""
+"""Feedback as others have it -> records. One function a format, from a row to a record's JSON object."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import collections
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lfjax.config import InputError
+from lfjax.feedback import table, trl
+from lfjax.feedback.trl import LeftOut
+from lfjax.files import Faults
 from lfjax.records import Record, json_lines, parse_record
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class LeftOut(Exception):
-    """A row that is whole, but no record can be made of it; the message is the reason."""
 
 
 def hh(row: dict[str, str]) -> dict[str, Any]:
@@ -96,39 +96,94 @@ FORMATS: dict[str, tuple[Callable[[dict], dict[str, Any]], tuple[str, ...]]] = {
 }
 
 
+TRL, CSV = "trl", "csv"
+KNOWN = (*FORMATS, TRL, CSV)
+
+
 def convert(
-    path: str | os.PathLike[str], name: str, left_out: collections.Counter[str], *, max_chars: int = 0
+    path: str | os.PathLike[str],
+    name: str,
+    left_out: collections.Counter[str],
+    *,
+    max_chars: int = 0,
+    columns: Sequence[str] = (),
 ) -> Iterator[Record]:
-    """Streams the records of a JSONL file in the format `name`; `left_out` counts, by reason, rows that give none.
+    """Streams the records of a file in the format `name`; `left_out` counts, by reason, rows that give none.
+
+    An id that another row has too is kept as `row_id`.
 
     Args:
       max_chars: records whose prompt and longest response have more characters together are left out; 0: none.
+      columns: of CSV, what holds what (see `table.columns_of`).
 
     Raises:
       InputError: no such format, or as `json_lines`, or a field is missing or no text; names file, line and field.
     """
-    if name not in FORMATS:
-        raise InputError(f"format {name!r}: not known; allowed: {', '.join(FORMATS)}")
-    function, fields = FORMATS[name]
-    empty = True
-    for where, row in json_lines(path):
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: found {type(row).__name__}; allowed: a JSON object with {', '.join(fields)}")
-        for field in fields:
-            if not isinstance(row.get(field), str):
-                found = type(row[field]).__name__ if field in row else "nothing"
-                raise InputError(f"{where}: field {field!r}: found {found}; the format {name!r} has a text there")
+    if name not in KNOWN:
+        raise InputError(f"format {name!r}: not known; allowed: {', '.join(KNOWN)}")
+    if columns and name != CSV:
+        raise InputError(f"--map: is for csv; rows of {name} have names of their own")
+    faults, seen, empty = Faults(path), set[Any](), True
+    for where, made in _made(Path(path), name, left_out, faults, table.columns_of(columns)):
         try:
-            made = function(row)
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
+            record = parse_record(_provenance({**made, "source": made.get("source", name)}, seen), where)
+        except InputError as error:
+            faults.add(error)
             continue
-        record = parse_record({**made, "source": name}, where)
-        if max_chars and len(record.prompt_text) + max(map(len, record.responses)) > max_chars:
+        if max_chars and len(record.prompt_text) + max(map(len, record.responses), default=0) > max_chars:
             left_out[f"more than {max_chars} characters"] += 1
             continue
         empty = False
-        yield record
+        if not faults:
+            yield record
+    faults.show()
     if empty:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in left_out.items())
         raise InputError(f"{path}: no record can be made of it ({reasons}); give another file, or a larger --max-chars")
+
+
+def _made(
+    path: Path, name: str, left_out: collections.Counter[str], faults: Faults, columns: table.Columns
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where the row stands, record's JSON object) of all that can be made."""
+    rows = trl.rows(path) if name == TRL else table.rows(path, columns, faults) if name == CSV else json_lines(path)
+    for where, row in rows:
+        try:
+            if name == CSV:
+                found = [table.record(row, columns, where)]
+            elif name == TRL:
+                found = list(trl.trl(_object(row, where, trl.FIELDS)))
+            else:
+                function, fields = FORMATS[name]
+                found = [function(_texts(row, where, name, fields))]
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+        except InputError as error:
+            faults.add(error)
+        else:
+            yield from ((where, made) for made in found)
+
+
+def _object(row: Any, where: str, fields: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: found {type(row).__name__}; allowed: a JSON object with {', '.join(fields)}")
+    return row
+
+
+def _texts(row: Any, where: str, name: str, fields: Sequence[str]) -> dict[str, Any]:
+    """The row, which has to have a text in each of these fields."""
+    for field in fields:
+        if not isinstance(_object(row, where, fields).get(field), str):
+            found = type(row[field]).__name__ if field in row else "nothing"
+            raise InputError(f"{where}: field {field!r}: found {found}; the format {name!r} has a text there")
+    return row
+
+
+def _provenance(made: dict[str, Any], seen: set[Any]) -> dict[str, Any]:
+    """The record with fields of the names that records have in the form that they have there, others under `row_`."""
+    allowed = {"id": (str, int, float), "source": (str,), "license": (str,), "time": (str, int, float)}
+    for field, kinds in allowed.items():
+        if field in made and (type(made[field]) not in kinds or (field == "id" and made[field] in seen)):
+            made[f"row_{field}"] = made.pop(field)
+    seen.add(made.get("id"))
+    return made

@@ -9,6 +9,7 @@ Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
 
 from __future__ import annotations
 
+import math
 import time
 
 import jax
@@ -50,6 +51,14 @@ def forward_flops(config: TransformerConfig | EncoderConfig | LSTMConfig, length
     reach = [min(c.window, length) if windowed else length for windowed in c.window_layers]
     keys = sum(w - w * w / (2 * length) for w in reach)  # that a query reads on average, over all layers
     return 2.0 * (c.layers * (projections + mlp) + 2 * c.heads * c.head_dim * keys + last)
+
+
+def step_work(
+    config: TransformerConfig | EncoderConfig | LSTMConfig, shape: tuple[int, ...], passes: int
+) -> tuple[float, float]:
+    """(tokens, FLOPs) of a step on a batch [... T] that costs so many forward passes; padding counts."""
+    tokens = float(math.prod(shape))
+    return tokens, tokens * passes * forward_flops(config, shape[-1])
 
 
 def peak_flops(device) -> float:

@@ -67,6 +67,7 @@ BY_LEAF = {
     "first_ratio_error": Figure("First ratio error", "|ratio − 1| before the first step", "lower"),
     "return": Figure("Return", "score less the KL term"),
     "value": Figure("Value", "mean over tokens"),
+    "unique": Figure("Different answers", "share", "", "percent"),
     "positive": Figure("Positive to the judge", "share", "higher", "percent"),
     "distinct2": Figure("Matched distinct-2", "", "higher"),
     "skipped": Figure("Skipped updates", "not finite"),
@@ -98,6 +99,20 @@ def entry(key: str, figures: Figures) -> Figure:
         return dataclasses.replace(BY_LEAF[figure], title=f"{BY_LEAF[figure].title}: {of_class}", unit="of this class")
     known = figures.get(key) or SHARED.get(key) or BY_LEAF.get(leaf)
     return known or Figure(leaf.replace("_", " ").capitalize() or key)
+
+
+def form_of(name: str, figures: Figures) -> Callable[[float | None], str]:
+    """How a figure of summary.json is written: as the metric whose name it begins with, "positive" of positive_after.
+
+    Shares won are percent.
+    """
+    head, _, leaf = name.rpartition("/")
+    leaf = next((rest for mark in VARIANTS if (rest := leaf.removeprefix(f"{mark}_")) != leaf), leaf)
+    parts = leaf.split("_")
+    known = ["_".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    known += ["_".join(parts[first:]) for first in range(1, len(parts))]  # of a judge: ridge_pair_accuracy
+    found = (figures.get(f"{head}/{part}") or BY_LEAF.get(part) for part in known)
+    return percent if leaf.endswith("_won") else FORMS[next(filter(None, found), Figure("")).form]
 
 
 def sort_key(key: str, figures: Figures) -> tuple[int, str]:

@@ -69,6 +69,21 @@ def percent(value: float | None) -> str:
     return f"{number(100 * value)} %" if abs(value) >= LONG else f"{100 * value:.1f} %".replace("-", "\u2212")
 
 
+def with_interval(
+    form: Callable[[float | None], str],
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    n: float | None = None,
+) -> str:
+    """A figure with what is known of its 95 % interval and of how many things it is: "84.6 % (78 to 90, n 39)"."""
+    ends = [] if low is None or high is None else [low, high]
+    said = [f"{100 * end:.0f}".replace("-", "\u2212") if form is percent else form(end) for end in ends]
+    count = [] if n is None else [f"n {n:,.0f}".replace(",", "\u202f")]
+    beside = [" to ".join(said)] * bool(said) + count
+    return form(value) + (f" ({', '.join(beside)})" if beside else "")
+
+
 def clock(seconds: float) -> str:
     """A duration as "8.2 s", "61 s" or "1 h 5 min 07 s"."""
     if seconds < 90:

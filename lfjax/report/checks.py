@@ -6,8 +6,25 @@ import dataclasses
 from collections.abc import Sequence
 
 from lfjax.report.charts import number, percent
-from lfjax.report.findings import JUDGE_NOISE, Comparison, Word, figure, score_rose, setting, settings, whole
+from lfjax.report.findings import (
+    JUDGE_NOISE,
+    Comparison,
+    Word,
+    figure,
+    interval,
+    judge_of,
+    lexicon_judges,
+    reward_name,
+    ridge_judge,
+    said,
+    score_rose,
+    setting,
+    settings,
+    whole,
+    won_by,
+)
 from lfjax.report.rundir import RunDir
+from lfjax.rewards.diversity import MIN_SAMPLES
 
 KL_LIMIT = 15.0  # nats a sequence
 LENGTH_LIMIT = 8.0  # tokens
@@ -37,20 +54,27 @@ def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> 
     rose, scored = score_rose(run, found), run.scored != ""
     bad = HACK if rose else ("alarm", "got worse") if scored else ("watch", "fell")
     compared = (
-        ("An independent judge", "judge/positive", _judge),
         ("Variety", "diversity/distinct2", _variety),
         ("Length", "length", _length),
         ("Endings", "eos_share", _endings),
         *((("Distance from the start", "kl", _distance),) if scored else ()),
     )
     out = [
-        Check(title, *(measure(found[key], bad, run) if key in found else UNKNOWN))
+        Check(title, *(measure(found[key], bad, run) if key in found else _missing(run, key)))
         for title, key, measure in compared
         if key in found or scored
     ]
+    out += [_judge(run, found, bad) if scored or judge_of(run, found) else None]
     out += [_words(words, rose), _overshoot(run, found, rose), _reward_model(run), _sampler(run), _skipped(run)]
     order = {"alarm": 0, "watch": 1, "ok": 2, "unknown": 3}
     return sorted((check for check in out if check), key=lambda check: order[check.level])
+
+
+def _missing(run: RunDir, key: str) -> tuple[str, str, str]:
+    """Why a figure is not there."""
+    if key == "diversity/distinct2" and "diversity/unique_after" in run.summary:
+        return *UNKNOWN[:2], f"It takes {MIN_SAMPLES} answers or more: raise config.evaluate.prompts."
+    return UNKNOWN
 
 
 def _fell(bad: tuple[str, str], said: str, why: str) -> tuple[str, str, str]:
@@ -58,14 +82,42 @@ def _fell(bad: tuple[str, str], said: str, why: str) -> tuple[str, str, str]:
     return *bad, f"{said} {why}" if bad == HACK else said
 
 
-def _judge(judge: Comparison, bad: tuple[str, str], run: RunDir) -> tuple[str, str, str]:
+def _judge(run: RunDir, found: dict[str, Comparison], bad: tuple[str, str]) -> Check:
+    title, judge = "An independent judge", judge_of(run, found)
+    if judge is None:
+        if "judge/ridge" in found:
+            return Check(title, "watch", "none that knows", f"There is {ridge_judge(run)}: no better than chance.")
+        none = "No judge but the reward itself: hold out more ratings, or name one in config.evaluate.judges."
+        return Check(title, *(*UNKNOWN[:2], none) if "diversity/unique_after" in run.summary else UNKNOWN)
+    if judge.key != "judge/positive":
+        return Check(title, *_rates(run, judge, bad))
+    if bad == HACK and reward_name(run) != "reward model":
+        bad = ("watch", "fell")  # a function of one's own need not be after praise
+    return Check(title, *_calls(judge, bad))
+
+
+def _rates(run: RunDir, judge: Comparison, bad: tuple[str, str]) -> tuple[str, str, str]:
+    """Of a judge that gives scores."""
+    won = won_by(run, judge.key)
+    share = f" Of pairs on the same prompt the answer after wins {won}." if won else ""
+    text = f"{judge.title}: {judge.said('after')}, before {judge.said('before')}; {judge.change}.{share}"
+    if judge.fell or (judge.fell is None and judge.after < judge.before):
+        why = "The reward and a judge it never saw move apart: the policy has probably found the reward's mistakes."
+        return _fell(bad, text, why)
+    if judge.rose is False:
+        return ("watch" if bad == HACK else "ok"), "no difference seen", text
+    return "ok", "agrees" if bad == HACK else "no loss", text
+
+
+def _calls(judge: Comparison, bad: tuple[str, str]) -> tuple[str, str, str]:
+    """Of the lexicon, which calls answers positive."""
     said = f"The judge calls {percent(judge.after)} positive, before {percent(judge.before)}."
-    if judge.after < judge.before - 0.01:
+    if judge.after < judge.before - 0.01 and judge.fell is not False:
         why = "The reward and a judge it never saw move apart: the policy has probably found the reward's mistakes."
         return _fell(bad, said, why)
     if bad != HACK:
         return "ok", "no loss", said
-    if judge.after < judge.before + JUDGE_NOISE:
+    if judge.after < judge.before + JUDGE_NOISE or judge.rose is False:
         return "watch", "sees no gain", f"{said} The reward rose, the judge hardly notices."
     return "ok", "agrees", f"{said} It is a word list, so words of praise are all it takes to please it."
 
@@ -132,24 +184,29 @@ def _overshoot(run: RunDir, found: dict[str, Comparison], rose: bool) -> Check |
 
 
 def _reward_model(run: RunDir) -> Check | None:
-    title, own = "The reward model", figure(run, run.named("pair_accuracy"))
+    title, name = "The reward model", run.named("pair_accuracy")
+    own = figure(run, name)
     if own is None:
         return None
-    names = {"lexicon": "a word lexicon", "ridge": "ridge regression on words"}
-    rivals = {name: figure(run, run.named(f"pair_accuracy_{key}")) for key, name in names.items()}
-    known = {name: value for name, value in rivals.items() if value is not None}
-    beside = "".join(f"; {name}: {percent(value)}" for name, value in known.items())
-    said = f"It puts {percent(own)} of held-out pairs in people's order{beside}."
+    names = {"ridge": "ridge regression on words"} | ({"lexicon": "a word lexicon"} if lexicon_judges(run) else {})
+    rivals = {key: rival for key in names if (rival := figure(run, f"{name}_{key}")) is not None}
+    beside = "".join(f"; {names[key]}: {said(run, f'{name}_{key}', percent)}" for key in rivals)
+    text = f"It puts {said(run, name, percent)} of held-out pairs in people's order{beside}."
     pairs = figure(run, run.named("pairs")) or figure(run, run.named("ranked_pairs"))
-    if pairs and pairs > 0 and own < (lucky := 0.5 + pairs**-0.5):  # two standard errors of a coin
-        why = f"Of {pairs:,.0f} pairs a coin puts up to {percent(lucky)} right: what follows it may follow noise."
-        return Check(title, "watch", "no better than chance", f"{said} {why}")
-    ahead = [name for name, value in known.items() if value > own]
+    low, lucky = interval(run, name).low, 0.5 + pairs**-0.5 if pairs and pairs > 0 else 0.5  # two errors of a coin
+    if own < lucky if low is None else low <= 0.5:
+        coin = f"Of {pairs or 0:,.0f} pairs a coin puts up to {percent(lucky)} right"
+        coin = coin if low is None else "Half of them right, as a coin has, is in its interval"
+        return Check(title, "watch", "no better than chance", f"{text} {coin}: what follows it may follow noise.")
+    over = {key: interval(run, f"{name}_over_{key}").seen for key in rivals}
+    ahead = [names[key] for key, rival in rivals.items() if rival > own and over[key] is not False]
+    alike = [names[key] for key in rivals if over[key] is False]
+    told = f" No difference seen from {' and '.join(alike)}." if alike else ""
     if ahead:
         first = " and ".join(ahead)
         better = f"{first[0].upper()}{first[1:]} {'are' if len(ahead) > 1 else 'is'} ahead of it."
-        return Check(title, "watch", "not the best", f"{said} {better}")
-    return Check(title, "ok", "holds up" if known else "measured", said)
+        return Check(title, "watch", "not the best", f"{text} {better}{told}")
+    return Check(title, "ok", "holds up" if rivals else "measured", f"{text}{told}")
 
 
 def _sampler(run: RunDir) -> Check | None:

@@ -19,7 +19,7 @@ def lines(run: RunDir) -> list[str]:
     stages = [f"{stage.name}: {', '.join(told)}" for stage in run.stages if (told := _of_stage(run, stage.name))]
     first = [key for key in (*list(found)[:2], "kl", "length") if key in found]  # the gain, and what it may have cost
     shown = [found[key] for key in dict.fromkeys((*first, *found)) if not found[key].interim]
-    compared = [f"{c.title}: {c.form(c.before)} -> {c.form(c.after)}" for c in shown]
+    compared = [f"{c.title}: {c.said('before')} -> {c.said('after')}" for c in shown]
     return [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
 
 
@@ -37,11 +37,11 @@ def _of_stage(run: RunDir, stage: str) -> list[str]:
     names = [name for name, value in run.summary.items() if name.startswith(f"{stage}/") and is_figure(value)]
     if not any(name.startswith(f"{stage}/validation_") for name in names):
         return []
-    told, seen = [], set()
+    shown, told, seen = findings.told(run), [], set()
     for key, variants in catalogue.families(names, run.figures).items():
         entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]
         if entry.better and not _SIDES.search(leaf) and entry.title not in seen:
             seen.add(entry.title)
-            value = run.summary[_held_out(key, dict(variants))]
-            told.append(f"{entry.title.lower()} {catalogue.FORMS[entry.form](value)}")
+            name = _held_out(key, dict(variants))
+            told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
     return told[:MOST_FIGURES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import html
@@ -165,6 +166,11 @@ def _comparison_table(run: RunDir, found: dict[str, Comparison]) -> str:
     )
     if any(item.interim for item in found.values()):
         intro = "Figures marked “training” are of the first and the last logged batch, not of held-out prompts."
+    if any(around.low is not None for item in found.values() for around in item.around):
+        intro += (
+            " In brackets 95 % intervals, by drawing prompts again, and n, the number of answers; changes are of the"
+            " same prompts."
+        )
     if isinstance(human, (int, float)):
         intro += f" The dashed tick marks people's own test sentences: {percent(human)} positive."
     table = f'<div class="card compare"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
@@ -174,12 +180,12 @@ def _comparison_table(run: RunDir, found: dict[str, Comparison]) -> str:
 def _comparison_row(item: Comparison) -> str:
     unit = item.unit + (" · training" if item.interim else "")
     low, high = (0.0, 1.0) if item.form is percent else _span(item)
-    before = "0" if item.key == "kl" else item.form(item.before)
+    before, after = ("0" if item.key == "kl" else item.said("before")), item.said("after")
     change = "" if item.key == "kl" else item.change
     return (
         f'<tr><th scope="row">{_e(item.title)}<small>{_e(unit)}</small></th>'
         f'<td class="num before" data-label="before">{before}</td>'
-        f'<td class="num after" data-label="after">{item.form(item.after)}</td>'
+        f'<td class="num after" data-label="after">{after}</td>'
         f'<td class="num soft" data-label="change">{change}</td>'
         f'<td class="shape">{dumbbell(item.before, item.after, low, high, item.mark)}</td></tr>'
     )
@@ -194,21 +200,34 @@ def _foundation(run: RunDir) -> str:
     """The language model and the reward model under it, in one sentence each."""
     parts = []
     for stage in (stage.name for stage in run.stages):
-        figure = functools.partial(findings.figure, run)
+        figure, said = functools.partial(findings.figure, run), functools.partial(findings.said, run)
         perplexity, accuracy = figure(f"{stage}/perplexity"), figure(f"{stage}/pair_accuracy")
         if perplexity and run.about(stage).builds:
             bits, unigram = figure(f"{stage}/bits_per_byte"), figure(f"{stage}/unigram_perplexity")
             size = f", {number(bits)} bits a byte" if bits else ""
             beside = f"; guessing by word frequency alone reaches {number(unigram)}" if unigram else ""
-            parts.append(f"<b>Language model:</b> perplexity {number(perplexity)} on held-out texts{size}{beside}.")
+            parts.append(
+                f"<b>Language model:</b> perplexity {said(f'{stage}/perplexity')} on held-out texts{size}{beside}."
+            )
         elif perplexity:
             before = figure(f"{stage}/perplexity_before")
             was = f", {number(before)} before" if before else ""
-            parts.append(f"<b>Fine-tuned:</b> perplexity {number(perplexity)} on held-out answers{was}.")
+            alike = findings.interval(run, f"{stage}/perplexity_change").seen is False
+            was += "; no difference seen" if was and alike else ""
+            parts.append(f"<b>Fine-tuned:</b> perplexity {said(f'{stage}/perplexity')} on held-out answers{was}.")
         if accuracy:
-            gap = figure(f"{stage}/pairs") and findings.setting(run.config, f"{stage}.min_gap")
+            asked = figure(f"{stage}/min_gap") or findings.setting(run.config, f"{stage}.min_gap")
+            gap = asked if figure(f"{stage}/pairs") else None
             apart = f" at least {number(gap)} rating point{'s' * (gap != 1)} apart" if gap and is_figure(gap) else ""
-            parts.append(f"<b>Reward model:</b> orders {percent(accuracy)} of held-out pairs{apart} as people do.")
+            share = said(f"{stage}/pair_accuracy", percent)
+            parts.append(f"<b>Reward model:</b> orders {share} of held-out pairs{apart} as people do.")
+        if figure(f"{stage}/majority_accuracy") is not None and figure(f"{stage}/accuracy") is not None:
+            told, often = (said(f"{stage}/{name}", percent) for name in ("accuracy", "majority_accuracy"))
+            alike = findings.interval(run, f"{stage}/accuracy_over_majority").seen is False
+            more = "; no difference seen" if alike else ""
+            parts.append(
+                f"<b>Classifier:</b> right about {told} of held-out texts; the most frequent class: {often}{more}."
+            )
     return "".join(f'<p class="small soft" style="margin:14px 0 0">{part}</p>' for part in parts)
 
 
@@ -253,7 +272,8 @@ def _pairs(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 
 
 def _sample(row: dict[str, Any], kind: str, tag: str) -> str:
-    names = (("score", "score"), ("judge", "judge"), ("kl", "KL"), ("length", "tokens"))
+    names = (("score", "score"), ("normalised_score", "normalised score"), ("judge", "judge"), ("kl", "KL"),
+             ("length", "tokens"))  # fmt: skip
     figures = "".join(
         f"<span>{label} <b>{number(row[key])}</b></span>" for key, label in names if is_figure(row.get(key))
     )
@@ -323,28 +343,51 @@ def _stage_charts(run: RunDir, stage: str, most: int) -> str:
     families = catalogue.families((name for name, points in metrics.items() if len(points) > 1), run.figures)
     if not families:
         return ""
+    charts = [chart for key, names in families.items() for chart in _alike(run, key, names)]
     cards = _within(
         (
-            _chart_card(
-                key,
-                catalogue.entry(key, run.figures),
-                [(label, metrics[name]) for name, label in names],
-                _baselines(run, key),
-            )
-            for key, names in families.items()
+            _chart_card(key, shown, [(label, metrics[name]) for name, label in names], marks)
+            for key, shown, names, marks in charts
         ),
         most,
     )
     steps = max(points[-1][0] for points in metrics.values())
     intro = f"{number(steps)} {_e(run.about(stage).unit)}. Touch or point at a curve to read it."
-    shown = f'<div class="charts">{"".join(cards)}</div>' + _more(len(families) - len(cards), "charts")
+    shown = f'<div class="charts">{"".join(cards)}</div>' + _more(len(charts) - len(cards), "charts")
     return _section(f"Curves: {_e(stage)}", shown, intro)
 
 
+def _alike(
+    run: RunDir, key: str, names: list[tuple[str, str]]
+) -> Iterator[tuple[str, Figure, list[tuple[str, str]], list[Mark]]]:
+    """The charts of a metric: its own figure, lines and marks of each.
+
+    Simpler methods are measured on held-out data: where they are known, they are drawn beside the held-out curve alone,
+    and the one of the training batches has a chart of its own.
+    """
+    shown, rivals = catalogue.entry(key, run.figures), _baselines(run, key)
+    held_out = [(name, label) for name, label in names if label != "training"]
+    if not rivals or not held_out:
+        own = f"{shown.unit} · training batches".lstrip(" ·") if rivals else shown.unit
+        yield key, dataclasses.replace(shown, unit=own), names, []
+        return
+    yield key, dataclasses.replace(shown, title=f"{shown.title}, held out"), held_out, rivals
+    if training := [(name, label) for name, label in names if label == "training"]:
+        yield key, dataclasses.replace(shown, title=f"{shown.title}, training batches"), training, []
+
+
 def _baselines(run: RunDir, key: str) -> list[Mark]:
-    """Final figures of simpler methods ("reward/pair_accuracy_ridge") as lines in the chart of the metric itself."""
-    found = ((name, run.summary.get(f"{key}_{name}")) for name in ("lexicon", "ridge"))
-    return [Mark(float(value), name) for name, value in found if isinstance(value, (int, float))]
+    """What simpler methods reach on the validation data ("reward/validation_pair_accuracy_ridge"), else the test data.
+
+    The curve of a metric is of the validation data.
+    """
+    head, _, leaf = key.rpartition("/")
+    marks = []
+    for name in ("ridge", *(["lexicon"] if findings.lexicon_judges(run) else [])):
+        places = ((f"{head}/validation_{leaf}_{name}", name), (f"{key}_{name}", f"{name}, test"))
+        known = ((run.summary.get(place), label) for place, label in places)
+        marks += [Mark(float(v), label) for v, label in known if isinstance(v, (int, float))][:1]
+    return marks
 
 
 def _chart_card(
@@ -444,7 +487,7 @@ def _everything(run: RunDir) -> str:
     """All final figures, samples of training and the resolved config, folded away."""
     parts = ""
     if run.summary:
-        figures = {k: number(v) if isinstance(v, float) else v for k, v in sorted(run.summary.items())}
+        figures = findings.told(run)
         parts += _details(f"All {len(figures)} final figures (summary.json)", _key_table(list(figures.items())))
     during = [row for row in run.samples if row.get("set") not in ("before", "after")]
     if during:

@@ -183,12 +183,12 @@ def _has(folder: pathlib.Path, names: Iterable[str]) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def stages_that_make(folder: pathlib.Path, what: str, known: Known) -> list[str]:
+def stages_that_make(folder: pathlib.Path, what: tuple[str, ...], known: Known) -> list[str]:
     """The stages of a run directory whose models/<stage>/ is such a thing ("language model"), in the run's order."""
     left_out: list[str] = []
     config = _config(folder, left_out)
     about = _abouts(folder, config, known, left_out)
-    return [name for name in config.get("stages") or about if name in about and about[name].makes == what]
+    return [name for name in config.get("stages") or about if name in about and about[name].makes in what]
 
 
 def _abouts(folder: pathlib.Path, config: Mapping[str, Any], known: Known | None, left_out: list[str]):

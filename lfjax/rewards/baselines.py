@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -42,7 +42,14 @@ def pair_accuracy(
 def ridge_scores(
     train_texts: Sequence[str], train_ratings: Sequence[float], texts: Sequence[str], *, alpha: float = 1.0
 ) -> np.ndarray:
-    """Ratings of `texts` predicted by ridge regression on tf-idf of lower-cased word unigrams and bigrams. [N] float64.
+    """What `fit_ridge` says of `texts`, [N] float64."""
+    return fit_ridge(train_texts, train_ratings, alpha=alpha)(texts)
+
+
+def fit_ridge(
+    texts: Sequence[str], ratings: Sequence[float] | np.ndarray, *, alpha: float = 1.0
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """texts -> ratings [N] float64, by ridge regression on tf-idf of lower-cased word unigrams and bigrams.
 
     A few seconds for 20,000 sentences; deterministic. Training texts without a word of two letters give their mean.
     """
@@ -51,8 +58,9 @@ def ridge_scores(
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2))
     words = vectorizer.build_analyzer()
-    if not any(words(text) for text in train_texts):
-        return np.full(len(texts), np.mean(train_ratings))
-    features = vectorizer.fit_transform(train_texts)
-    model = Ridge(alpha=alpha).fit(features, np.asarray(train_ratings, np.float64))
-    return model.predict(vectorizer.transform(texts))
+    if not any(words(text) for text in texts):
+        mean = float(np.mean(ratings))
+        return lambda others: np.full(len(others), mean)
+    features = vectorizer.fit_transform(texts)
+    model = Ridge(alpha=alpha).fit(features, np.asarray(ratings, np.float64))
+    return lambda others: model.predict(vectorizer.transform(others))

@@ -36,15 +36,20 @@ def calibration_error(differences: np.ndarray, *, bins: int = 10) -> float:
     Source: Guo et al. 2017, arXiv:1706.04599, eq. 3; bins of equal count: Nixon et al. 2019, arXiv:1904.01685; of
       preference models: Bai et al. 2022, arXiv:2204.05862, section 3.3.
     """
-    differences = np.asarray(differences, np.float64)
     if not len(differences):
         return float("nan")
+    return float(sum(abs(excess.sum()) for _, excess in binned_excess(differences, bins=bins)) / len(differences))
+
+
+def binned_excess(differences: np.ndarray, *, bins: int = 10) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The bins of `calibration_error`: which pairs are in each, and by how much the odds of each are too high."""
+    differences = np.asarray(differences, np.float64)
     probability, group, count = np.unique(
         1.0 / (1.0 + np.exp(-np.abs(differences))), return_inverse=True, return_counts=True
     )
-    mean_right = np.bincount(group, np.heaviside(differences, 0.5)) / count
-    excess = np.repeat(probability - mean_right, count)  # [P], by probability
-    return float(sum(abs(part.sum()) for part in np.array_split(excess, bins)) / len(differences))
+    excess = probability - np.bincount(group, np.heaviside(differences, 0.5), minlength=len(count)) / count
+    order = np.argsort(group, kind="stable")  # by probability
+    return [(places, excess[group[places]]) for places in np.array_split(order, bins)]
 
 
 def rating_slope(scores: np.ndarray, ratings: np.ndarray) -> float:

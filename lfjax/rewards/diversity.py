@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 MATCHED_BIGRAMS = 2000
 MIN_SAMPLES = 512
 
@@ -45,6 +47,29 @@ def matched_distinct2(texts: Sequence[str], *, bigrams: int = MATCHED_BIGRAMS, m
     return len(set(itertools.islice(_bigrams(texts), bigrams))) / bigrams
 
 
+def matched_distinct2_of(
+    texts: Sequence[str], selections: Iterable[Iterable[int]], *, bigrams: int = MATCHED_BIGRAMS
+) -> np.ndarray:
+    """`matched_distinct2` of each selection, the numbers of its texts in their order: [R]."""
+    numbers: dict[tuple[str, str], int] = {}
+    coded = [np.array([numbers.setdefault(b, len(numbers)) for b in _bigrams([text])], np.int64) for text in texts]
+    found = []
+    for selection in selections:
+        parts, size = [np.zeros(0, np.int64)], 0
+        for text in selection:
+            parts.append(coded[text])
+            size += len(coded[text])
+            if size >= bigrams:
+                break
+        found.append(len(np.unique(np.concatenate(parts)[:bigrams])) / bigrams)
+    return np.array(found)
+
+
 def unique_share(texts: Sequence[str]) -> float:
     """Different texts (white space and case aside) over texts, in [0, 1]; 0 where there is none."""
-    return len({" ".join(text.lower().split()) for text in texts}) / len(texts) if texts else 0.0
+    return len({plain(text) for text in texts}) / len(texts) if texts else 0.0
+
+
+def plain(text: str) -> str:
+    """The text without what `unique_share` takes no notice of."""
+    return " ".join(text.lower().split())

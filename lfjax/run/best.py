@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lfjax.config import InputError
 from lfjax.report import catalogue
+from lfjax.rewards.intervals import without
 from lfjax.run.data import note
 from lfjax.run.run import Run
 
@@ -32,23 +33,24 @@ class Best:
         self.step, self.value, self.figures = 0, None, {}
         self._params = jax.tree.map(jnp.copy, state.params) if self._named else None
 
-    def see(self, state: Any, done: int, figures: Mapping[str, float]) -> None:
-        """Takes a validation after so many steps, of the state as it is then.
+    def seen(self, state: Any, done: int, figures: dict[str, float]) -> dict[str, float]:
+        """Takes the figures of a validation after so many steps, of the state as it is then, and gives them back.
 
         Raises:
           InputError: the figure that `keep_best` names is not among them.
         """
         value = self._of(figures)
         if value is None and self._named:
-            known = sorted({name.rpartition("/")[2].removeprefix("validation_") for name in figures})
+            known = sorted({name.rpartition("/")[2].removeprefix("validation_") for name in without(figures)})
             key = f"config.{self._stage}.keep_best: {self._named!r}"
             raise InputError(f"{key}; this validation gives {', '.join(known)}: name one of these, or none")
         if value is None or math.isnan(value):
-            return
+            return figures
         if self.value is None or (value < self.value if self._lower else value > self.value):
-            self.step, self.value, self.figures = done, value, dict(figures)
+            self.step, self.value, self.figures = done, value, figures
             if self._named:
                 self._params = jax.tree.map(jnp.copy, state.params)  # the step will take the state's own memory
+        return figures
 
     def out(self, state: Any, figures: dict[str, float], total: int) -> tuple[Any, dict[str, float]]:
         """(state, figures) of the model that goes out: with `keep_best` the best, else the last.

@@ -17,7 +17,8 @@ from lfjax.config import to_plain
 from lfjax.files import read_json, write_json
 from lfjax.models.flops import cpu_matmul_rate
 from lfjax.report.rundir import STAGES
-from lfjax.run.data import say
+from lfjax.run import checks
+from lfjax.run.data import note, say
 from lfjax.run.meter import Meter
 from lfjax.run.run import Interrupted, Run
 from lfjax.sharding import Step
@@ -38,8 +39,10 @@ def run_stages(run: Run) -> dict[str, float]:
     if jax.process_index() == 0:
         sections = to_plain(run.config)
         write_json(run.workdir / STAGES, {s: run.stage(s).described(sections[s]) for s in run.stages})
+    for stage, what in checks.unread(run.config, run.declared):
+        note(stage, what)
     totals, run.began = [], time.perf_counter()
-    with contextlib.closing(run), handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    with run, handled(ask_to_stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for stage in run.stages:
             done = run.finished(stage) or _run_stage(run, stage)
             totals.append(done)

@@ -17,7 +17,7 @@ from lfjax.interop import hf
 from lfjax.records import Record
 from lfjax.run import starts
 from lfjax.run.data import Data
-from lfjax.run.stage import LANGUAGE_MODEL, Stage
+from lfjax.run.stage import LANGUAGE_MODEL, SCORER, Stage
 from lfjax.sharding import batch_shards
 
 Stages = Mapping[str, Stage]
@@ -79,16 +79,34 @@ def check_sources(config: Config, stages: Stages, source: Callable[[str, str], P
             raise InputError(f"config.{key}: {path}: no such file or folder; correct the path")
 
 
+def unread(config: Config, stages: Stages) -> list[tuple[str, str]]:
+    """(stage, what to know of it): it trains a model of scores, and a later stage takes its score from elsewhere."""
+    found = []
+    for place, name in enumerate(config.stages):
+        later = config.stages[place + 1 :]
+        read = any(name in stages[stage].models(config, stages).values() for stage in later)
+        raisers = [stage for stage in later if stages[stage].scored_by(config[stage])]
+        if stages[name].makes == SCORER and raisers and not read:
+            without = ",".join(stage for stage in config.stages if stage != name)
+            by = f'"{raisers[0]}" takes its score from a {stages[raisers[0]].scored_by(config[raisers[0]])}'
+            found.append((name, f"no later stage reads its model: {by}; leave it out with --config.stages={without}"))
+    return found
+
+
 def check_data(config: Config, stages: Stages, data: Data) -> None:
     """Every stage can learn from the splits that it reads. Raises InputError."""
     for stage in config.stages:
         for split in stages[stage].splits if stages[stage].learns_from else ():
-            if not any(map(stages[stage].teaches, data.records[split])):
+            teaches = stages[stage].teaches
+            if not any(map(teaches, data.records[split])):
+                count = sum(teaches(record) for name in SPLITS for record in data.records[name])
+                larger = data.larger(split, lambda records, teaches=teaches: any(map(teaches, records)))
                 others = _taught_by_feedback(stages, data.records[split])
-                hint = f" (it holds {others[0].learns_from}, for the stage {others[0].name})" if others else ""
+                hint = f"; it holds {others[0].learns_from}, for the stage {others[0].name}" if others else ""
                 raise InputError(
                     f"stage {stage}: {data.file(split)}: the {split} split holds no {stages[stage].learns_from} to"
-                    f' learn from{hint}; add some, or leave "{stage}" out of config.stages'
+                    f" learn from ({count} record{'s' * (count != 1)} of all splits {'does' if count == 1 else 'do'}"
+                    f'{hint}); add some{larger}, or leave "{stage}" out of config.stages'
                 )
     for stage in config.stages:
         stages[stage].check_data(config, data)
@@ -117,4 +135,24 @@ def check_texts(config: Config, stages: Stages, data: Data, tokenizer) -> None:
                 for text in dict.fromkeys(text for stage in chain for text in stage.texts(record)):
                     response_tokens(record, text, tokenizer)
     for stage in chain:
+        if config.data.too_long == "error":
+            check_lengths(config, stage, data, tokenizer)
         stage.check_texts(config, data, tokenizer)
+
+
+def check_lengths(config: Config, stage: Stage, data: Data, tokenizer) -> None:
+    """No text that the stage learns from would be cut; raises InputError. A text that it builds a model on never is."""
+    own = config[stage.name]
+    if "seq_len" not in own or stage.builds:
+        return
+    most = own.seq_len + ("buckets" not in own)  # a packed row holds a token more: its first one is no target
+    for record in (record for split in stage.splits for record in data.records[split]):
+        texts = stage.texts(record)
+        before = len(prompt_tokens(record, tokenizer)) if texts else 0
+        for text in texts:
+            tokens = before + len(response_tokens(record, text, tokenizer))
+            if tokens > most:
+                raise InputError(
+                    f"{record.where}: prompt and response have {tokens} tokens; allowed: at most {most}"
+                    f" (config.{stage.name}.seq_len); raise it, shorten the text, or set config.data.too_long=cut"
+                )

@@ -161,7 +161,8 @@ class Workdir:
     def _check_links(self) -> None:
         """Refuses links that lead out: what is written through them lands in others' folders, and so they are read."""
         home = Path(os.path.realpath(self.path))
-        for entry in (entry for name in PARTS for entry in _entries(self.path / name)):
+        own = (self.path / "wandb", self.path / "wandb" / "run_id")  # what wandb puts there has links to its logs
+        for entry in (*own, *(entry for name in PARTS for entry in _entries(self.path / name))):
             if entry.is_symlink() and not (end := Path(os.path.realpath(entry))).is_relative_to(home):
                 raise InputError(
                     f"{entry}: a link to {end}, outside of the run directory; remove it, or give --follow-links"
@@ -224,13 +225,18 @@ def _entries(top: Path) -> Iterator[Path]:
 
 
 def forks_of(
-    config: Config, stages: Mapping[str, Stage], steps: Mapping[str, Any], functions: Mapping[str, Any]
+    config: Config,
+    stages: Mapping[str, Stage],
+    steps: Mapping[str, Any],
+    functions: Mapping[str, Any],
+    trackers: Iterable[type] = (),
 ) -> dict[str, Path]:
-    """Name -> source file of the code that is not lfjax's own: steps, functions that stages call, stages.
+    """Name -> source file of the code that is not lfjax's own: steps, functions that stages call, trackers, stages.
 
     Args:
       functions: config key -> function.
     """
+    steps = {**steps, **{f"{kind.__name__}_tracker": kind for kind in trackers}}
     functions = {re.sub(r"\W+", "_", key.rpartition(".")[2] + "_function"): f for key, f in functions.items()}
     found = _sources({**steps, **functions})
     own = _sources({f"{stage}_stage": stages[stage].run for stage in config.stages})
@@ -241,7 +247,8 @@ def _sources(functions: Mapping[str, Any]) -> dict[str, Path]:
     found = {}
     for name, function in functions.items():
         function = inspect.unwrap(getattr(function, "func", function))
-        source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
+        known = inspect.isfunction(function) or inspect.isclass(function)
+        source = inspect.getsourcefile(function) if known else None
         if source and not function.__module__.startswith("lfjax."):
             found[name] = Path(source)
     return found
@@ -273,7 +280,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], config: Config, stages:
 
     A key that was not there before is no difference where it has its default, nor is one that has moved.
     """
-    moved = {f"config.{old}": f"config.{new}" for s in stages.values() for old, new in s.moved.items()}
+    moved = {f"config.{old}": f"config.{new}" for old, new in configs.moved_keys(stages).items()}
     default = configs.flatten(configs.to_plain(configs.base_config(*config.outside)))
     known = {moved.get(key, key): value for key, value in configs.flatten(before).items()}
     found = configs.flatten(now)

@@ -15,10 +15,11 @@ import numpy as np
 
 from lfjax.config import Config, optim_section
 from lfjax.data.batching import PackedRows
-from lfjax.metrics import Window, perplexity
+from lfjax.metrics import Window
 from lfjax.models import lora, presets
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.models.lora import LoRA
+from lfjax.rewards.intervals import Bootstrap, Resampled
 from lfjax.run import training
 from lfjax.run.data import note
 from lfjax.run.devices import Devices
@@ -30,6 +31,8 @@ from lfjax.types import leaf_name
 
 HELD_OUT = ("loss", "perplexity")  # figures of every validation here
 
+POSITIVE = (0.0, math.inf)  # bounds of a loss and of a perplexity
+
 
 def train_language_model(
     run: Run,
@@ -38,7 +41,7 @@ def train_language_model(
     *,
     step: str,
     tuned: bool = False,
-    further: Callable[[float, float], dict[str, float]] = lambda nll, tokens: {},
+    further: Callable[[Resampled, float], dict[str, float]] = lambda nll, tokens: {},
 ) -> dict[str, float]:
     """Trains on packed documents of "train" and "validation", saves the model, and gives its figures.
 
@@ -46,7 +49,7 @@ def train_language_model(
       documents: split -> token lists, or (tokens, which of them are targets).
       step: the name of the step in `config.steps`; its metrics step/leaf become stage/leaf.
       tuned: also say how the model did before, and how many documents were cut.
-      further: (held-out nats per target, targets) -> more figures beside them.
+      further: (held-out nats per target, number of targets) -> more figures beside them.
     """
     section, devices, adapters = run.config[stage], run.devices, run.adapters(stage)
     rows = {"seq_len": section.seq_len, "batch_size": section.batch_size, "pad_id": run.tokenizer.pad_id}
@@ -66,26 +69,28 @@ def train_language_model(
         purpose=stage,
     )  # fmt: skip
     evaluate = held_out(devices, run.steps["evaluate"], model, base, validation, adapters)
-    before = {}
+    start, before = None, {}
     if tuned:
-        before[f"{stage}/perplexity_before"] = perplexity(evaluate(trained)[0])
+        start = perplexities(evaluate(trained)[0])
+        before = start.figures(f"{stage}/perplexity_before", POSITIVE)
         before[f"{stage}/cut_share"] = run.cut_share(stage, packed.cut, len(documents["train"]))
     del params, trained  # the state has its own
 
     def figures(state) -> dict[str, float]:
         nll, tokens = evaluate(state.params)
-        return {f"{stage}/validation_loss": nll, f"{stage}/perplexity": perplexity(nll), **further(nll, tokens)}
+        found = nll.figures(f"{stage}/validation_loss", POSITIVE)
+        found |= perplexities(nll).figures(f"{stage}/perplexity", POSITIVE)
+        change = {} if start is None else (perplexities(nll) - start).figures(f"{stage}/perplexity_change")
+        return found | change | further(nll, tokens)
 
     def one(state, index):
         state, metrics = learn(state, packed.batch_at(index))
         return state, {name.replace(f"{step}/", f"{stage}/"): value for name, value in metrics.items()}
 
-    tokens = section.batch_size * section.seq_len
+    work = step_work(config, (section.batch_size, section.seq_len), passes(adapters))
     state, out = training.train(
-        run, stage, state, one, total=total, tokens_per_step=tokens,
-        flops_per_step=tokens * passes(adapters) * forward_flops(config, section.seq_len), evaluate=figures,
-        learning_rate=recipe.rate,
-    )  # fmt: skip
+        run, stage, state, one, total=total, work=lambda index: work, evaluate=figures, learning_rate=recipe.rate
+    )
     run.save_model(stage, model, state.params, base)
     return {**out, **before}
 
@@ -138,11 +143,17 @@ def new_model(devices: Devices, section: Config, **sizes: int):
     return config, jax.jit(init, out_shardings=devices.shardings(shapes))(devices.key("init"))
 
 
+def perplexities(nll: Resampled) -> Resampled:
+    """exp of the mean nats a token."""
+    return nll.map(lambda mean: np.exp(np.minimum(mean, 700.0)))
+
+
 def held_out(devices: Devices, function: Callable, model, base, rows: PackedRows, adapters: LoRA | None):
     """params -> (mean nats per target token, number of target tokens) over every row once.
 
     Args:
-      function: (params, batch, *, model) -> metrics with `evaluate/nll`.
+      function: (params, batch, *, model) -> metrics with `evaluate/nll`. With `evaluate/document_nll` too, as of
+        `lfjax.steps.evaluate`, the mean has an interval, clustered by document.
     """
 
     def measure(params, batch, base):
@@ -153,11 +164,30 @@ def held_out(devices: Devices, function: Callable, model, base, rows: PackedRows
         lambda: jit_step(measure, name="evaluate", out_shardings=devices.replicated, shapes=2),  # of two stages
     )
 
-    def evaluate(params) -> tuple[float, float]:
-        window = Window()
-        for whole in rows.evaluation():
-            window.add(step(params, global_batch(whole, devices.mesh), base))
+    def evaluate(params) -> tuple[Resampled, float]:
+        window, parts = Window(), []
+        for whole, owners in zip(rows.evaluation(), rows.evaluation_documents(), strict=True):
+            metrics = step(params, global_batch(whole, devices.mesh), base)
+            window.add({name: value for name, value in metrics.items() if value.sum.ndim == 0})
+            parts.append((owners, metrics.get("evaluate/document_nll")))
         total, weight = window.pending()["evaluate/nll"]
-        return total / weight, weight
+        return by_document(total / weight, jax.device_get(parts)), weight
 
     return evaluate
+
+
+def by_document(nll: float, parts) -> Resampled:
+    """The mean nats a target with the draws of its documents; `parts`: (documents of each row's segments, Mean)."""
+    owners, sums, weights = [], [], []
+    for rows, found in parts:
+        if found is None:
+            return Resampled(nll, sum(len({*np.concatenate(r).tolist()}) for r, _ in parts), np.zeros(0), 0)
+        for row, total, weight in zip(rows, found.sum, found.weight, strict=True):
+            owners.append(row)
+            sums.append(total[1 : len(row) + 1])  # segment 0 is padding
+            weights.append(weight[1 : len(row) + 1])
+    keys, sums, weights = (np.concatenate(column) for column in (owners, sums, weights))
+    documents, keys = np.unique(keys, return_inverse=True)
+    sums, weights = np.bincount(keys, sums), np.bincount(keys, weights)
+    draws = Bootstrap(range(len(documents)))
+    return draws.mean(range(len(documents)), sums / weights, weights)._replace(value=nll)

@@ -103,7 +103,7 @@ def compiled_step(
     same = (function.func.__module__, function.func.__qualname__, keywords, model.config, recipe.fixed, adapters)
     outputs = (shardings, devices.replicated)
     step = devices.program(
-        (name, repr(same)),
+        (name, function.func, repr(same)),
         lambda: jit_step(with_key, name=name, variant=repr(same), donate=(0,), out_shardings=outputs),
     )
     batches = list(batches)

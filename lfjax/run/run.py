@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from lfjax import config as configs
-from lfjax import tokenizers
+from lfjax import tokenizers, trackers
 from lfjax.checkpoint import FINISHED, Checkpoints
 from lfjax.config import Config, InputError
 from lfjax.files import read_json
@@ -76,12 +76,26 @@ class Run:
         checks.check_keywords(config, stages, self.steps)
         checks.check_sources(config, stages, self.source)
         functions = {k: self.resolve(k, v) for s in self.stages for k, v in stages[s].functions(config).items()}
-        forks = forks_of(config, stages, self.steps, functions)
-        self._directory.open(config, forks, fits=self._check_models, check=self._check_data)
-        self.log = RunLog(self.workdir, process=jax.process_index(), tensorboard=config.run.tensorboard)
+        kinds = trackers.find(config.run.trackers, search)
+        forks = forks_of(config, stages, self.steps, functions, kinds)
+        self.log = self._open(forks, kinds if jax.process_index() == 0 else [])
+        if self.tokenizer_folder.exists():  # else once there is a vocabulary, and with it all that is left out
+            self.data.tell()
         self.stop_requested = False
         self.began = 0.0  # time.perf_counter() when its stages began
         self.meter = Meter()
+
+    def _open(self, forks: Mapping[str, Path], kinds: list[type[trackers.Tracker]]) -> RunLog:
+        """Holds the directory and starts the trackers."""
+        for kind in kinds:
+            kind.check()
+        self._directory.open(self.config, forks, fits=self._check_models, check=self._check_data)
+        try:
+            started = trackers.start(kinds, self.workdir, configs.to_plain(self.config))
+        except BaseException:
+            self._directory.close()
+            raise
+        return RunLog(self.workdir, process=jax.process_index(), trackers=started)
 
     def _check_models(self) -> None:
         """The tokenizer and the models that stages start from can be read, and fit the config."""
@@ -107,10 +121,15 @@ class Run:
         """(config key, stage or folder) of the model that a stage starts from; ("", None): it makes a new one."""
         return self.declared[stage].start(self.config, self.declared)
 
-    def close(self) -> None:
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Closes the logs and leaves the directory to others."""
-        self.log.close()
-        self._directory.close()
+        try:
+            self.log.close(finished=kind is None)
+        finally:
+            self._directory.close()
 
     def resolve(self, key: str, dotted: str) -> Callable:
         """The function behind "module:function" of `config.<key>`; the config's folder is searched too."""

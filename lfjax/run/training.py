@@ -13,9 +13,12 @@ import jax
 
 from lfjax.checkpoint import Checkpoints
 from lfjax.metrics import Progress, Window
+from lfjax.rewards.intervals import without
 from lfjax.run.best import Best
 from lfjax.run.run import Interrupted, Run, TrainingFailed
 from lfjax.sharding import Step
+
+Work = Callable[[int], tuple[float, float]]  # (index of a step) -> (tokens, model FLOPs)
 
 
 def train(
@@ -25,8 +28,7 @@ def train(
     step: Callable[[Any, int], tuple[Any, dict]],
     *,
     total: int,
-    tokens_per_step: float,
-    flops_per_step: float,
+    work: Work,
     evaluate: Callable[[Any], dict[str, float]] = lambda state: {},
     learning_rate: Callable[[int], Any] | None = None,
     after: Callable[[Any, int], None] = lambda state, done: None,
@@ -37,7 +39,7 @@ def train(
     Nothing in here waits for the device but a log interval, an evaluation and a save.
 
     Args:
-      tokens_per_step, flops_per_step: on average; model FLOPs by the rule of `lfjax.models.flops`.
+      work: (index) -> (tokens, model FLOPs) of that step, padding counted; FLOPs by the rule of `lfjax.models.flops`.
       state: fresh state, sharded; also says how a checkpoint is restored.
       step: (state, index) -> (state, metrics); dispatches and returns.
       evaluate: held-out figures, stage/name -> value, every `eval_every` steps (0: after each quarter) and at the end.
@@ -53,7 +55,7 @@ def train(
     run.log.cut(run.stages, stage, start if start else -1)
     progress = Progress(stage, total, start=start, shown=jax.process_index() == 0, clock=_clock)
     trace = Trace(run, stage)
-    pace = Pace(run, stage, start, tokens_per_step, flops_per_step, learning_rate, progress, shown)
+    pace = Pace(run, stage, work, learning_rate, progress, shown)
     # whatever ends the loop, saves under way are finished
     with contextlib.closing(checkpoints), contextlib.closing(trace), progress:
         for index in range(start, total):
@@ -62,14 +64,15 @@ def train(
                 state, metrics = step(state, index)
             trace.after(index - start, state)
             window.add(metrics)
+            pace.took(index)
             done = index + 1
             if done % section.log_every == 0 or done == total:
                 row = pace.log(window, state, done)
-            after(state, done)
-            if _evaluates(section.eval_every, done, total) and (found := _evaluated(run, stage, done, evaluate, state)):
-                figures = found
-                best.see(state, done, figures)
-                progress.line(f"{stage} {done}/{total}  held out: {_brief(figures)}")
+            with run.meter.part("train"):  # it may wait for the steps under way
+                after(state, done)
+            if _evaluates(section.eval_every, done, total) and (found := _evaluated(run, stage, evaluate, state, done)):
+                figures = best.seen(state, done, found)
+                progress.line(f"{stage} {done}/{total}  held out: {_brief(without(figures))}")
             if done % section.save_every == 0 or done == total:
                 save(state, done, figures, row)
             if done < total and _asked(run, at_log=done % section.log_every == 0):
@@ -91,12 +94,14 @@ def _evaluates(every: int, done: int, total: int) -> bool:
     return done == total or (done % every == 0 if every else done in quarters)
 
 
-def _evaluated(run: Run, stage: str, done: int, evaluate: Callable, state) -> dict[str, float]:
-    """The held-out figures after so many steps, logged."""
+def _evaluated(run: Run, stage: str, evaluate: Callable[[Any], dict[str, float]], state, done: int) -> dict[str, float]:
+    """The held-out figures, which are logged without their intervals: these are in summary.json."""
+    with run.meter.part("train"):
+        jax.block_until_ready(state)  # the steps under way
     with run.meter.part("evaluate"):
         figures = evaluate(state)
     if figures:
-        run.log.metrics(stage, done, figures)
+        run.log.metrics(stage, done, without(figures))
     return figures
 
 
@@ -132,12 +137,17 @@ def _asked(run: Run, *, at_log: bool) -> bool:
 
 
 class Pace:
-    """Logs the rows of a stage and how fast it is; arguments as of `train`."""
+    """Logs the rows of a stage and how fast it is: what the steps since the row before did; arguments as of `train`."""
 
-    def __init__(self, run: Run, stage: str, start: int, tokens: float, flops: float, learning_rate, progress, shown):
-        self.run, self.stage, self.tokens, self.flops = run, stage, tokens, flops
+    def __init__(self, run: Run, stage: str, work: Work, learning_rate, progress, shown):
+        self.run, self.stage, self.work = run, stage, work
         self.learning_rate, self.progress, self.shown = learning_rate, progress, shown
-        self._last, self._logged, self._trained = time.perf_counter(), start, run.meter.seconds("train")
+        self._last, self._trained, self._tokens, self._flops = time.perf_counter(), run.meter.seconds("train"), 0.0, 0.0
+
+    def took(self, index: int) -> None:
+        """Counts a step that was dispatched."""
+        tokens, flops = self.work(index)
+        self._tokens, self._flops = self._tokens + tokens, self._flops + flops
 
     def log(self, window: Window, state, done: int) -> dict[str, float]:
         """Fetches the metrics since the row before, and writes and returns them; waits for the steps under way."""
@@ -149,12 +159,12 @@ class Pace:
         _check_finite(run, stage, state, done)
         run.log.metrics(stage, done, row)
         now, until = time.perf_counter(), run.meter.seconds("train")
-        steps_per_s = (done - self._logged) / max(until - self._trained, 1e-9)
-        rate, mfu = self.tokens * steps_per_s, self.flops * steps_per_s / run.devices.peak_flops
+        seconds = max(until - self._trained, 1e-9)
+        rate, mfu = self._tokens / seconds, self._flops / seconds / run.devices.peak_flops
         run.log.timing(stage, done, seconds=now - self._last, tokens_per_s=rate, mfu=mfu)
         figure = f"{self.shown} {row.get(f'{stage}/{self.shown}', float('nan')):.4g}"
         self.progress.update(done, note=figure, tokens_per_s=rate)
-        self._last, self._logged, self._trained = now, done, until
+        self._last, self._trained, self._tokens, self._flops = now, until, 0.0, 0.0
         return row
 
 

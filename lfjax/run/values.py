@@ -71,7 +71,8 @@ def measure_norm(devices: Devices, policy: Policy, reward, batches: PromptBatche
         generation = policy.rollout(policy.params, prompts, key, np.int32(index))
         scores.append(reward(generation, [records[i] for i in batches.indices_at(index)]))
     values = np.concatenate([np.asarray(s, np.float64) for s in fetch(scores)])[:wanted]
-    return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(values.std() if values.std() > 1e-4 else 1.0))
+    differ = values.std() > 1e-6 * np.abs(values).max()  # whatever their scale, by more than rounding
+    return RewardNorm(mean=jnp.float32(values.mean()), std=jnp.float32(values.std() if differ else 1.0))
 
 
 def no_values(key: str, name: str) -> str:

@@ -81,19 +81,39 @@ def longest(section: Config) -> tuple[str, int]:
     return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
 
 
-def check_texts(section: Config, records: Iterable[Record], tokenizer: Tokenizer) -> None:
-    """The prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    prompts(section, records, tokenizer)
+def check_texts(section: Config, records: Sequence[Record], tokenizer: Tokenizer, too_long: str) -> None:
+    """Prompts fit the buckets, or one does, and what stops a response is a token each. Raises InputError."""
+    fitting(section, records, tokenizer, too_long)
     stop_ids(tokenizer, section.stop, "config.sampling.stop")
 
 
-def prompts(section: Config, records: Iterable[Record], tokenizer: Tokenizer) -> list[list[int]]:
+def fitting(
+    section: Config, records: Sequence[Record], tokenizer: Tokenizer, too_long: str
+) -> tuple[list[Record], int]:
+    """(the records to write to, how many of the given ones have prompts that are longer than the largest bucket).
+
+    Args:
+      section: as of `prompts`.
+      too_long: `config.data.too_long`: longer ones are left out ("skip"), stay ("cut"), or are an "error".
+    Raises:
+      InputError: a prompt is too long and that is an error, or all of them are and left out.
+    """
+    found = prompts_from_records(records, tokenizer, min_tokens=section.prompt_min, max_tokens=section.prompt_max)
+    longer = [len(prompt) > max(section.prompt_buckets) for prompt in found]
+    if any(longer) and (too_long == "error" or (too_long == "skip" and all(longer))):
+        prompts(section, records, tokenizer)
+    kept = records if too_long == "cut" else [r for r, is_longer in zip(records, longer, strict=True) if not is_longer]
+    return list(kept), sum(longer)
+
+
+def prompts(section: Config, records: Iterable[Record], tokenizer: Tokenizer, *, cut: bool = False) -> list[list[int]]:
     """One prompt a record.
 
     Args:
       section: prompt_min, prompt_max, prompt_buckets.
+      cut: longer ones than the largest bucket lose their start, but for BOS.
     Raises:
-      InputError: one is longer than the largest bucket.
+      InputError: one is longer and is not cut.
     """
     return prompts_from_records(
         records,
@@ -101,16 +121,17 @@ def prompts(section: Config, records: Iterable[Record], tokenizer: Tokenizer) ->
         min_tokens=section.prompt_min,
         max_tokens=section.prompt_max,
         max_length=max(section.prompt_buckets),
-        remedy="raise config.sampling.prompt_buckets (with config.model.context), or shorten the prompt",
+        truncate=cut,
+        remedy="raise config.sampling.prompt_buckets (with config.model.context), or see config.data.too_long",
     )
 
 
 def prompt_batches(
-    section: Config, records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, seed: int
+    section: Config, records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, seed: int, cut: bool = False
 ) -> PromptBatches:
     """One prompt a record; a batch's rows are `indices_at(step)` into the records. Arguments as of `prompts`."""
     options = {"buckets": section.prompt_buckets, "seed": seed, "pad_id": tokenizer.pad_id}
-    return PromptBatches(prompts(section, records, tokenizer), batch_size=batch_size, **options)
+    return PromptBatches(prompts(section, records, tokenizer, cut=cut), batch_size=batch_size, **options)
 
 
 def texts(tokenizer: Tokenizer, generation: Generation | Rollout) -> tuple[list[str], list[str]]:

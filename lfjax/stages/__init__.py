@@ -15,24 +15,26 @@ TABLE = (tokenizer.STAGE, pretrain.STAGE, sft.STAGE, reward.STAGE, classify.STAG
 CHAIN = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")  # what runs where a config does not say
 
 
-def declared(outside: Sequence[str] = ()) -> dict[str, Stage]:
+def declared(outside: Sequence[str] = (), *, key: str = "base_config") -> dict[str, Stage]:
     """Name -> declaration: lfjax's own, then those "module:STAGE" from outside.
 
+    Args:
+      key: what names those from outside, for the message.
     Raises:
       InputError: no such declaration, or a name that is taken or cannot be one.
     """
     found = {stage.name: stage for stage in TABLE}
     for dotted in outside:
-        stage = resolve("base_config", dotted, kind=Stage)
+        stage = resolve(key, dotted, kind=Stage)
         taken = stage.name in found or (stage.name in {*shared_sections(), "stages", "outside", "steps"})
         if taken or not re.fullmatch(r"[a-z][a-z0-9_]*", stage.name):
             why = "is taken" if taken else "is none: small letters, digits and _ are allowed"
-            raise InputError(f"base_config: {dotted}: the name {stage.name!r} {why}; give the stage another one")
+            raise InputError(f"{key}: {dotted}: the name {stage.name!r} {why}; give the stage another one")
         for name, step in stage.steps.items():
             own = next((s.steps[name] for s in found.values() if name in s.steps), step)
             if own.path != step.path:
                 raise InputError(
-                    f"base_config: {dotted}: the step {name!r} is {own.path} in another stage; give yours another name"
+                    f"{key}: {dotted}: the step {name!r} is {own.path} in another stage; give yours another name"
                 )
         found[stage.name] = stage
     return found

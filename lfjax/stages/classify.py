@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from lfjax.config import Config, InputError, optim_section, section
 from lfjax.data.batching import RewardBatches
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import class_examples, class_labels, class_names, labelled_texts
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
+from lfjax.records import Record
 from lfjax.report.catalogue import Figure
+from lfjax.rewards.intervals import SHARE, Bootstrap, Resampled, prompt_keys
 from lfjax.run import training
 from lfjax.run.data import Data
 from lfjax.run.heads import one_of_each, scorer, with_head
@@ -82,32 +85,30 @@ def classify_stage(run: Run) -> dict[str, float]:
     leave = functools.partial(run.leave_if_asked, "classify")
     guess = scorer(devices, model, base, adapters=adapters, name="classify score", each=len(names), leave=leave)
 
-    def figures(state, split: str = "validation", prefix: str = "classify/validation_") -> dict[str, float]:
-        scores = guess(state.params, sets[split], last=split == "test")
-        return class_figures(classes_of(found[split]), [int(np.argmax(row)) for row in scores], names, prefix)
+    def estimates(state, split: str) -> dict[str, Resampled]:
+        guesses = [int(np.argmax(row)) for row in guess(state.params, sets[split], last=split == "test")]
+        return class_estimates(classes_of(found[split]), guesses, names, prompts_of(run.records[split], found[split]))
 
-    sizes = [(np.prod(shape), forward_flops(model.config, shape[-1])) for shape in first]
     state, out = training.train(
         run, "classify", state, lambda state, index: step(state, labelled(batches.batch_at(index))), total=total,
-        tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
-        flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
-        evaluate=figures, learning_rate=recipe.rate,
+        work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
+        evaluate=lambda state: told(estimates(state, "validation"), "classify/validation_"), learning_rate=recipe.rate,
     )  # fmt: skip
     run.save_model("classify", model, state.params, base, labels=names)
-    out["classify/train_accuracy"] = out.pop("classify/accuracy", 0.0)
+    if "classify/accuracy" in out:
+        out["classify/train_accuracy"] = out.pop("classify/accuracy")
     out["classify/cut_share"] = cut_share
-    return (
-        out
-        | majority(classes_of(found["train"]), classes_of(found["test"]), names)
-        | figures(state, "test", "classify/")
-    )
+    often = int(np.bincount(classes_of(found["train"])).argmax())
+    truth, prompts = classes_of(found["test"]), prompts_of(run.records["test"], found["test"])
+    always = class_estimates(truth, [often] * len(truth), names, prompts)
+    own = estimates(state, "test")
+    return out | told(own, "classify/") | beside_majority(own, always)
 
 
-def majority(train: list[int], test: list[int], names: tuple[str, ...]) -> dict[str, float]:
-    """What a guess that is always the most frequent class of training reaches."""
-    often = int(np.bincount(train).argmax())
-    always = class_figures(test, [often] * len(test), names, "")
-    return {f"classify/majority_{name}": always[name] for name in ("accuracy", "f1")}
+def beside_majority(own: Mapping[str, Resampled], always: Mapping[str, Resampled]) -> dict[str, float]:
+    """What a guess that is always the most frequent class of training reaches, and how far the model is above it."""
+    out = told({f"majority_{name}": always[name] for name in ("accuracy", "f1")}, "classify/")
+    return out | (own["accuracy"] - always["accuracy"]).figures("classify/accuracy_over_majority")
 
 
 def labelled(batch: RewardBatch) -> ClassBatch:
@@ -122,20 +123,38 @@ def classes_of(examples) -> list[int]:
     return [int(example.ratings[0]) for example in examples]
 
 
-def class_figures(truth: list[int], guesses: list[int], names: tuple[str, ...], prefix: str) -> dict[str, float]:
+def prompts_of(records: Sequence[Record], examples) -> list[str]:
+    """The prompt of every example's record, or its text where it has none."""
+    keys = prompt_keys(records)
+    return [keys[example.record] for example in examples]
+
+
+def told(found: Mapping[str, Resampled], prefix: str) -> dict[str, float]:
+    """Shares with their intervals."""
+    return {k: v for name, share in found.items() for k, v in share.figures(f"{prefix}{name}", SHARE).items()}
+
+
+def class_estimates(
+    truth: list[int], guesses: list[int], names: tuple[str, ...], prompts: Sequence[Hashable]
+) -> dict[str, Resampled]:
     """Accuracy; precision, recall and F1 as means over the classes (macro), and of each class where they are few.
 
-    A ratio whose denominator is 0 counts as 0.
+    A ratio whose denominator is 0 counts as 0. Prompts are the clusters of the intervals.
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    classes, few = range(len(names)), slugs(names) if len(names) <= MOST_SHOWN else []
+    real, guessed = np.equal.outer(truth, classes), np.equal.outer(guesses, classes)  # [N C] both
+    counts = np.concatenate([real & guessed, guessed, real, np.ones((len(truth), 1))], axis=1)
 
-    parts = precision_recall_fscore_support(truth, guesses, labels=range(len(names)), zero_division=0.0)[:3]  # type: ignore[arg-type]
-    out = {f"{prefix}accuracy": float(np.mean(np.equal(truth, guesses)))}
-    for name, values in zip(("precision", "recall", "f1"), np.asarray(parts), strict=True):
-        out[f"{prefix}{name}"] = float(values.mean())
-        if len(names) <= MOST_SHOWN:
-            out |= {f"{prefix}{name}_{c}": float(v) for c, v in zip(slugs(names), values, strict=True)}
-    return out
+    def figures(sums: np.ndarray) -> dict[str, np.ndarray]:
+        both, told, there = np.split(sums[:, :-1], 3, axis=1)
+        parts = {"precision": (both, told), "recall": (both, there), "f1": (2.0 * both, told + there)}
+        found = {"accuracy": both.sum(axis=1) / sums[:, -1]}
+        for name, (above, below) in parts.items():
+            each = above / np.where(below > 0, below, 1.0)
+            found |= {name: each.mean(axis=1), **{f"{name}_{c}": x for c, x in zip(few, each.T, strict=False)}}
+        return found
+
+    return Bootstrap(prompts).of_counts(prompts, counts, figures)
 
 
 def slugs(names: tuple[str, ...]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,22 +13,25 @@ import numpy as np
 from lfjax.config import Config, InputError, at_least, sampling_section, section
 from lfjax.modules import is_named
 from lfjax.records import Record
-from lfjax.rewards import diversity, lexicon
+from lfjax.rewards.intervals import SHARE, without
+from lfjax.rewards.judges import FEWEST, RatingJudge, fit_rating_judge, judged_text
 from lfjax.run import writing
-from lfjax.run.data import Data, say, texts_of
+from lfjax.run.data import Data, say
 from lfjax.run.devices import fetch
-from lfjax.run.rewards import FunctionReward, LearnedReward
+from lfjax.run.rewards import FunctionReward
 from lfjax.run.run import Run
 from lfjax.run.sections import check_sampling, sampling_overrides
-from lfjax.run.stage import LANGUAGE_MODEL, Stage
+from lfjax.run.stage import LANGUAGE_MODEL, SCORER, Stage
 from lfjax.run.writing import Policy, texts
 from lfjax.sharding import Step, global_batch, jit_step
-from lfjax.stages.rollouts import STEPS, policy_of, prompt_shapes, reward_of
+from lfjax.stages.comparison import LEXICON, figures_of, judged, people_positive
+from lfjax.stages.rollouts import STEPS, policy_of, prompt_shapes, reward_of, writable
 from lfjax.steps.ppo_forward import response_stats
 from lfjax.tokenizers import stop_ids
 from lfjax.types import Generation
 
-LEXICON = "lexicon"  # the judge that training never sees
+RIDGE = "ridge"  # the judge that is fitted to held-out ratings
+Judge = Callable[[Generation, Sequence[Record]], Any]  # (responses, what they answer) -> scores [B]
 
 
 def evaluate_section() -> Config:
@@ -38,14 +41,14 @@ def evaluate_section() -> Config:
         batch_size=128,
         chunk_size=64,  # positions of a row at which log-probabilities are computed at once
         samples=24,  # rows of samples.jsonl a model
-        judges=("lexicon",),  # "lexicon" (VADER), a scorer's stage or folder, "module:function" as ppo.reward
+        judges=(),  # "lexicon", "ridge", a scorer's stage or folder, "module:function"; (): what training never saw
         sampling=sampling_overrides(),
     )
 
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
     """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer)
+    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer, config.data.too_long)
 
 
 def check(config: Config) -> None:
@@ -90,10 +93,38 @@ def own_starts(config: Config, models: Mapping[str, tuple[str, str]]) -> dict[st
     return {which: start for which, start in found.items() if start != "before"}
 
 
+def judges_named(config: Config) -> tuple[str, ...]:
+    """`evaluate.judges`; where none is named, the scorers of the chain that training was not towards, and "ridge".
+
+    "ridge" is fitted to the held-out ratings; without any, it judges only where a config names it, which is an error.
+    """
+    from lfjax.stages import declared
+
+    if config.evaluate.judges or "evaluate" not in config.stages:
+        return tuple(config.evaluate.judges)
+    stages, chain = declared(config.outside), config.stages[: config.stages.index("evaluate")]
+    return (*(s for s in chain if stages[s].makes == SCORER and slug(s) not in trained_on(config)), RIDGE)
+
+
+def check_data(config: Config, data: Data) -> None:
+    """Raises InputError where a judge that the config names has too little to learn from."""
+    if RIDGE in config.evaluate.judges and rating_judge(data) is None:
+        raise InputError(
+            f'config.evaluate.judges: "{RIDGE}" is fitted to the ratings of the validation and test splits, of which it'
+            f" needs {FEWEST} that are not all equal; leave it out, or hold out more records"
+        )
+
+
+def rating_judge(data: Data) -> RatingJudge | None:
+    """The judge that is fitted to the held-out ratings; None where they are too few."""
+    records = [*data.records.validation, *data.records.test]
+    return fit_rating_judge(records, data.rating_scale) if data.rating_scale else None
+
+
 def sources(config: Config) -> dict[str, str]:
     """The judges that are models."""
-    named = {f"evaluate.judges[{i}]": judge for i, judge in enumerate(config.evaluate.judges)}
-    return {key: judge for key, judge in named.items() if judge != LEXICON and not is_named(judge)}
+    named = {f"evaluate.judges[{i}]": judge for i, judge in enumerate(judges_named(config))}
+    return {key: judge for key, judge in named.items() if judge not in (LEXICON, RIDGE) and not is_named(judge)}
 
 
 def functions(config: Config) -> dict[str, str]:
@@ -109,9 +140,11 @@ def slug(judge: str) -> str:
 def evaluate_stage(run: Run) -> dict[str, float]:
     """Figures named x_before, x_<stage> and x_after, on `evaluate.prompts` prompts of the test split.
 
-    The lexicon reads prompt + response, as it reads people's own sentences for judge/positive_human;
-    `judge/positive_response_*` are of the response alone. Scores are PPO's reward's own, raw; another judge's mean is
-    judge/<judge>_*. KL is from the run's start, `ppo/kl_own*` from the model that the stage itself started from.
+    x_change is after less before, and judge/<judge>_won, ppo/score_won the share of prompts whose answer after has the
+    higher score, ties half; both are paired. Judges of texts read prompt + response, but a chat's response alone, as
+    they read people's own sentences for judge/positive_human; `judge/positive_response_*` are of the response alone.
+    Scores are PPO's reward's own, raw; another judge's mean is judge/<judge>_*. KL is from the run's start,
+    `ppo/kl_own*` from the model that the stage itself started from.
     """
     models = compared(run.config)
     policies = {which: policy_of(run, key, name, "evaluate") for which, (key, name) in models.items()}
@@ -121,33 +154,42 @@ def evaluate_stage(run: Run) -> dict[str, float]:
         if "ppo" in run.stages[: run.stages.index("evaluate")]
         else None
     )
-    judges = judges_of(run)
-    figures: dict[str, float] = {}
+    judges, figures = judges_of(run)
+    named = [*(LEXICON for judge in judges_named(run.config) if judge == LEXICON), *judges]
+    records, too_long = writable(run, "evaluate", "test")
+    records = held_out_records(records, run.config.evaluate.prompts)
     rows = {}
     run.log.cut(run.stages, "evaluate", -1)
     for which, policy in policies.items():
         run.stage("evaluate").check_room(run.config, policy.model.config.context, f"the context of {models[which][1]}")
         say("evaluate", f"{models[which][1]} ({which}) writes {run.config.evaluate.prompts} answers")
         references = {"kl": policies["before"]} | ({"kl_own": policies[starts[which]]} if which in starts else {})
-        rows[which] = _write(run, policy, references, reward, judges)
-        found = _figures(rows[which], lexical=LEXICON in run.config.evaluate.judges, judges=[*judges])
-        figures |= {name.replace("*", which): value for name, value in found.items()}
-    figures.pop("ppo/kl_before")
-    figures = {name.replace("kl_after", "kl").replace("kl_own_after", "kl_own"): v for name, v in figures.items()}
+        rows[which] = _write(run, records, policy, references, reward, judges, named)
+    figures |= figures_of(rows, records, named)
     figures |= {f"judge/{name}_trained_on": 1.0 for name in trained_on(run.config) if name in judges}
-    if LEXICON in run.config.evaluate.judges:
-        figures["judge/positive_human"] = lexicon.positive_share(texts_of(run.records.test))
-    run.log.metrics("evaluate", 0, figures)
+    figures |= people_positive(run.records.test) if LEXICON in named else {}
+    run.log.metrics("evaluate", 0, without(figures))
     for which in ("before", *(which for which in models if which not in ("before", "after")), "after"):
         shown = rows[which][: run.config.evaluate.samples]
         run.log.samples("evaluate", 0, [{**row, "set": which} for row in shown])
-    return figures
+    return figures | too_long
 
 
-def judges_of(run: Run) -> dict[str, LearnedReward | FunctionReward]:
-    """Name in figures -> what scores, of all judges but the lexicon."""
+def judges_of(run: Run) -> tuple[dict[str, Judge], dict[str, float]]:
+    """(name in figures -> what scores, of all but the lexicon; how well the judge that is fitted here does)."""
     named = functions(run.config) | sources(run.config)
-    return {slug(judge): reward_of(run, key, judge) for key, judge in named.items()}
+    found: dict[str, Judge] = {slug(judge): reward_of(run, key, judge) for key, judge in named.items()}
+    judge = rating_judge(run.data) if RIDGE in judges_named(run.config) else None
+    if judge is None:
+        return found, {}
+
+    def ratings(prompts, responses, records):
+        texts = [judged_text(*row) for row in zip(records, prompts, responses, strict=True)]
+        return judge.ratings_of(texts)
+
+    found[RIDGE] = FunctionReward(run.devices, run.tokenizer, ratings, where=f"the judge {RIDGE!r}")
+    told = judge.accuracy.figures(f"judge/{RIDGE}_pair_accuracy", SHARE)
+    return found, {**told, f"judge/{RIDGE}_min_gap": judge.gap}
 
 
 def trained_on(config: Config) -> set[str]:
@@ -184,17 +226,20 @@ def _logprobs(run: Run, own: Policy, other: Policy) -> Step:
     )
 
 
-def _write(run: Run, policy: Policy, references: Mapping[str, Policy], reward, judges) -> list[dict[str, Any]]:
-    """Samples of one model on the held-out prompts, as rows of samples.jsonl; looks after a stop every batch.
+def _write(
+    run: Run, records: list[Record], policy: Policy, references: Mapping[str, Policy], reward, judges,
+    named: Sequence[str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Samples of one model on the records' prompts, as rows of samples.jsonl; looks after a stop every batch.
 
     Args:
-      references: column -> the model from which the KL in it is.
+      references: column -> the model from which the KL in it is. named: `judges` and the lexicon, in their order.
     """
-    records = held_out_records(run.records.test, run.config.evaluate.prompts)
     key = run.devices.key("evaluate")
     rows: list[dict[str, Any]] = [{}] * len(records)
     sampling = sampling_section(run.config, "evaluate")
     options = {"batch_size": run.config.evaluate.batch_size, "seed": run.config.seed}
+    options["cut"] = run.config.data.too_long == "cut"
     stops = stop_ids(run.tokenizer, sampling.stop, "config.sampling.stop")
     measures = {column: _logprobs(run, policy, other) for column, other in references.items()}
     for indices, whole in writing.prompt_batches(sampling, records, run.tokenizer, **options).evaluation():
@@ -206,6 +251,7 @@ def _write(run: Run, policy: Policy, references: Mapping[str, Policy], reward, j
         scores = {name: judge(generation, asked) for name, judge in judges.items()}
         scores |= {"score": reward(generation, asked)} if reward else {}
         part = _rows(run.tokenizer, stops, *fetch((generation, logprobs, scores)))
+        part = [judged(row, record, named) for row, record in zip(part, asked, strict=True)]
         for index, row in zip(indices, part, strict=True):
             if index >= 0:
                 rows[index] = row
@@ -233,30 +279,9 @@ def _rows(tokenizer, stops: tuple[int, ...], generation: Generation, logprobs, s
             **{column: float((own[i] - other[i]).sum()) for column, (own, other) in logprobs.items()},
             "length": int(length[i]),
             "ended": int(last[i]) in stops,
-            "judge": float(lexicon.compound_scores([prompt + response])[0]),
         }
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
-
-
-def _figures(rows: list[dict[str, Any]], *, lexical: bool, judges: Sequence[str]) -> dict[str, float]:
-    """Means over the rows, and what can only be said of all of them together."""
-    responses = [row["response"] for row in rows]
-    figures = {
-        "diversity/distinct2_*": diversity.matched_distinct2(responses),
-        "diversity/unique_*": diversity.unique_share(responses),
-    }
-    if lexical:
-        figures["judge/positive_*"] = lexicon.positive_share([row["prompt"] + row["response"] for row in rows])
-        figures["judge/positive_response_*"] = lexicon.positive_share(responses)
-    means = {"ppo/length_*": "length", "ppo/eos_share_*": "ended", "ppo/kl_*": "kl", "ppo/score_*": "score"}
-    means |= {"ppo/kl_own_*": "kl_own"} | {f"judge/{name}_*": name for name in judges}
-    for name, column in means.items():
-        if rows[0].get(column) is not None:
-            figures[name] = float(np.mean([row[column] for row in rows]))
-    if rows[0]["score"] is not None and len(rows) > 1:
-        figures["ppo/score_error_*"] = float(np.std([row["score"] for row in rows], ddof=1) / len(rows) ** 0.5)
-    return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
 STAGE = Stage(
@@ -266,6 +291,7 @@ STAGE = Stage(
     source="Hutto and Gilbert 2014, VADER, ICWSM; Li et al. 2016, arXiv:1510.03055 (distinct-n)",
     section=evaluate_section,
     check=check,
+    check_data=check_data,
     check_texts=check_texts,
     steps=STEPS,
     sources=sources,

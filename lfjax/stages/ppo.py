@@ -12,7 +12,7 @@ import numpy as np
 
 from lfjax.config import Config, InputError, at_least, one_of, optim_section, sampling_section, section
 from lfjax.models import lora
-from lfjax.models.flops import forward_flops
+from lfjax.models.flops import step_work
 from lfjax.modules import is_named
 from lfjax.report.catalogue import Figure
 from lfjax.run import training, writing
@@ -27,7 +27,7 @@ from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
 from lfjax.run.values import measure_norm, no_values, value_network
 from lfjax.run.writing import Policy
 from lfjax.sharding import global_batch, jit_step, place
-from lfjax.stages.rollouts import STEPS, policy_of, reward_of, rollout_rows
+from lfjax.stages.rollouts import STEPS, policy_of, reward_of, rollout_rows, writable
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
 from lfjax.tokenizers import stop_ids
@@ -109,7 +109,7 @@ def check(config: Config) -> None:
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
     """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.check_texts(sampling_section(config, "ppo"), data.records.train, tokenizer)
+    writing.check_texts(sampling_section(config, "ppo"), data.records.train, tokenizer, config.data.too_long)
 
 
 def check_encoders(config: Config, encoders: Mapping[str, str]) -> None:
@@ -133,11 +133,11 @@ def ppo_stage(run: Run) -> dict[str, float]:
     With LoRA the policy and the value network are adapters on models that are held once: the policy's is the reference
     too, and the value network's is that of the reward or the policy, whichever it starts from.
     """
-    section, devices, records = run.config.ppo, run.devices, run.records.train
+    section, devices = run.config.ppo, run.devices
     sampling = sampling_section(run.config, "ppo")
-    batches = writing.prompt_batches(
-        sampling, records, run.tokenizer, batch_size=section.batch_size, seed=run.config.seed
-    )
+    records, too_long = writable(run, "ppo", "train")
+    options = {"batch_size": section.batch_size, "seed": run.config.seed, "cut": run.config.data.too_long == "cut"}
+    batches = writing.prompt_batches(sampling, records, run.tokenizer, **options)
     policy = policy_of(run, *run.start("ppo"), "ppo", adapters=run.adapters("ppo"), purpose="ppo-lora")
     reward = reward_of(run, "ppo.reward", section.reward)
     keys = {p: devices.key(f"ppo-{p}") for p in ("rollout", "update", "norm")}
@@ -174,19 +174,29 @@ def ppo_stage(run: Run) -> dict[str, float]:
         if section.samples_every and done % section.samples_every == 0:
             run.log.samples("ppo", done, rollout_rows(run.tokenizer, latest["rollout"], limit=8))
 
-    scored = [reward.config] if isinstance(reward, LearnedReward) else []
-    tokens = section.batch_size * (float(np.mean(batches.lengths)) + sampling.max_new_tokens)
-    read = [policy.model.config] * 3 + [value_model.config, *scored]  # rollout, old and reference; values; scores
-    learned = [policy.model.config, value_model.config] * (
-        passes(run.adapters("ppo")) * section.update_step.get("epochs", 1)
-    )
-    flops = sum(forward_flops(config, int(tokens / section.batch_size)) for config in read + learned)
+    work = update_work(run, batches, policy.model.config, value_model.config, reward)
     state, out = training.train(
-        run, "ppo", state, one, total=total, tokens_per_step=tokens, flops_per_step=tokens * flops,
-        learning_rate=recipes[0].rate, after=sample_rows, shown="score",
+        run, "ppo", state, one, total=total, work=work, learning_rate=recipes[0].rate, after=sample_rows,
+        shown="raw_score",
     )  # fmt: skip
     run.save_model("ppo", policy.model, state.policy.params, policy.base)
-    return out
+    return out | too_long
+
+
+def update_work(run: Run, batches, policy, value, reward) -> training.Work:
+    """(index) -> (tokens, model FLOPs) of that update: every token is written, read by all models, and learnt from."""
+    section, added = run.config.ppo, sampling_section(run.config, "ppo").max_new_tokens
+    read = [policy] * 3 + [value]  # rollout, old and reference; values
+    read += [reward.config] if isinstance(reward, LearnedReward) else []
+    learned = [policy, value] * section.update_step.get("epochs", 1)
+    passed = [(config, 1) for config in read] + [(config, passes(run.adapters("ppo"))) for config in learned]
+
+    def work(index: int) -> tuple[float, float]:
+        shape = (section.batch_size, batches.length_at(index) + added)
+        parts = [step_work(config, shape, count) for config, count in passed]
+        return parts[0][0], sum(flops for _, flops in parts)
+
+    return work
 
 
 def reference_dtype(section) -> Any:
@@ -294,8 +304,8 @@ STAGE = Stage(
     longest=lambda config: writing.longest(sampling_section(config, "ppo")),
     makes=LANGUAGE_MODEL,
     figures={
-        "ppo/score": Figure("Score", "normalised, after the rules on length and end", "higher"),
-        "ppo/raw_score": Figure("Raw score", "as the reward says it", "higher"),
+        "ppo/raw_score": Figure("Score", "as the reward says it", "higher"),
+        "ppo/score": Figure("Normalised score", "what PPO learns from: after the rules on length and end", "higher"),
         "ppo/kl": Figure("KL from the start", "nats a sequence", marks=((15.0, "limit 15"),)),
         "ppo/length": Figure("Length", "tokens a response", marks=((8.0, "limit 8"),)),
     },

@@ -9,8 +9,9 @@ import numpy as np
 
 from lfjax.config import Config, at_least, section
 from lfjax.data.examples import answers, pretraining_documents
+from lfjax.rewards.intervals import Resampled
 from lfjax.run.data import texts_of
-from lfjax.run.language import HELD_OUT, train_language_model
+from lfjax.run.language import HELD_OUT, POSITIVE, train_language_model
 from lfjax.run.run import Run
 from lfjax.run.sections import training
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
@@ -25,11 +26,9 @@ def pretrain_stage(run: Run) -> dict[str, float]:
     def guess() -> float:
         return unigram_nll(documents["train"], documents["validation"], run.tokenizer.vocab_size)
 
-    def further(nll: float, tokens: float) -> dict[str, float]:
-        return {
-            "pretrain/bits_per_byte": nll * tokens / math.log(2) / text_bytes,
-            "pretrain/unigram_perplexity": math.exp(guess()),
-        }
+    def further(nll: Resampled, tokens: float) -> dict[str, float]:
+        bits = nll.map(lambda nats: nats * tokens / math.log(2) / text_bytes)
+        return bits.figures("pretrain/bits_per_byte", POSITIVE) | {"pretrain/unigram_perplexity": math.exp(guess())}
 
     return train_language_model(run, "pretrain", documents, step="sft", further=further)
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
 from collections import Counter
 
 import numpy as np
+from ml_collections.config_dict import placeholder
 
 from lfjax.config import Config, InputError, at_least, leaf, one_of, optim_section, section
 from lfjax.data.batching import RewardBatches
 from lfjax.data.duplicates import SPLITS
-from lfjax.data.examples import RewardExample, is_judged, judged_texts, reward_examples
+from lfjax.data.examples import is_judged, judged_texts, reward_examples
 from lfjax.data.sources import label_scale, ordinal_bounds
-from lfjax.models.flops import forward_flops
-from lfjax.records import Edit, Preference, Ranking, mean_ratings, mean_values
+from lfjax.losses.ratings import least_gap
+from lfjax.models.flops import step_work
+from lfjax.records import Edit, Preference, Ranking, Record, mean_values
 from lfjax.report.catalogue import Figure
-from lfjax.rewards import baselines, calibration, lexicon
+from lfjax.rewards.intervals import prompt_keys
+from lfjax.rewards.points import (
+    Points,
+    gap_of,
+    rating_deviation,
+    rating_mean,
+    scaled_head,
+    shifted,
+    told_in_points,
+)
 from lfjax.run import training
 from lfjax.run.data import Data, note
 from lfjax.run.devices import Devices
@@ -27,6 +37,7 @@ from lfjax.run.parts import compiled_step, create_state, optimizer, passes, tota
 from lfjax.run.run import Run
 from lfjax.run.sections import training as training_section
 from lfjax.run.stage import SCORER, Stage, Step, start_from
+from lfjax.stages.reward_figures import beside_baselines, pair_estimates, reward_baselines, told
 from lfjax.state import RewardState
 from lfjax.steps.reward import model_params
 
@@ -47,7 +58,8 @@ def reward_section() -> Config:
         max_candidates=0,  # answers a record that are read, the best ranked first; 0: as many as there are
         dropout=0.0,
         center_ratings=True,  # learn ratings less the training mean (reward/rating_mean): the head has no bias
-        min_gap=1.0,  # figures: rating points between the held-out answers of a pair that counts; as step.min_gap
+        rating_nats=1.65,  # nats of score that the ratings' deviation is in training (that of the rated sentences)
+        min_gap=placeholder(float),  # figures: rating points between the held-out answers of a pair; as step.min_gap
         head_init="normal",  # "normal": std 1/sqrt(D+1); "zero"
         step=section(
             regression=1.0,  # weights of the losses; 0 leaves one out
@@ -61,7 +73,7 @@ def reward_section() -> Config:
             ordinal=0.0,  # above 0: classes of ratings, with learnt cutpoints
             ordinal_bounds=(),  # rating points between the classes; (): midway between the scale's whole points
             across_records=True,  # also pair answers of different records by their ratings
-            min_gap=1.0,  # training: rating points between two answers that the pair losses take as a pair
+            min_gap=placeholder(float),  # training: rating points between two answers of a pair; none: 1/8 of the scale
             margin_scale=0.0,  # margin = this x rating gap
             num_microbatches=1,
         ),
@@ -71,6 +83,7 @@ def reward_section() -> Config:
 def check(config: Config) -> None:
     """Weights and gaps are at least 0, a loss is on, bounds of classes increase. Raises InputError."""
     one_of(config, "reward.head_init", ("normal", "zero"))
+    at_least(config, 1e-3, "reward.rating_nats")
     at_least(config, 0, "reward.max_candidates", "reward.min_gap", "reward.step.min_gap", "reward.step.margin_scale")
     at_least(config, 0, *(f"reward.step.{name}" for name in (*LOSSES, "centering")))
     if config.steps.reward == STEP and not any(leaf(config, f"reward.step.{name}") for name in LOSSES):
@@ -84,20 +97,70 @@ def check(config: Config) -> None:
 
 
 def check_data(config: Config, data: Data) -> None:
-    """Ratings are on one scale, with classes for an ordinal loss, and a loss learns from what training holds."""
+    """Ratings are on one scale and differ, a loss learns from what training holds, and every split has a pair."""
     train, step = data.records.train, config.reward.step
-    ordinal_bounds(step, data.rating_scale or label_scale(train))
+    bounds = ordinal_bounds(step, scale_of(data))
+    check_pairs(config, data)
     if config.steps.reward != STEP:
         return
-    values = any(mean_values(record, (0.0, 1.0)) for record in train)
-    orders = any(isinstance(e, (Ranking, Preference, Edit)) for r in train for e in r.feedback)
+    values, orders = values_of(train, scale_of(data)), any(map(has_orders, train))
+    if bounds and values and len(set(np.searchsorted(bounds, values))) == 1:
+        raise InputError(
+            f"config.reward.step.ordinal_bounds: {bounds}; every rating of the training split lies in one class, from"
+            f" {min(values):g} to {max(values):g}: give bounds between them"
+        )
     fit = {*PAIR_LOSSES, *(RATING_LOSSES if values else ()), *(ORDER_LOSSES if orders else ())}
     if not any(step.get(name) for name in fit):
-        held = " and ".join(["ratings"] * values + ["orders of answers"] * orders)
+        held = " and ".join(["ratings"] * bool(values) + ["orders of answers"] * orders)
         raise InputError(
             f"config.reward.step: no loss of weight above 0 learns from {held}, and {data.file('train')} holds"
             f" nothing else for training; set one of {', '.join(sorted(fit))} above 0"
         )
+
+
+def check_pairs(config: Config, data: Data) -> None:
+    """Training ratings differ, and in every split two lie so far apart that they make a pair. Raises InputError."""
+    own, scale = config.reward, scale_of(data)
+    across = own.step.get("across_records") and any(own.step.get(name) for name in PAIR_LOSSES)
+    gaps = {"train": ("step.min_gap", own.step.get("min_gap"), across)}
+    gaps |= {split: ("min_gap", own.min_gap, True) for split in ("validation", "test")}
+
+    def differ(records: list[Record]) -> bool:
+        return any(map(has_orders, records)) or len(set(values_of(records, scale))) > 1
+
+    for split, (key, given, needed) in gaps.items():
+        values, gap = values_of(data.records[split], scale), gap_of(given, scale)
+        if not values or any(map(has_orders, data.records[split])):
+            continue
+        spread = max(values) - min(values)
+        if spread == 0:
+            more = "texts that people rate differently" if split == "train" else "more records"
+            raise InputError(
+                f"stage reward: {data.file(split)}: all ratings of the {split} split ({len(values)}) are {values[0]:g},"
+                f" so that there is nothing to {'learn' if split == 'train' else 'judge by'}; give {more}"
+                f'{data.larger(split, differ)}, or leave "reward" out of config.stages'
+            )
+        if needed and spread < least_gap(gap):
+            why = " (an eighth of the scale)" if given is None else ""
+            raise InputError(
+                f"config.reward.{key}: {gap:g}{why}; the ratings of the {split} split lie at most {spread:g} apart, so"
+                f" that no two make a pair: set it to {spread / 2:.2g}, say"
+            )
+
+
+def scale_of(data: Data) -> tuple[float, float]:
+    """The scale of the ratings, or that of the labels where nothing is rated."""
+    return data.rating_scale or label_scale(data.records.train)
+
+
+def values_of(records: list[Record], scale: tuple[float, float]) -> list[float]:
+    """The mean rating (or label) of every answer that has one."""
+    return [value for record in records for value in mean_values(record, scale).values()]
+
+
+def has_orders(record: Record) -> bool:
+    """Whether somebody put answers into an order."""
+    return any(isinstance(entry, (Ranking, Preference, Edit)) for entry in record.feedback)
 
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
@@ -115,24 +178,28 @@ def reward_stage(run: Run) -> dict[str, float]:
     """Trains from the language model; figures are on held-out answers at least `min_gap` rating points apart.
 
     Where `center_ratings`, a score says rating points above the training split's mean, reward/rating_mean: the head
-    has no bias that could learn it. Gaps, pairs and their figures are the same.
+    has no bias that could learn it. Gaps, pairs and their figures are the same. While it learns, a score is in nats,
+    `rating_nats` for the deviation of the ratings, so that no loss depends on their scale; what is judged and saved
+    is in the file's points.
     """
     section, devices, adapters = run.config.reward, run.devices, run.adapters("reward")
-    sets, mean, said = batches_of(run)
-    batches = sets["train"]
+    sets, points, said = batches_of(run)
+    batches, gap = sets["train"], said["reward/min_gap"]
     total = total_steps(section, batches.steps_per_epoch)
 
     loaded = run.load_model(*run.start("reward"))
     head = {"dropout": section.dropout, "zero": section.head_init != "normal"}
     model, params = with_head(devices, run.config.model, loaded, "reward", 1, **head)
-    keywords = section.step.to_dict()
-    if bounds := ordinal_bounds(section.step, run.data.rating_scale or label_scale(run.records.train)):
-        keywords["ordinal_bounds"] = tuple(bound - (mean or 0.0) for bound in bounds)
+    if loaded.model.config.num_labels == 1:  # a reward model's own head, whose scores are in points
+        params = scaled_head(params, 1.0 / points.unit)
+    keywords = step_keywords(section.step, scale_of(run.data), points)
+    if keywords.get("ordinal_bounds"):
         params = with_cutpoints(devices, params, keywords["ordinal_bounds"])
     recipe = optimizer(optim_section(run.config, "reward"), total, model)
     trained, base = trained_part(devices, adapters, params, model.config, "reward-lora")
     state, shardings = create_state(devices, RewardState, trained, recipe)
-    function = functools.partial(run.steps["reward"], **keywords)
+    learn = told_in_points(run.steps["reward"], "reward/mse", points.unit)
+    function = functools.partial(learn, **keywords)
     first = one_of_each(batches)
     step = compiled_step(
         devices, "reward", function, recipe, model, base, state, shardings, first.values(), adapters=adapters
@@ -140,118 +207,63 @@ def reward_stage(run: Run) -> dict[str, float]:
     leave = functools.partial(run.leave_if_asked, "reward")
     score = scorer(devices, model, base, adapters=adapters, name="reward score", leave=leave)
 
-    def figures(state, split: str = "validation", prefix: str = "reward/validation_") -> dict[str, float]:
-        scores = score(model_params(state.params), sets[split], last=split == "test")
-        return pair_figures(scores, sets[split].examples, section.min_gap, prefix)
+    def estimates(state, split: str):
+        scores = score(scaled_head(model_params(state.params), points.unit), sets[split], last=split == "test")
+        return pair_estimates(scores, sets[split].examples, gap, prompt_keys(run.records[split]), unit=points.unit)
 
-    sizes = [(np.prod(shape), forward_flops(model.config, shape[-1])) for shape in first]
     state, out = training.train(
         run, "reward", state, lambda state, index: step(state, batches.batch_at(index)), total=total,
-        tokens_per_step=float(np.mean([tokens for tokens, _ in sizes])),
-        flops_per_step=passes(adapters) * float(np.mean([tokens * flops for tokens, flops in sizes])),
-        evaluate=figures, learning_rate=recipe.rate,
+        work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
+        evaluate=lambda state: told(*estimates(state, "validation"), "reward/validation_"), learning_rate=recipe.rate,
     )  # fmt: skip
-    run.save_model("reward", model, model_params(state.params), base)
-    out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy", 0.0)
-    return out | said | figures(state, "test", "reward/") | reward_baselines(run.records, section.min_gap)
+    run.save_model("reward", model, scaled_head(model_params(state.params), points.unit), base)
+    if "reward/pair_accuracy" in out:
+        out["reward/train_pair_accuracy"] = out.pop("reward/pair_accuracy")
+    found, pairs = estimates(state, "test")
+    rivals = reward_baselines(run.records, gap)
+    return out | said | told(found, pairs, "reward/") | beside_baselines(found.get("pair_accuracy"), rivals)
 
 
-def batches_of(run: Run) -> tuple[dict[str, RewardBatches], float | None, dict[str, float]]:
-    """(split -> batches, the mean taken from every rating, what is said of the data); mean None: nothing was taken."""
+def batches_of(run: Run) -> tuple[dict[str, RewardBatches], Points, dict[str, float]]:
+    """(split -> batches, ratings of training in nats, of the others in points above the mean; `Points`; figures)."""
     section = run.config.reward
     rows = {"batch_size": section.batch_size, "buckets": tuple(section.buckets), "seed": run.config.seed}
     options = {"max_length": section.seq_len, "scale": run.data.rating_scale or (0.0, 1.0)}
+    said = {"reward/min_gap": gap_of(section.min_gap, scale_of(run.data))}
     counts = {split: Counter() for split in SPLITS}
     found = {s: reward_examples(run.records[s], run.tokenizer, **options, counts=counts[s]) for s in SPLITS}
     if equal := counts["train"]["equal_pairs"]:
         note("reward", f"{equal} pairs of training answers are equal, or equal once cut, and are left out")
-    said = {"reward/cut_share": run.cut_share("reward", counts["train"]["cut"], counts["train"]["answers"])}
+    said |= {"reward/cut_share": run.cut_share("reward", counts["train"]["cut"], counts["train"]["answers"])}
     for split, prefix in (("train", "train_"), ("validation", "validation_"), ("test", "")):
         said[f"reward/{prefix}equal_pairs"] = float(counts[split]["equal_pairs"])
     mean = rating_mean(found["train"]) if section.center_ratings else None
     if mean is not None:
         said["reward/rating_mean"] = mean
-    found = {split: shifted(examples, mean or 0.0) for split, examples in found.items()}
+    spread = rating_deviation(found["train"])
+    if spread is not None:
+        said["reward/rating_deviation"] = spread
+    points = Points(mean or 0.0, spread / section.rating_nats if spread else 1.0)
+    found = {s: shifted(examples, points.mean, points.unit if s == "train" else 1.0) for s, examples in found.items()}
     most = section.max_candidates or max(len(e.candidates) for examples in found.values() for e in examples)
     rows |= {"max_candidates": most, "pad_id": run.tokenizer.pad_id}
-    return {split: RewardBatches(examples, **rows) for split, examples in found.items()}, mean, said
+    return {split: RewardBatches(examples, **rows) for split, examples in found.items()}, points, said
 
 
-def rating_mean(examples: list[RewardExample]) -> float | None:
-    """The mean over every rated answer; None where nothing is rated."""
-    ratings = [r for example in examples for r in example.ratings if r is not None]
-    return math.fsum(ratings) / len(ratings) if ratings else None
-
-
-def shifted(examples: list[RewardExample], mean: float) -> list[RewardExample]:
-    """The examples with `mean` taken from every rating; the given ones are not changed."""
-    return [
-        dataclasses.replace(example, ratings=[None if r is None else r - mean for r in example.ratings])
-        for example in examples
-    ]
+def step_keywords(section: Config, scale: tuple[float, float], points: Points) -> dict:
+    """The step's keywords, with what is in rating points in nats."""
+    keywords = section.to_dict()
+    if "min_gap" in keywords:
+        keywords["min_gap"] = gap_of(section.min_gap, scale) / points.unit
+    if bounds := ordinal_bounds(section, scale):
+        keywords["ordinal_bounds"] = tuple((bound - points.mean) / points.unit for bound in bounds)
+    return keywords
 
 
 def with_cutpoints(devices: Devices, params, bounds: tuple[float, ...]):
-    """The parameters with the ordinal loss's cutpoints in the head, at the bounds: scores start as rating points."""
+    """The parameters with the ordinal loss's cutpoints in the head, at the bounds."""
     cutpoints = devices.place({"head": {"cutpoints": np.asarray(bounds, np.float32)}})["head"]
     return {**params, "head": {**params["head"], **cutpoints}}
-
-
-def pair_figures(scores, examples, min_gap: float, prefix: str) -> dict[str, float]:
-    """Pair accuracy by ratings over all examples, and within records by ranks where people gave any.
-
-    calibration_error is that of the pairs by ratings, or by ranks where there are none; so is pair_accuracy.
-    """
-    rated = [
-        (s, r)
-        for row, e in zip(scores, examples, strict=True)
-        for s, r in zip(row, e.ratings, strict=True)
-        if r is not None
-    ]
-    out = {}
-    if rated:
-        values, ratings = (np.asarray(column, np.float64) for column in zip(*rated, strict=True))
-        accuracy, pairs = baselines.pair_accuracy(values, ratings, min_gap)
-        out |= {f"{prefix}pair_accuracy": accuracy, f"{prefix}pairs": float(pairs)}
-        out[f"{prefix}mse"] = float(np.mean((values - ratings) ** 2))
-        out[f"{prefix}rating_slope"] = calibration.rating_slope(values, ratings)
-        apart = calibration.rated_differences(values, ratings, min_gap)
-        out[f"{prefix}calibration_error"] = calibration.calibration_error(apart)
-    ranked = [(row, [np.nan if r is None else r for r in e.ranks]) for row, e in zip(scores, examples, strict=True)]
-    differences = [
-        float(row[i] - row[j])
-        for row, ranks in ranked
-        for i in range(len(ranks))
-        for j in range(len(ranks))
-        if ranks[i] < ranks[j]
-    ]
-    if differences:
-        accuracy = float(np.mean(np.heaviside(differences, 0.5)))  # equal scores are half right
-        out |= {f"{prefix}ranked_pair_accuracy": accuracy, f"{prefix}ranked_pairs": float(len(differences))}
-        if not out.get(f"{prefix}pairs"):
-            out[f"{prefix}pair_accuracy"] = accuracy
-            out[f"{prefix}calibration_error"] = calibration.calibration_error(np.array(differences))
-    return out
-
-
-def reward_baselines(records, min_gap: float) -> dict[str, float]:
-    """What a lexicon and a ridge regression on words reach on the same test pairs."""
-    split = {
-        name: [(r.prompt_text + r.responses[i], v) for r in records[name] for i, v in mean_ratings(r).items()]
-        for name in ("train", "test")
-    }
-    if not all(split.values()):
-        return {}
-    (texts, ratings), (test_texts, test_ratings) = (tuple(zip(*split[name], strict=True)) for name in ("train", "test"))
-    truth = np.asarray(test_ratings)
-    guesses = {
-        "lexicon": lexicon.compound_scores(test_texts),
-        "ridge": baselines.ridge_scores(texts, ratings, test_texts),
-    }
-    return {
-        f"reward/pair_accuracy_{name}": baselines.pair_accuracy(guess, truth, min_gap)[0]
-        for name, guess in guesses.items()
-    }
 
 
 STAGE = Stage(

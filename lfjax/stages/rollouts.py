@@ -9,7 +9,9 @@ import numpy as np
 
 from lfjax.config import Config, sampling_section
 from lfjax.modules import is_named
+from lfjax.records import Record
 from lfjax.run import writing
+from lfjax.run.data import note
 from lfjax.run.devices import fetch
 from lfjax.run.rewards import FunctionReward, LearnedReward
 from lfjax.run.run import Run
@@ -67,6 +69,20 @@ def reward_of(run: Run, key: str, name: str) -> LearnedReward | FunctionReward:
     )
 
 
+def writable(run: Run, stage: str, split: str) -> tuple[list[Record], dict[str, float]]:
+    """(the records of a split that a stage writes to, how many have prompts that are too long); also a note of these.
+
+    See `writing.fitting`.
+    """
+    sampling, rule = sampling_section(run.config, stage), run.config.data.too_long
+    records, longer = writing.fitting(sampling, run.records[split], run.tokenizer, rule)
+    if longer:
+        done = "cut" if rule == "cut" else "left out"
+        most = f"the largest of config.sampling.prompt_buckets = {max(sampling.prompt_buckets)}"
+        note(stage, f"{longer} of {len(run.records[split])} {split} prompts are longer than {most} and are {done}")
+    return records, {f"data/{split}/too_long": float(longer)}
+
+
 def prompt_shapes(config: Config) -> int:
     """How many shapes prompts come in: every length, in the batches of every stage of the run that writes."""
     writers = [stage for stage in config.stages if "sampling" in config[stage]]
@@ -74,14 +90,18 @@ def prompt_shapes(config: Config) -> int:
 
 
 def rollout_rows(tokenizer, rollout: Rollout, limit: int) -> list[dict[str, Any]]:
-    """The first rows of a rollout for samples.jsonl; logprob and kl are sums over the response, in nats."""
+    """The first rows of a rollout for samples.jsonl; logprob and kl are sums over the response, in nats.
+
+    `score` is what the reward said, as in the evaluation's rows; `normalised_score` what PPO learns from.
+    """
     host = jax.tree.map(lambda x: np.asarray(x[:limit]), fetch(rollout))
     prompts, responses = texts(tokenizer, host)
     return [
         {
             "prompt": prompts[i],
             "response": responses[i],
-            "score": float(host.scores[i]),
+            "score": float(host.raw_scores[i]),
+            "normalised_score": float(host.scores[i]),
             "logprob": float(host.old_logprobs[i].sum()),
             "kl": float((host.old_logprobs[i] - host.ref_logprobs[i]).sum()),
         }

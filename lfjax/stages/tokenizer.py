@@ -26,6 +26,7 @@ def tokenizer_stage(run: Run) -> dict[str, float]:
             model_type=options.model_type,
         )
         run.check_tokenizer(tokenizer)
+        run.data.tell()
     sync("saved tokenizer")
     lengths = [len(tokenizer.encode(text)) for text in texts_of(run.records.validation)]
     return {

@@ -13,7 +13,7 @@ from typing import Any
 
 from lfjax.config import InputError
 from lfjax.files import decoded
-from lfjax.tokenizers import trial
+from lfjax.tokenizers import panics, trial
 from lfjax.tokenizers.files import (
     BPE,
     LIBRARY,
@@ -29,6 +29,7 @@ from lfjax.tokenizers.files import (
 
 # Which words a byte-level BPE never merges across, by tokenizer_class; GPT-2's is the library's own default.
 _GPT2 = ("", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
+MOST_BEGIN = 16  # tokens that begin every sequence
 _QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,6 +57,7 @@ class LibraryTokenizer:
         self._inner = self._first if inner == spec else self._make(inner)
         vocabulary = self._first.get_vocab(with_added_tokens=True)
         before = self._before() if begin is None else [vocabulary[settings.tokens[role] or ""] for role in begin]
+        _check_begin(before, vocabulary, where)
         own = {"bos": before[0]} if before else {}
         found = special_ids(settings, vocabulary, own, where)
         self.bos_id, self.eos_id, self.eos_ids, self.pad_id = found
@@ -79,10 +81,14 @@ class LibraryTokenizer:
     def _make(self, spec: dict[str, Any], *, markup: bool = False):
         """The library's object, with every named token in it; in plain text special ones are not looked for."""
         os.environ["RUST_BACKTRACE"] = "0"  # of the library's panics, which are told in one line
-        import tokenizers
-
         text = json.dumps(spec)
         trial.check("tokenizers", text.encode(), self._where)
+        with self._naming("take its added tokens"):
+            return self._read(text, markup)
+
+    def _read(self, text: str, markup: bool):
+        import tokenizers
+
         made = tokenizers.Tokenizer.from_str(text)
         made.no_truncation()
         made.no_padding()
@@ -113,8 +119,8 @@ class LibraryTokenizer:
 
     def _before(self) -> list[int]:
         """What the post-processor puts before a text."""
-        bare = self._first.encode("a", add_special_tokens=False).ids
-        whole = self._first.encode("a", add_special_tokens=True).ids
+        with self._naming("begin a sequence"):
+            bare, whole = (self._first.encode("a", add_special_tokens=special).ids for special in (False, True))
         starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
         return whole[: starts[0]] if starts else []
 
@@ -142,8 +148,9 @@ class LibraryTokenizer:
     @contextlib.contextmanager
     def _naming(self, what: str):
         try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
+            with panics.silenced():
+                yield
+        except (KeyboardInterrupt, SystemExit, InputError):
             raise
         except BaseException as error:  # the library raises no class of its own, and its panics are no Exception
             found = " ".join(str(error).split())
@@ -198,6 +205,17 @@ def _check_sections(spec: dict[str, Any], where: str) -> None:
         inner = node.get(steps, []) if isinstance(node, dict) else []
         if not (node is None or isinstance(node, dict)) or not all(isinstance(step, dict) for step in inner):
             raise InputError(f"{where}: {name!r}: it has to hold objects with a 'type'; restore the model's own file")
+
+
+def _check_begin(ids: list[int], vocabulary: dict[str, int], where: str) -> None:
+    """A post-processor names ids itself, which no vocabulary need hold."""
+    most = max(vocabulary.values())
+    if len(ids) > MOST_BEGIN or not all(0 <= i <= most for i in ids):
+        found = f"{len(ids)} tokens" if len(ids) > MOST_BEGIN else f"the ids {ids}"
+        raise InputError(
+            f"{where}: 'post_processor': it begins a sequence with {found}; allowed: at most {MOST_BEGIN}, with ids"
+            f" from 0 to {most}; restore the model's own file"
+        )
 
 
 def _parts(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -21,16 +21,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOR_SPEED = {
     "lfjax train": " --config.data.source=jsonl --config.data.path=rated.jsonl --config.tokenizer.vocab_size=310"
     " --config.pretrain.steps=4 --config.reward.steps=4 --config.ppo.steps=2 --config.evaluate.prompts=16"
-    " --config.run.compile_cache=False --config.run.tensorboard=False",
+    " --config.run.compile_cache=False --config.run.trackers=",
     "pytest": " -q -p no:cacheprovider -k test_update",
 }
 
 
 def commands() -> str:
     """The blocks of the section as one script; long commands get what makes them short."""
-    section = re.search(r"^## Forking a step$(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
+    section = re.search(r"^## Forking a step$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M)
     assert section
-    blocks = re.findall(r"^```\n(.*?)^```$", section.group(1), re.S | re.M)
+    blocks = re.findall(r"^```sh\n(.*?)^```$", section.group(1), re.S | re.M)
     lines = "".join(blocks).splitlines()
     for start, more in FOR_SPEED.items():
         (found,) = (number for number, line in enumerate(lines) if line.startswith(start))

@@ -69,6 +69,16 @@ def test_no_document_is_cut_that_fits_and_longer_ones_lose_no_target():
     assert sum(found.values()) == sum(len(doc) - 1 for doc in docs)
 
 
+def test_every_segment_of_an_evaluation_is_of_the_document_that_is_named():
+    docs = [[100 + i] * length for i, length in enumerate((5, 40, 3, 9, 17, 2, 30))]  # the second and last are split
+    rows = PackedRows(docs, seq_len=16, batch_size=4, seed=0, pad_id=PAD)
+    named = zip(rows.evaluation(), rows.evaluation_documents(), strict=True)
+    pairs = [(batch.tokens[i, :-1], batch.segment_ids[i], owners[i]) for batch, owners in named for i in range(4)]
+    for tokens, segments, owners in pairs:
+        assert tokens[segments > 0].tolist() == [100 + owners[s - 1] for s in segments[segments > 0]]
+    assert {int(i) for _, _, owners in pairs for i in owners} == {*range(7)}
+
+
 def test_flags_decide_what_counts():
     rows = PackedRows(
         [([1, 7, 8, 9, 2], [False, False, False, True, True])], seq_len=8, batch_size=1, seed=0, pad_id=PAD
@@ -156,6 +166,7 @@ def test_batches_have_the_declared_shapes_only():
     batches = reward_batches()
     shapes = {batch.tokens.shape for e in range(3) for batch in epoch(batches, e)}
     assert shapes == set(batches.bucket_shapes)
+    assert all(batches.shape_at(step) == batches.batch_at(step).tokens.shape for step in range(20))
     assert shapes <= {(8, c, t) for c in (1, 2, 4) for t in (16, 32)}
 
 
@@ -271,7 +282,7 @@ def test_prompts_go_to_the_smallest_bucket_that_holds_them():
     for step in range(6):
         batch, indices = batches.batch_at(step), batches.indices_at(step)
         longest = max(len(batches.prompts[i]) for i in indices)
-        assert batch.tokens.shape == (8, 3 if longest <= 3 else 6)
+        assert batch.tokens.shape == (8, 3 if longest <= 3 else 6) == (8, batches.length_at(step))
         narrow += batch.tokens.shape[1] == 3
         assert [m.sum() for m in batch.mask] == [len(batches.prompts[i]) for i in indices]
         seen += indices.tolist()

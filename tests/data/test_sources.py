@@ -5,8 +5,9 @@ from ml_collections import ConfigDict
 
 from lfjax.config import InputError
 from lfjax.data.duplicates import SPLITS, merge_rated_duplicates, record_key, split_of, text_key
-from lfjax.data.sources import label_scale, left_out, load_records, rating_scale, read_text
-from lfjax.records import Label, Rating, Record, write_records
+from lfjax.data.sources import label_scale, load_records, rating_scale, read_text
+from lfjax.data.table import table, told
+from lfjax.records import Label, Preference, Rating, Record, write_records
 
 
 def section(**changes):
@@ -32,20 +33,24 @@ def test_a_jsonl_file_is_split_whole_and_the_same_for_every_seed(tmp_path):
     splits = load_records(section(path=path))
     found = [record.responses[0] for name in SPLITS for record in splits[name]]
     assert sorted(found) == sorted(TEXTS)
-    assert all(20 <= len(splits[name]) <= 60 for name in ("validation", "test"))
+    assert [len(splits[name]) for name in SPLITS] == [120, 40, 40]
     assert splits.counts["rows"] == 200 and splits.counts["train/records"] == len(splits.train)
     assert load_records(section(path=path, seed=7)).test == splits.test
 
 
-def test_adding_records_moves_none_to_another_split(tmp_path):
+def test_adding_records_moves_those_alone_whose_hash_lies_between_two_splits(tmp_path):
     few = load_records(section(path=write(tmp_path / "a.jsonl", TEXTS[:100])))
     many = load_records(section(path=write(tmp_path / "b.jsonl", TEXTS)))
+    assert [len(few[name]) for name in SPLITS] == [60, 20, 20] and [len(many[name]) for name in SPLITS] == [120, 40, 40]
+    stayed = [{r.responses[0] for r in few[name]} & {r.responses[0] for r in many[name]} for name in SPLITS]
+    moved = 100 - sum(map(len, stayed))
+    assert 0 < moved <= few.counts["moved"] + many.counts["moved"] < 40
+    fractions = {"validation_fraction": 0.2, "test_fraction": 0.2}
     for name in SPLITS:
-        texts = {record.responses[0] for record in many[name]}
-        assert {record.responses[0] for record in few[name]} <= texts
+        assert many.counts["moved"] >= sum(split_of(record_key(r), **fractions) != name for r in many[name])
 
 
-def test_split_shares_are_the_fractions():
+def test_the_nominal_shares_are_the_fractions():
     fractions = {"validation_fraction": 0.1, "test_fraction": 0.05}
     names = [split_of(str(i), **fractions) for i in range(20_000)]
     assert abs(names.count("validation") / 20_000 - 0.1) < 0.01 and abs(names.count("test") / 20_000 - 0.05) < 0.01
@@ -134,12 +139,11 @@ def one_prompt(path, texts, prompts=("Describe rain.",)):
     return str(path)
 
 
-@pytest.mark.parametrize("prompts, found", [(("A",), "all 60 have one prompt"), (("A", "B"), "all 60 have 2 prompts")])
-def test_answers_to_too_few_prompts_cannot_be_split_and_the_message_says_why(prompts, found, tmp_path):
-    path = one_prompt(tmp_path / "a.jsonl", TEXTS[:60], prompts)
-    message = f"split is empty: records are split by their prompt, .*{found}; give config.data.validation_path and"
-    with pytest.raises(InputError, match=message):
-        load_records(section(path=path))
+@pytest.mark.parametrize("prompts", [("A",), ("A", "B")])
+def test_answers_to_fewer_prompts_than_splits_are_split_by_the_answers_and_that_is_said(prompts, tmp_path):
+    splits = load_records(section(path=one_prompt(tmp_path / "a.jsonl", TEXTS[:60], prompts)))
+    assert [len(splits[name]) for name in SPLITS] == [36, 12, 12]
+    assert splits.counts["split_by_response"] == 1 and any("split by response" in line for line in told(splits.counts))
 
 
 def test_answers_to_one_prompt_in_three_files_are_compared_by_the_answers(tmp_path):
@@ -189,10 +193,10 @@ def test_how_many_records_make_a_heading_is_the_users_choice_and_what_is_left_ou
         "test_path": one_prompt(tmp_path / "test.jsonl", TEXTS[70:75], ("D", asked[1])),
     }
     found = load_records(section(**paths))
-    (line,) = left_out(found.counts)
+    line = told(found.counts)[0]
     assert line.startswith("7 training records are left out: ") and "config.data.heading_records" in line
     headings = load_records(section(**paths, heading_records=9))
-    assert len(headings.train) == 14 and left_out(headings.counts) == []
+    assert len(headings.train) == 14 and not any("left out" in line for line in told(headings.counts))
     with pytest.raises(InputError, match=r"data\.heading_records: found 1; allowed: 2 or more"):
         load_records(section(**paths, heading_records=1))
 
@@ -213,6 +217,8 @@ def test_max_records_keeps_every_splits_share_in_order(tmp_path):
         positions = [everything[name].index(record) for record in some[name]]
         assert positions == sorted(positions)
     assert load_records(section(path=path, max_records=50, seed=1)).train != some.train
+    assert some.counts["beyond_max_records"] == 200 - sum(len(some[name]) for name in SPLITS) > 140
+    assert any("beyond config.data.max_records" in line for line in table(some.counts))
 
 
 def test_empty_texts_and_duplicates_are_counted(tmp_path):
@@ -221,6 +227,24 @@ def test_empty_texts_and_duplicates_are_counted(tmp_path):
     assert sum(len(splits[name]) for name in SPLITS) == 200
     with pytest.raises(InputError, match=r"split is empty \(3 records in all, 3 of them empty\)"):
         load_records(section(path=write(tmp_path / "b.jsonl", ["", " ", "\n"])))
+
+
+def test_the_table_says_what_was_read_merged_and_left_out_by_split_and_kind(tmp_path):
+    """The rows are the splits; a sum over them is the file, less what is named below them."""
+    records = [rated(text) for text in (*TEXTS[:30], TEXTS[0], " ")]
+    records += [Record(f"Why {i}?", ["yes", "no"], [Preference(0, 1)]) for i in range(9)]
+    records += [Record("Why?", ["yes", "yes"], [Preference(0, 1)]), Record("What?", ["this"])]
+    write_records(tmp_path / "a.jsonl", records)
+    write_records(tmp_path / "test.jsonl", [rated(TEXTS[1]), rated("new")])
+    counts = load_records(section(path=str(tmp_path / "a.jsonl"), test_path=str(tmp_path / "test.jsonl"))).counts
+    lines = table(counts)
+    assert lines[0].split() == ["data", "records", "no", "feedback", "preference", "rating"]
+    cells = {line.split()[0]: [int(cell) for cell in line.split()[1:]] for line in lines[1:4]}
+    assert set(cells) == set(SPLITS) and cells["test"] == [2, 0, 0, 2]
+    assert [sum(column) for column in zip(cells["train"], cells["validation"], strict=True)] == [40, 1, 10, 29]
+    assert "read 45" in lines[4] and "merged 1 " in lines[4] and "1 without text" in lines[4]
+    assert "1 of training that are held out as well" in lines[4] and counts["equal_pairs"] == 1
+    assert any(line.startswith("1 pairs of answers are equal") for line in lines[5:])
 
 
 def test_plain_text_is_one_record_a_paragraph(tmp_path):

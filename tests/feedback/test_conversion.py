@@ -116,7 +116,7 @@ def test_long_records_are_left_out_on_request(tmp_path):
         ("hh", {"chosen": DIALOGUE}, ":1: field 'rejected': found nothing; the format 'hh' has a text there"),
         ("gsm8k", {"question": "q", "answer": 3}, ":1: field 'answer': found int"),
         ("ilf", [1], ":1: found list; allowed: a JSON object with prompt"),
-        ("csv", {}, "format 'csv': not known; allowed: hh, gsm8k, ilf"),
+        ("xyz", {}, "format 'xyz': not known; allowed: hh, gsm8k, ilf, trl, csv"),
     ],
 )
 def test_what_is_not_in_the_format_gives_one_line(tmp_path, name, row, message):

@@ -13,8 +13,11 @@ import safetensors.numpy
 import smallest
 
 from lfjax.interop import hf
+from lfjax.run.checks import unread
 from lfjax.run.language import gentle_rate
 from lfjax.sharding import Step
+from lfjax.stages import declared
+from lfjax.stages.evaluate import judges_named
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -88,6 +91,9 @@ def test_samples_hold_what_people_read_in_the_report(straight):
         ("ppo", 3): 8, ("ppo", 6): 8, ("evaluate", 0): 12,
     }  # fmt: skip
     assert all({"prompt", "response", "score", "logprob", "kl"} <= row.keys() for row in found)
+    written = [row["score"] for row in found if row["stage"] == "ppo" and row["step"] == 6]
+    row = next(row for row in rows(straight) if row["stage"] == "ppo" and row["step"] == 6)
+    assert np.mean(written) == pytest.approx(row["ppo/raw_score"], rel=1e-4)  # the batch is shown whole
     sides = {side: [row["prompt"] for row in found if row.get("set") == side] for side in ("before", "after")}
     assert len(sides["before"]) == 4 and sides["before"] == sides["after"]
 
@@ -105,6 +111,16 @@ def test_the_summary_has_the_figures_of_every_stage(straight):
     assert summary["tokenizer/vocab_size"] == 310 and summary["data/rows"] == 120
     done = [json.loads((straight / "checkpoints" / stage / "FINISHED").read_text()) for stage in smallest.STAGES]
     assert summary["time/total_s"] == pytest.approx(sum(each["seconds"] for each in done))
+
+
+def test_held_out_figures_have_their_number_and_interval_in_the_summary_and_there_alone(straight):
+    summary = json.loads((straight / "summary.json").read_text())
+    for name in ("pretrain/perplexity", "pretrain/bits_per_byte", "sft/validation_loss", "sft/perplexity_change",
+                 "reward/pair_accuracy", "reward/validation_mse", "reward/pair_accuracy_over_ridge"):  # fmt: skip
+        assert summary[f"{name}_low"] < summary[name] < summary[f"{name}_high"] and summary[f"{name}_n"] > 1, name
+    held_out = json.loads((straight / "config.json").read_text())["data"]["validation_fraction"] * 120
+    assert summary["pretrain/perplexity_n"] == summary["data/validation/records"] == pytest.approx(held_out, rel=0.5)
+    assert not [name for row in rows(straight) for name in row if name.endswith(("_n", "_low", "_high"))]
 
 
 def test_every_stage_learns_from_the_one_before(straight):
@@ -342,14 +358,45 @@ def loud(prompts, responses, records):
     return [float(len(text)) for text in responses]
 
 
-def test_judges_are_named_and_one_that_was_trained_on_says_so(straight, train, tmp_path):
-    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "w"))
-    for name in ("checkpoints/evaluate", "config.json", "inputs.json"):
+def judged_again(straight, train, workdir: pathlib.Path, *given: str) -> dict:
+    """The summary of the run with its evaluation made again."""
+    shutil.copytree(straight, workdir)
+    for name in ("checkpoints/evaluate", "config.json", "inputs.json", "summary.json"):
         path = workdir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert train(workdir, "--config.evaluate.judges=reward,test_chain:loud") == 0
-    summary = json.loads((workdir / "summary.json").read_text())
+    assert train(workdir, *given) == 0
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_judges_are_named_and_one_that_was_trained_on_says_so(straight, train, tmp_path):
+    summary = judged_again(straight, train, tmp_path / "w", "--config.evaluate.judges=reward,test_chain:loud")
     assert summary["judge/reward_trained_on"] == 1.0 and "judge/test_chain_loud_trained_on" not in summary
     assert summary["judge/reward_after"] == pytest.approx(summary["ppo/score_after"])
-    assert {f"judge/test_chain_loud_{which}" for which in ("before", "sft", "after")} <= summary.keys()
-    assert "training has learnt to please it" in (workdir / "report.html").read_text()
+    assert {f"judge/test_chain_loud_{which}" for which in ("before", "sft", "after", "won")} <= summary.keys()
+    assert "training has learnt to please it" in (tmp_path / "w" / "report.html").read_text()
+    assert not [name for name in summary if "positive" in name or "ridge_after" in name]
+
+
+def test_where_no_judge_is_named_the_held_out_ratings_judge(straight, train, tmp_path):
+    """Ridge regression on them, with its own accuracy; the sentences' scale is [-4, 4]."""
+    summary = judged_again(straight, train, tmp_path / "w", "--config.evaluate.judges=()")
+    judged = {name for name in summary if name.startswith("judge/") and not name.endswith(("_n", "_low", "_high"))}
+    names = ("before", "sft", "after", "change", "won", "pair_accuracy", "min_gap")
+    assert judged == {f"judge/ridge_{name}" for name in names} and summary["judge/ridge_min_gap"] == 1.0
+    assert summary["judge/ridge_pair_accuracy_low"] > 0.6  # each word has one sign
+    assert abs(summary["judge/ridge_change"] - summary["judge/ridge_after"] + summary["judge/ridge_before"]) < 1e-9
+    shown = rows(tmp_path / "w", "samples.jsonl")[-1]
+    assert shown["judge"] == shown["ridge"] and -4 < shown["ridge"] < 4
+
+
+def test_a_reward_model_that_training_is_not_towards_judges_and_one_that_nothing_reads_is_named(tmp_path):
+    config, stages = smallest.get_config(), declared()
+    config.evaluate.judges = ()
+    assert judges_named(config) == ("ridge",)  # training is towards the reward model
+    config.ppo.update(reward="mine:short", value_init="policy")
+    assert judges_named(config) == ("reward", "ridge") and unread(config, stages) == []
+    config.evaluate.judges = ("lexicon",)
+    ((stage, what),) = unread(config, stages)
+    assert stage == "reward" and "--config.stages=tokenizer,pretrain,sft,ppo,evaluate" in what
+    config.stages = ("tokenizer", "pretrain", "reward")
+    assert unread(config, stages) == []

@@ -16,8 +16,9 @@ from lfjax.data.examples import class_names
 from lfjax.interop import hf
 from lfjax.models.encoder import EncoderConfig
 from lfjax.records import Label, Record
+from lfjax.rewards.intervals import without
 from lfjax.run import heads
-from lfjax.stages.classify import class_figures, slugs
+from lfjax.stages.classify import class_estimates, slugs, told
 
 pytestmark = pytest.mark.xdist_group("stages")
 CLASSES = {True: "good", False: "bad"}
@@ -74,6 +75,8 @@ def classified(folder, labelled, train, tmp_path_factory):
 def test_an_encoder_learns_the_classes_of_labels_and_exports_their_names(classified):
     found = summary(classified[0])
     assert found["classify/accuracy"] > found["classify/majority_accuracy"] + 0.1
+    assert found["classify/accuracy_low"] <= found["classify/accuracy"] <= found["classify/accuracy_high"]
+    assert found["classify/accuracy_over_majority_low"] > 0 and found["classify/accuracy_n"] == found["classify/f1_n"]
     assert found["classify/f1"] == pytest.approx((found["classify/f1_good"] + found["classify/f1_bad"]) / 2)
     config = json.loads((classified[0] / "models" / "classify" / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good"} and config["label2id"] == {"bad": 0, "good": 1}
@@ -126,9 +129,14 @@ def test_an_encoder_where_none_can_be_is_named_before_anything_is_trained(
     assert not (tmp_path / "w").exists()
 
 
+def class_figures(truth, guesses, names):
+    """The figures alone, of texts of as many prompts."""
+    return without(told(class_estimates(truth, guesses, names, range(len(truth))), "x/"))
+
+
 def test_figures_are_their_formulas():
     truth, guesses = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
-    found = class_figures(truth, guesses, ("a", "b", "c"), "x/")
+    found = class_figures(truth, guesses, ("a", "b", "c"))
     assert found["x/accuracy"] == pytest.approx(3 / 6)
     assert [found[f"x/precision_{n}"] for n in "abc"] == pytest.approx([2 / 4, 1 / 2, 0.0])
     assert [found[f"x/recall_{n}"] for n in "abc"] == pytest.approx([2 / 3, 1 / 2, 0.0])
@@ -141,7 +149,7 @@ def test_every_class_has_figures_of_its_own_however_alike_the_names():
     names = ("A b", "a b", "a b_2", "a/b", "a_b", "a_b_2")
     assert slugs(names) == ["A_b", "a_b_3", "a_b_2_2", "a_b_4", "a_b", "a_b_2"]
     truth = list(range(6))
-    found = class_figures(truth, [0, 1, 2, 3, 4, 0], names, "x/")
+    found = class_figures(truth, [0, 1, 2, 3, 4, 0], names)
     assert [found[f"x/recall_{slug}"] for slug in slugs(names)] == [1.0] * 5 + [0.0]
     assert len(found) == 1 + 3 * 7
 

@@ -21,7 +21,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def page() -> dict[str, str]:
     """File name -> text, as the page's `cat > FILE <<'...'` blocks write them."""
-    section = re.search(r"^## A method of your own$(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
+    section = re.search(
+        r"^## A method of your own$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M
+    )
     assert section
     return dict(re.findall(r"^cat > (\S+) <<'\w+'\n(.*?)^\w+$", section.group(1), re.S | re.M))
 
@@ -149,11 +151,54 @@ def test_a_name_that_is_taken_or_leads_nowhere_is_refused(named, said, folder):
     assert said in str(caught.value)
 
 
+PLAIN = """
+from lfjax.config import base_config
+
+def get_config():
+    config = base_config()
+    config.data.update(source="jsonl", path="preferences.jsonl")
+    config.tokenizer.vocab_size = 300
+"""
+
+
+def loaded(folder, lines: str, *overrides: str):
+    (folder / "plain.py").write_text(f"{PLAIN}{lines}    return config\n")
+    return config.to_plain(config.load(folder / "plain.py", overrides))
+
+
+def test_a_chain_that_names_it_makes_the_config_that_base_config_does(folder):
+    named = "'tokenizer', 'pretrain', 'unlikelihood:UNLIKELIHOOD'"
+    rate = "--config.unlikelihood.optim.learning_rate=1e-3"  # before the chain that its section comes from
+    whole = config.to_plain(config.load(folder / "mine.py"))
+    assert loaded(folder, f"    config.stages = ({named})\n", rate) == whole
+    assert loaded(folder, "", rate, f"--config.stages=({named})") == whole
+    both = config.load(folder / "mine.py", [f"--config.stages=({named})", "--config.unlikelihood.step.weight=2"])
+    assert both.stages == ("tokenizer", "pretrain", "unlikelihood") and both.unlikelihood.step.weight == 2.0
+    swapped = "    config.steps.sft = 'mine:sft'\n"
+    assert loaded(folder, swapped, f"--config.stages=({named})")["steps"]["sft"] == "mine:sft"
+
+
+@pytest.mark.parametrize(
+    "chain, said",
+    [
+        ("pretrain,others:SFT", "config.stages: others:SFT: the name 'sft' is taken"),
+        ("pretrain,unlikelihood:UNLIKELYHOOD", "config.stages: "),
+        ("pretrain,nowhere_at_all:STAGE", "config.stages: no module 'nowhere_at_all'"),
+    ],
+)
+def test_a_chain_that_names_what_is_none_is_refused(chain, said, folder):
+    (folder / "others.py").write_text(TAKEN)
+    with pytest.raises(InputError, match=re.escape(said)):
+        loaded(folder, "", f"--config.stages={chain}")
+
+
 @pytest.mark.slow
 def test_the_pages_commands_do_what_they_say(tmp_path):
     """Copied and pasted, but for fewer steps."""
-    section = re.search(r"^## A method of your own$(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
-    blocks = re.findall(r"^```\n(.*?)^```$", section.group(1), re.S | re.M)
+    section = re.search(
+        r"^## A method of your own$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M
+    )
+    blocks = re.findall(r"^```sh\n(.*?)^```$", section.group(1), re.S | re.M)
     lines = "".join(blocks).replace("lfjax train", "python -m lfjax train")
     lines = re.sub(r"(lfjax train .*)", r"\1 --config.pretrain.steps=2 --config.unlikelihood.steps=2", lines)
     smallest.write_records(tmp_path / "rated.jsonl")

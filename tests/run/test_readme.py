@@ -1,4 +1,4 @@
-"""The README's page on own ratings, as it is printed: its records are records, its command trains on such a file."""
+"""The README's part on own files, as it is printed: its records are records, its command trains on such a file."""
 
 import functools
 import itertools
@@ -6,12 +6,13 @@ import json
 import pathlib
 import random
 import shlex
+import typing
 
 import jax
 import pytest
 
 from lfjax import cli, sharding
-from lfjax.records import Preference, Rating, read_records
+from lfjax.records import Feedback, Preference, Rating, read_records
 from lfjax.run import run
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -19,14 +20,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 FASTER = [
     "--config.pretrain.steps=4", "--config.reward.steps=4", "--config.ppo.steps=2", "--config.ppo.norm_samples=64",
     "--config.evaluate.prompts=64", "--config.evaluate.batch_size=64", "--config.run.compile_cache=False",
-    "--config.run.tensorboard=False",
+    "--config.run.trackers=",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def page() -> list[str]:
     """What the page shows as code, block by block."""
-    text = (ROOT / "README.md").read_text().partition("## Your own ratings in five minutes\n")[2].partition("\n## ")[0]
+    text = (ROOT / "README.md").read_text().partition("## Your own file\n")[2].partition("\n## ")[0]
     return [block.partition("\n")[2] for block in text.split("```")[1::2]]
 
 
@@ -40,8 +41,10 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_records_that_the_page_shows_are_read_as_they_stand(page, folder):
     (folder / "ratings.jsonl").write_text(page[0])
-    first, second = read_records(folder / "ratings.jsonl")
-    assert first.feedback == [Rating(0, 4.5, (1.0, 5.0))] and second.feedback == [Preference(1, 0)]
+    first, second, *others = read_records(folder / "ratings.jsonl")
+    assert first.feedback == [Rating(0, 4.0, (1.0, 5.0))] and second.feedback == [Preference(1, 0)]
+    kinds = {type(entry) for record in others for entry in record.feedback}
+    assert kinds == {*typing.get_args(Feedback)} - {Rating, Preference}  # a line of every kind
 
 
 def records(shown: list[dict], count: int) -> list[dict]:
@@ -63,11 +66,11 @@ def records(shown: list[dict], count: int) -> list[dict]:
 
 @pytest.mark.slow
 def test_the_command_that_the_page_shows_trains_on_sixty_records(page, folder, monkeypatch):
-    shown = [json.loads(line) for line in page[0].splitlines()]
+    shown = [json.loads(line) for line in page[0].splitlines()][:4]  # what the config's stages learn from
     rows = records(shown, 60)
     (folder / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = shlex.split(page[1])
-    assert command[:2] == ["lfjax", "train"] and "--config=configs/ratings.py" in command
+    assert command[:2] == ["lfjax", "train"] and "--config=ratings" in command
     monkeypatch.setattr(run, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
     assert cli.main([*command[1:], *FASTER]) == 0
     summary = json.loads((folder / "runs" / "mine" / "summary.json").read_text())

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from lfjax.data.examples import RewardExample
-from lfjax.stages.reward import pair_figures, rating_mean, shifted
+from lfjax.records import Rating, Record
+from lfjax.rewards.intervals import prompt_keys
+from lfjax.rewards.points import rating_deviation, rating_mean, shifted
+from lfjax.stages.reward_figures import beside_baselines, pair_estimates, pair_figures, reward_baselines
 
 
 def example(ratings, ranks=None) -> RewardExample:
@@ -34,6 +37,7 @@ def test_calibration_is_that_of_the_pairs_by_ratings_and_else_of_those_by_ranks(
     assert pair_figures([unsure], [ranked], 1.0, "")["calibration_error"] == pytest.approx(1 - error)
     assert pair_figures([sure], [rated], 1.0, "reward/")["reward/rating_slope"] == pytest.approx(1.0)
     far = pair_figures([unsure, np.zeros(1)], [ranked, example([1.0])], 1.0, "")  # a rating, but no pair of them
+    assert far["pairs"] == 0
     assert far["pair_accuracy"] == 0.0 and far["calibration_error"] == pytest.approx(1 - error)
     assert "rating_slope" not in pair_figures([unsure], [ranked], 1.0, "")
 
@@ -52,5 +56,44 @@ def test_centred_ratings_have_mean_zero_and_the_gaps_they_had():
     assert [e.ratings[0] for e in train[:-1]] == values.tolist()
 
 
-def test_without_ratings_there_is_no_mean():
-    assert rating_mean([example([None, None], ranks=[0, 1])]) is None
+def test_without_ratings_there_is_no_mean_and_without_differences_no_deviation():
+    ranked = example([None, None], ranks=[0, 1])
+    assert rating_mean([ranked]) is None and rating_deviation([ranked]) is None
+    assert rating_deviation([example([0.1]), example([0.1, 0.1])]) == 0.0
+
+
+def test_ratings_and_margins_in_units_of_their_deviation():
+    train = [example([1.0, 5.0]), example([None, 3.0])]
+    train[1].margin = 4.0
+    unit = rating_deviation(train)
+    assert unit == pytest.approx(np.std([1.0, 5.0, 3.0]))
+    first, second = shifted(train, 3.0, unit)
+    np.testing.assert_allclose([*first.ratings, second.ratings[1]], np.array([-2.0, 2.0, 0.0]) / unit)
+    assert second.margin == pytest.approx(4.0 / unit) and train[1].margin == 4.0
+
+
+def test_the_odds_are_those_of_scores_in_units():
+    rated, scores = [example([3.0, 1.0])], [np.array([30.0, 10.0])]
+    figures = pair_figures(scores, rated, 1.0, "", unit=10.0)
+    assert figures["calibration_error"] == pytest.approx(1 - 1 / (1 + np.exp(-2.0)))
+
+
+def test_the_baselines_stand_beside_the_model_with_the_interval_of_the_difference():
+    """A model that is the ridge itself is ahead by nothing; one that knows the ratings is ahead beyond doubt."""
+    rng, words = np.random.default_rng(0), ("good", "fine", "poor", "bad")
+
+    def record(i):
+        value = int(rng.integers(0, 4))
+        return Record(f"Question {i % 40}", [f"{words[value]} {rng.integers(9)}"], [Rating(0, 4.0 - value, (1.0, 4.0))])
+
+    sizes = (("train", 60), ("validation", 30), ("test", 80))
+    splits = {name: [record(i) for i in range(count)] for name, count in sizes}
+    rivals = reward_baselines(splits, 1.0)
+    out = beside_baselines(rivals["test"]["ridge"], rivals)
+    assert out["reward/pair_accuracy_over_ridge"] == 0.0 == out["reward/pair_accuracy_over_ridge_high"]
+    for figure in ("reward/pair_accuracy_ridge", "reward/validation_pair_accuracy_lexicon"):
+        assert {f"{figure}{part}" for part in ("", "_n", "_low", "_high")} <= out.keys()
+    known = [RewardExample([[1]], [r.feedback[0].value], [None], record=i) for i, r in enumerate(splits["test"])]
+    own, _ = pair_estimates([np.array(e.ratings) for e in known], known, 1.0, prompt_keys(splits["test"]))
+    ahead = beside_baselines(own["pair_accuracy"], rivals)
+    assert ahead["reward/pair_accuracy_over_lexicon_low"] > 0.1

@@ -1,5 +1,6 @@
 """The reward stage on a scale from 1 to 5: centred ratings, and the ordinal loss with its cutpoints, from a config."""
 
+import itertools
 import json
 
 import numpy as np
@@ -36,6 +37,55 @@ def train_reward(straight, train, stars):
         return json.loads((workdir / "summary.json").read_text())
 
     return command
+
+
+def on_scale(path, low: float, high: float):
+    """The smallest records, rated from -4 to 4, on another scale."""
+    rows = smallest.records()
+    for row in rows:
+        share = (row["feedback"][0]["value"] + 4) / 8
+        row["feedback"][0].update(value=low + share * (high - low), scale=[low, high])
+    return smallest.write_records(path, rows)
+
+
+def scores_of(workdir) -> np.ndarray:
+    """What the saved model says of sentences."""
+    loaded = hf.load(workdir / "models" / "reward")
+    tokens = [loaded.tokenizer.encode_prompt(row["responses"][0])[:12] for row in smallest.records(count=8)]
+    return np.asarray(loaded.model.apply({"params": loaded.params}, np.asarray(tokens)))[:, 0]
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_scale_changes_nothing_but_the_points_that_figures_and_the_saved_model_speak_of(
+    center, train_reward, tmp_path
+):
+    """Ratings from 0 to 100 and from 0 to 1: the same learning, and everything said in the file's points."""
+    told, scores = {}, {}
+    for high in (1, 100):
+        path = on_scale(tmp_path / f"{high}.jsonl", 0, high)
+        given = (f"--config.data.path={path}", f"--config.reward.center_ratings={center}")
+        more = ("--config.reward.optim.learning_rate=2e-2", "--config.reward.steps=30")
+        told[high] = train_reward(tmp_path / f"{high}", *given, *more)
+        scores[high] = scores_of(tmp_path / f"{high}")
+    np.testing.assert_allclose(scores[100] / 100, scores[1], atol=2e-3)
+    assert np.abs(scores[100]).max() > 1
+    one, hundred = told[1], told[100]
+    for name in ("pair_accuracy", "pairs", "rating_slope", "calibration_error", "validation_rating_slope", "loss"):
+        assert hundred[f"reward/{name}"] == pytest.approx(one[f"reward/{name}"], rel=1e-2), name
+    for name, power in {"mse": 2, "validation_mse": 2, "rating_deviation": 1, "min_gap": 1}.items():
+        assert hundred[f"reward/{name}"] == pytest.approx(one[f"reward/{name}"] * 100**power, rel=1e-2), name
+    assert hundred["reward/min_gap"] == 12.5
+    rows = [json.loads(line) for line in (tmp_path / "100" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("reward/mse", 0) for row in rows) > 100  # squared points, in training as well
+
+
+def test_a_reward_model_that_is_trained_further_keeps_its_points(train_reward, tmp_path):
+    path = on_scale(tmp_path / "a.jsonl", 0, 100)
+    given = (f"--config.data.path={path}", "--config.reward.optim.learning_rate=1e-2")
+    train_reward(tmp_path / "one", *given)
+    stay = (f"--config.data.path={path}", "--config.reward.optim.learning_rate=1e-12")
+    train_reward(tmp_path / "two", *stay, f"--config.reward.init_from={tmp_path}/one/models/reward")
+    np.testing.assert_allclose(scores_of(tmp_path / "two"), scores_of(tmp_path / "one"), rtol=1e-4, atol=1e-3)
 
 
 def losses(workdir) -> list[float]:
@@ -145,3 +195,41 @@ def test_a_wrong_value_is_named(override, message):
     with pytest.raises(InputError) as caught:
         validate(config, stages.declared())
     assert message in str(caught.value)
+
+
+def rated(values, scale=(1, 5)) -> list[dict]:
+    rows = smallest.records(60)
+    for row, value in zip(rows, itertools.cycle(values)):
+        row["feedback"] = [{"kind": "rating", "response": 0, "value": value, "scale": list(scale)}]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rows, override, message",
+    [
+        (rated([3]), "seed=0", "all ratings of the train split"),
+        (rated([3, 3.4]), "seed=0", "config.reward.step.min_gap: 0.5 (an eighth of the scale)"),
+        (rated([3, 3.4]), "reward.step.bradley_terry=0", "config.reward.min_gap: 0.5 (an eighth of the scale)"),
+        (rated([2, 4]), "reward.step.min_gap=2.5", "config.reward.step.min_gap: 2.5; the ratings of the train split"),
+        (rated([2, 4]), "reward.min_gap=2.5", "config.reward.min_gap: 2.5; the ratings of the validation split"),
+        (rated([0.6, 0.9], (0, 1)), "reward.step.ordinal=1", "config.reward.step.ordinal_bounds: (0.5,); every rating"),
+    ],
+)
+def test_ratings_that_teach_nothing_end_a_run_before_it_begins(rows, override, message, train, tmp_path, capfd):
+    path = smallest.write_records(tmp_path / "a.jsonl", rows)
+    given = (f"--config.data.path={path}", "--config.stages=tokenizer,pretrain,reward", f"--config.{override}")
+    assert train(tmp_path / "w", *given, "--config.reward.init_from=pretrain") == 2
+    assert message in capfd.readouterr().err and not (tmp_path / "w").exists()
+
+
+def test_pairs_in_peoples_order_need_no_gap(train, tmp_path):
+    """Ratings that are all equal beside preferences: these are learnt, and only they are judged by."""
+    rows = rated([3])
+    for row in rows:
+        row["responses"].append(f"not {row['responses'][0]}")
+        row["feedback"].append({"kind": "preference", "chosen": 0, "rejected": 1})
+    path = smallest.write_records(tmp_path / "a.jsonl", rows)
+    given = (f"--config.data.path={path}", "--config.stages=tokenizer,pretrain,reward", "--config.pretrain.steps=1")
+    assert train(tmp_path / "w", *given, "--config.reward.init_from=pretrain", "--config.reward.steps=1") == 0
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["reward/rating_deviation"] == 0 and summary["reward/ranked_pairs"] > 0

@@ -15,7 +15,7 @@ MORE_STEPS = (
     *(f"--config.{stage}.save_every=2" for stage in ("pretrain", "sft", "reward", "ppo")),
     *(f"--config.{stage}.steps=30" for stage in ("pretrain", "sft", "reward")),
     "--config.ppo.steps=16",
-    "--config.run.tensorboard=True",
+    "--config.run.trackers=tensorboard",
 )
 
 

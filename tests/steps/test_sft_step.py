@@ -138,3 +138,7 @@ def test_evaluation_is_the_mean_nll_over_counted_targets_and_adds_up_over_batche
         np.testing.assert_allclose(whole[name].value, total, rtol=1e-5)
     np.testing.assert_allclose(whole["evaluate/nll"].value, metrics["sft/loss"].value, rtol=1e-5)
     assert 0 < whole["evaluate/entropy"].value < math.log(tiny.VOCAB)
+    each = whole["evaluate/document_nll"]  # by row and segment
+    np.testing.assert_allclose(each.sum.sum(), whole["evaluate/nll"].sum, rtol=1e-5)
+    np.testing.assert_array_equal(each.weight[:, 1], batch.loss_mask.sum(1))
+    np.testing.assert_allclose(each.sum[:4, 1].sum(), halves[0]["evaluate/nll"].sum, rtol=1e-5)

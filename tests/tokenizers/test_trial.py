@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import sentencepiece as sentencepiece_library
@@ -8,7 +12,7 @@ from lfjax import tokenizers
 from lfjax.config import InputError
 from lfjax.data import examples
 from lfjax.records import Record
-from lfjax.tokenizers import sentencepiece, trial
+from lfjax.tokenizers import panics, sentencepiece, trial
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,9 @@ HOSTILE = {
     "growth": (times("Z" * 100, 5), r"its normalizer makes a text 1000000000 times as long"),
     "growth by a regex": (replace("(?=Z)|Q?Y", "Z" * 90), r"201 characters \('Z.*\.\.\.\) become \d+"),
     "a regex of another letter": (split(r"(Z+)+$"), "retry-limit-in-match over"),
+    "a regex of a script": (split(r"(\p{Runic}+)+$"), "over"),
+    "a regex of small letters of a script": (split(r"^([\p{Deseret}&&\p{Ll}]+)+$"), "over"),
+    "a regex of a category": (split(r"(\p{Co}+)+$"), "over"),
     "a letter by its code": (split(r"(\x5a+)+$"), "retry-limit-in-match over"),
     "growth of what is decoded": (decodes({"String": "k"}, "k" * 120), r"its decoder makes a text 120 times as long"),
     "a decoder's regex": (decodes({"Regex": "(k+k+)+y"}, ""), "fails: .*retry-limit"),
@@ -73,6 +80,19 @@ def test_an_id_far_beyond_the_number_of_tokens_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(InputError, match=r"tokenizer\.json: found the id 2147483648 among 29\d tokens"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("ids, found", [([2**31], r"the ids \[2147483648\]"), ([1] * 17, "17 tokens")])
+def test_what_begins_a_sequence_is_a_few_ids_of_the_vocabulary(tmp_path, ids, found):
+    special = {"id": "<|im_end|>", "ids": ids, "tokens": ["<|im_end|>"] * len(ids)}
+    single = [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_end|>": special}}
+    spec = json.loads(files.byte_level().to_str()) | {"post_processor": template}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match=rf"tokenizer\.json: 'post_processor': it begins a sequence with {found}"):
         tokenizers.load(tmp_path)
 
 
@@ -144,12 +164,12 @@ def test_what_held_is_tried_once_and_what_was_learnt_here_not_at_all(tmp_path, m
 
 
 def test_a_text_that_a_vocabulary_fails_on_is_named_with_its_record(tmp_path):
-    spec = json.loads(files.byte_level().to_str()) | split(r"(\p{Runic}+)+$")
+    spec = json.loads(files.byte_level().to_str()) | split(r"(?<=q@)(a+)+$")
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     tokenizer = tokenizers.load(tmp_path)
-    record = Record("say ", ["ᚠ" * 60 + "!"], [], where="f.jsonl:3")
-    with pytest.raises(InputError, match=r"f\.jsonl:3: field 'responses': .*cannot encode 'ᚠᚠᚠᚠ"):
+    record = Record("say ", ["q@" + "a" * 60 + "!"], [], where="f.jsonl:3")
+    with pytest.raises(InputError, match=r"f\.jsonl:3: field 'responses': .*cannot encode 'q@aaaa"):
         examples.sft_documents([record], tokenizer)
 
 
@@ -171,15 +191,48 @@ def test_a_model_may_lengthen_a_character_as_unicode_does_and_not_by_far_more(tm
         tokenizers.load(tmp_path)
 
 
-def test_what_a_vocabulary_fails_on_when_it_decodes_or_spells_is_one_line(tmp_path, capfd):
-    spec = json.loads(files.byte_level().to_str()) | decodes({"Regex": r"(\p{Runic}+)+$"}, "")
-    spec["pre_tokenizer"], spec["model"]["vocab"]["ᚠ"] = None, len(spec["model"]["vocab"])
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+def test_what_a_vocabulary_panics_on_when_it_decodes_or_spells_is_one_line(tmp_path, capfd):
+    spec = json.loads(files.byte_level().to_str()) | decodes({"Regex": r"(?<=q@)(a+)+$"}, "")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": None}))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     tokenizer = tokenizers.load(tmp_path)
-    ids = [*tokenizer.encode("ᚠ") * 60, *tokenizer.encode("!")]
-    with pytest.raises(InputError, match=rf"tokenizer\.json: this vocabulary cannot decode \[{ids[0]}, .*retry-limit"):
-        tokenizer.decode(ids)
-    assert capfd.readouterr().err.count("\n") < 6  # the library's own words, without its stack
+    ids = tokenizer.encode("q@" + "a" * 60 + "!")
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"json: this vocabulary cannot decode \[{ids[0]}, .*retry-limit"):
+            tokenizer.decode(ids)
     with pytest.raises(InputError, match=r"tokenizer\.json: this vocabulary cannot spell an id"):
         tokenizer.pieces([2**40])
+    os.write(2, b"as before\n")
+    assert capfd.readouterr().err == "as before\n"
+
+
+class PanicException(BaseException):
+    """As the library's own is called."""
+
+
+def panic(message: str, note: str = ""):
+    with panics.silenced():
+        os.write(2, f"\nthread '<unnamed>' (7) panicked at src/a.rs:1:2:\n{message}\n{note}".encode())
+        raise PanicException(message)
+
+
+def test_what_is_written_to_stderr_beside_a_panic_is_passed_on(capfd):
+    with pytest.raises(PanicException), panics.silenced():
+        os.write(2, b"one\n")
+        with pytest.raises(PanicException):
+            panic("a\n[b]", "note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace\n")
+        writer = threading.Thread(target=os.write, args=(2, b"two\n"))
+        writer.start()
+        writer.join()
+        panic("c")
+    with pytest.raises(KeyError), panics.silenced():
+        os.write(2, b"three\n")
+        raise KeyError
+    os.write(2, b"four\n")
+    assert capfd.readouterr().err == "one\ntwo\nthree\nfour\n"
+
+
+def test_a_closed_stderr_stays_closed():
+    program = "import os; os.close(2)\nfrom lfjax.tokenizers import panics\nwith panics.silenced(): print(1)\n"
+    done = subprocess.run([sys.executable, "-c", program + "os.fstat(2)"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "1\n")  # the last line finds no descriptor
