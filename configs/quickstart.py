@@ -30,7 +30,7 @@ def get_config():
     config.pretrain.optim.update(learning_rate=6e-3, **MUON)
 
     config.reward.update(epochs=1.25, batch_size=64, seq_len=96, buckets=(24, 48, 96), dropout=0.1)
-    config.reward.update(head_init="zero", log_every=25, save_every=250, eval_every=200)
+    config.reward.update(head_init="zero", log_every=25, save_every=250)
     config.reward.optim.update(learning_rate=1.5e-3, **MUON)
     config.reward.step.update(every_token=2.0, bradley_terry=0.5)
 

@@ -279,8 +279,8 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     configs.validate(config, declared)
     _set_up_jax(config.run.matmul_precision, config.run.compile_cache)
 
-    from lfjax.report import rundir
-    from lfjax.report.costs import cost_lines, figure_lines
+    from lfjax.report import ending, rundir
+    from lfjax.report.costs import cost_lines
     from lfjax.run.chain import run_stages
     from lfjax.run.run import Interrupted, Run, TrainingFailed
 
@@ -304,12 +304,12 @@ def _run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if jax.process_index() == 0:
         ended = time.perf_counter()
-        path, found = report.build(arguments.workdir, stages.described), rundir.read(arguments.workdir)
-        for line in figure_lines(found):
-            print(visible(line))
-        print(visible(f"report: {path}"))
-        for row in cost_lines(found, run.began - BEGAN, time.perf_counter() - ended):
-            print(visible(row))
+        path = report.build(arguments.workdir, stages.described)
+        done = rundir.read(arguments.workdir)
+        costs = cost_lines(done, run.began - BEGAN, time.perf_counter() - ended)
+        figures = f"all {len(done.summary)} figures: {Path(arguments.workdir) / 'summary.json'}"
+        for row in (*ending.lines(done), f"report: {path}", figures, *costs):
+            print(line(row))
     return 0
 
 

@@ -190,14 +190,16 @@ class Progress:
     """A stage's progress bar: steps, loss, tokens/s and time left. Away from a terminal, one plain line an update.
 
     Use as a context manager; call `update` once a log interval. `shown=False` (processes other than 0) prints nothing.
+    `clock` tells the seconds by which the time left is reckoned.
     """
 
     def __init__(
-        self, stage: str, total: int, *, start: int = 0, shown: bool = True, console: rich.console.Console | None = None
-    ) -> None:
-        self._stage, self._total, self._shown = stage, total, shown
+        self, stage: str, total: int, *, start: int = 0, shown: bool = True,
+        console: rich.console.Console | None = None, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._stage, self._total, self._shown, self._seconds = stage, total, shown, clock
         self._console = console or rich.console.Console(stderr=True)
-        self._first: tuple[int, float] | None = None  # (step, time) of the first update: compilation is before it
+        self._first: tuple[int, float] | None = None  # (step, time) of the first update
         self._bar: rich.progress.Progress | None = None
         if shown and self._console.is_terminal:
             columns = (
@@ -207,7 +209,7 @@ class Progress:
                 rich.progress.TextColumn("{task.fields[figures]}"),
             )
             bar = rich.progress.Progress(*columns, console=self._console, auto_refresh=False, expand=True)
-            self._task = bar.add_task(stage, total=total, completed=start, figures="compiling")
+            self._task = bar.add_task(stage, total=total, completed=start, figures="")
             self._bar = bar
 
     def __enter__(self) -> Progress:
@@ -252,7 +254,7 @@ class Progress:
             self._console.print(visible(text.rstrip()), markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, step: int) -> float | None:
-        now = time.monotonic()
+        now = self._seconds()
         if self._first is None:
             self._first = (step, now)
         done, elapsed = step - self._first[0], now - self._first[1]

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from lfjax.types import Mean, map_named, split_rows
 
 Optimizer = optax.GradientTransformationExtraArgs
 Schedule = Callable[[Any], Any]
+Number = float | Array  # of the latter a scalar, traced perhaps: an argument of the compiled program
 
 # (regex on the parameter path, learning-rate multiplier, weight-decay multiplier); the first match wins, else (1, 1).
 DEFAULT_GROUPS = ((r"norm\d?/|bias$|positions$|token_types$|cutpoints$", 1.0, 0.0),)
@@ -111,40 +113,45 @@ def coupled_grads(forward: Callable, loss_fn: Callable, params, batch, num_micro
 
 
 def schedule(
-    kind: str, *, learning_rate: float, total_steps: int, warmup_steps: int = 0, end_factor: float = 0.0
+    kind: str,
+    *,
+    learning_rate: Number,
+    total_steps: int | Array,
+    warmup_steps: int | Array = 0,
+    end_factor: Number = 0.0,
 ) -> Schedule:
     """Learning rate as a function of the step: linear warm-up, then "constant", "linear" or "cosine" to end_factor.
 
-    The first step's rate is learning_rate / warmup_steps, never 0.
+    The first step's rate is learning_rate / warmup_steps, never 0. All but the kind may be traced scalars.
     """
     if kind not in ("constant", "linear", "cosine"):
         raise ValueError(f"schedule: {kind!r}; allowed: constant, linear, cosine")
-    warmup = min(warmup_steps, max(total_steps - 1, 0))
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        warmup = jnp.minimum(warmup_steps, jnp.maximum(total_steps - 1, 0))
+        progress = jnp.clip((step - warmup) / jnp.maximum(total_steps - warmup, 1), 0.0, 1.0)
         if kind == "linear":
             decayed = 1.0 - (1.0 - end_factor) * progress
         elif kind == "cosine":
             decayed = end_factor + (1.0 - end_factor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         else:
             decayed = jnp.float32(1.0)
-        rising = (step + 1.0) / warmup if warmup else jnp.float32(1.0)
+        rising = (step + 1.0) / jnp.maximum(warmup, 1)
         return jnp.float32(learning_rate) * jnp.where(step < warmup, rising, decayed)
 
     return rate
 
 
 def make_optimizer(
-    rate: Schedule | float,
+    rate: Schedule | Number,
     *,
     name: str = "adamw",
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float = 0.0,
+    weight_decay: Number = 0.0,
+    clip_norm: Number = 0.0,
     groups: tuple = DEFAULT_GROUPS,
     vocab_size: int | None = None,
 ) -> Optimizer:
@@ -156,7 +163,7 @@ def make_optimizer(
     Args:
       rate: learning rate, or a schedule of the step.
       name: "adamw", "adafactor", "lion" or "muon" (Muon on the layers' matrices, Adam on all else).
-      clip_norm: global gradient norm; 0 switches clipping off.
+      weight_decay, clip_norm: a plain 0 leaves decay and clipping out of the program; the latter is a global norm.
       groups: (regex, learning-rate multiplier, weight-decay multiplier) rows; a multiplier of 0 freezes.
       vocab_size: rows of the vocabulary's tables from here on are padding, in no mean; None: there are none.
     """
@@ -171,6 +178,7 @@ def make_optimizer(
         raise ValueError(f"optimizer {name!r}; allowed: {', '.join(precondition)}")
     for pattern, *_ in groups:
         re.compile(pattern)
+    decays, clips = (isinstance(number, Array) or number != 0 for number in (weight_decay, clip_norm))
 
     def multiplier(leaf: str, column: int) -> float:
         return next((row[column] for row in groups if re.search(row[0], leaf)), 1.0)
@@ -179,7 +187,7 @@ def make_optimizer(
         lr = rate(step) if callable(rate) else jnp.float32(rate)
 
         def leaf(name, update, param):
-            decayed = update + weight_decay * multiplier(name, 2) * param
+            decayed = update + weight_decay * multiplier(name, 2) * param if decays else update
             return (-lr * multiplier(name, 1) * decayed).astype(param.dtype)
 
         return map_named(leaf, updates, params)
@@ -187,7 +195,7 @@ def make_optimizer(
     def update(updates, state, params=None, **extra):
         return finish(updates, params, extra["step"]), state
 
-    links = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    links = [optax.clip_by_global_norm(clip_norm)] if clips else []
     last = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     return optax.chain(*links, precondition[name](), last)
 

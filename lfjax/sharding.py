@@ -199,9 +199,27 @@ def abstract(tree, shardings=None):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings)
 
 
-def jit_step(fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None, shapes: int = 0) -> Step:
-    """A pure function as a `Step`: compiled for each declared set of shapes, before its first use, and never again."""
-    return Step(fn, name=name, donate=donate, out_shardings=out_shardings, shapes=shapes)
+def jit_step(
+    fn: Callable,
+    *,
+    name: str,
+    variant: str = "",
+    donate: tuple[int, ...] = (),
+    out_shardings=None,
+    shapes: int = 0,
+) -> Step:
+    """A pure function as a `Step`: compiled for each declared set of shapes, before its first use, and never again.
+
+    Args:
+      variant: what tells it from other functions of its name, where programs are counted.
+    """
+    return Step(fn, name=name, variant=variant, donate=donate, out_shardings=out_shardings, shapes=shapes)
+
+
+_cached: Counter[str] = Counter()  # programs that this process has read from the persistent cache
+jax.monitoring.register_event_listener(
+    lambda event, **_: _cached.update([event] if event == "/jax/compilation_cache/cache_hits" else ())
+)
 
 
 class Step:
@@ -213,10 +231,20 @@ class Step:
     """
 
     seconds: ClassVar[float] = 0.0  # spent compiling in this process, over all steps
+    told: ClassVar[Callable[[str, float, bool], None]] = lambda name, seconds, cached: None  # of each program made
     compiled: ClassVar[Counter[str]] = Counter()  # in this process: "name/hash of the shapes" -> how often
 
-    def __init__(self, fn: Callable, *, name: str, donate: tuple[int, ...] = (), out_shardings=None, shapes: int = 0):
-        self.name, self._shapes = name, shapes
+    def __init__(
+        self,
+        fn: Callable,
+        *,
+        name: str,
+        variant: str = "",
+        donate: tuple[int, ...] = (),
+        out_shardings=None,
+        shapes: int = 0,
+    ):
+        self.name, self._variant, self._shapes = name, variant, shapes
         kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
         self._jitted = jax.jit(fn, donate_argnums=donate, **kwargs)
         self.programs: dict = {}  # tree and shapes of the arguments -> compiled program
@@ -226,11 +254,13 @@ class Step:
         """Compiles for these shapes (arrays or ShapeDtypeStructs, sharded as they will be); returns the program."""
         key = _signature(args)
         if key not in self.programs:
-            began = time.perf_counter()
+            began, hits = time.perf_counter(), _cached.total()
             self.programs[key] = self._jitted.lower(*args).compile()
-            Step.seconds += time.perf_counter() - began
+            spent = time.perf_counter() - began
+            Step.seconds += spent
+            Step.told(self.name, spent, _cached.total() > hits)
             self._declared.append(_named_shapes(args))
-            text = json.dumps(self._declared[-1], sort_keys=True)
+            text = json.dumps(self._declared[-1], sort_keys=True) + self._variant
             Step.compiled[f"{self.name}/{zlib.crc32(text.encode()):08x}"] += 1
         return self.programs[key]
 

@@ -26,6 +26,7 @@ def get_config():
     config.pretrain.optim.update(learning_rate=1e-2, warmup_steps=2)
     config.sft.update(seq_len=32, **{**training, "steps": 4})
     config.reward.update(seq_len=48, buckets=(24, 48), init_from="sft", dropout=0.1, max_candidates=2, **training)
+    config.reward.keep_best = "pair_accuracy"
     config.ppo.update(init_from="sft", samples_every=3, norm_samples=16, **{**training, "steps": 6, "log_every": 1})
     config.ppo.update_step.update(epochs=2, minibatches=2)
     config.sampling.max_new_tokens = 8

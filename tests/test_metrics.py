@@ -349,6 +349,15 @@ def test_without_a_terminal_progress_is_one_plain_line_an_update():
     assert lines[2] == "pretrain 300/300  loss 3.1"
 
 
+def test_the_time_left_is_reckoned_by_the_given_clock():
+    """From which a stage takes what was spent on compiling."""
+    out, now = io.StringIO(), iter((100.0, 104.0))
+    with Progress("ppo", 30, console=rich.console.Console(file=out), clock=lambda: next(now)) as bar:
+        bar.update(10)
+        bar.update(20)
+    assert out.getvalue().splitlines()[1].endswith("  0:04 left")
+
+
 def test_on_a_terminal_progress_is_a_bar():
     text = shown(True)
     assert "\x1b" in text and "━" in text

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import math
@@ -15,7 +16,7 @@ import pytest
 from lfjax import cli, report, stages
 from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
-from lfjax.report import catalogue, charts, checks, findings, picture, rundir
+from lfjax.report import catalogue, charts, checks, ending, findings, picture, rundir
 from lfjax.report import html as html_page
 from lfjax.report.costs import cost_lines, figure_lines
 
@@ -1039,6 +1040,18 @@ def test_a_classifiers_figures_are_known_by_title_and_unit():
 
 
 # In a browser
+
+
+def test_the_end_of_a_run_is_a_sentence_and_a_few_lines_of_held_out_figures(tmp_path):
+    folder = synthetic_run(tmp_path / "run")
+    run = rundir.read(folder)
+    headline, _ = findings.verdict(run, findings.comparisons(run), 0)
+    first, *others = ending.lines(run)
+    assert first == f"run: {headline}." and 0 < len(others) < ending.MOST_LINES
+    summary = {"reward/train_pair_accuracy": 0.9, "reward/validation_pair_accuracy": 0.7, "reward/pair_accuracy": 0.6}
+    summary |= {"reward/validation_loss": 2.0, "reward/loss": 1.0, "reward/pair_accuracy_n": 9.0}
+    run = dataclasses.replace(run, summary=summary, stages=[rundir.Stage("reward", "done")], series={}, samples=[])
+    assert ending.lines(run)[1:] == ["reward: loss 2, pair accuracy 60.0 % (n 9)"]
 
 
 def test_the_costs_add_up_and_line_up(tmp_path):

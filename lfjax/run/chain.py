@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,9 +18,10 @@ from lfjax.files import read_json, write_json
 from lfjax.models.flops import cpu_matmul_rate
 from lfjax.report.rundir import STAGES
 from lfjax.run import checks
-from lfjax.run.data import note
+from lfjax.run.data import note, say
 from lfjax.run.meter import Meter
 from lfjax.run.run import Interrupted, Run
+from lfjax.sharding import Step
 from lfjax.signals import handled
 
 
@@ -54,9 +57,25 @@ def run_stages(run: Run) -> dict[str, float]:
     return read_json(run.workdir / "summary.json", dict)
 
 
+@contextlib.contextmanager
+def _programs_told(stage: str) -> Iterator[None]:
+    """A line for every program that is made inside: nothing else is heard of a stage while it compiles."""
+
+    def told(program: str, seconds: float, cached: bool) -> None:
+        say(stage, f"{program} {'read from the cache' if cached else 'compiled'} in {seconds:.1f} s")
+
+    before, Step.told = Step.told, told
+    try:
+        yield
+    finally:
+        Step.told = before
+
+
 def _run_stage(run: Run, stage: str) -> dict[str, Any]:
     run.meter = Meter()
-    figures = run.stage(stage).run(run)
+    say(f"{stage} ({run.stages.index(stage) + 1} of {len(run.stages)})", run.stage(stage).summary)
+    with _programs_told(stage):
+        figures = run.stage(stage).run(run)
     done = {"figures": figures, **run.meter.read(), "config": run.config_hash}
     if jax.default_backend() == "cpu":  # what the machine gave, beside the seconds that it took
         done["matmul_gflops"] = cpu_matmul_rate() / 1e9

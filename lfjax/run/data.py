@@ -74,6 +74,12 @@ def note(stage: str, what: str) -> None:
         terminal.note(f"note: stage {stage}: {what}")
 
 
+def say(stage: str, what: str) -> None:
+    """One line on what a stage is about to do, or has done."""
+    if jax.process_index() == 0:
+        terminal.note(f"{stage}: {what}")
+
+
 def texts_of(records: Iterable[Record]) -> list[str]:
     """Prompt and response as one text, for every response that is not empty."""
     return [record.prompt_text + text for record in records for text in record.responses if text]

@@ -43,10 +43,17 @@ class Devices:
     def key(self, purpose: str):
         """The key of one purpose, on every device; fold the step in."""
 
-        def make():
-            return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(purpose.encode()) & 0x7FFFFFFF)
+        numbers = np.uint32(self.seed), np.uint32(zlib.crc32(purpose.encode()) & 0x7FFFFFFF)
+        return self._fold(*place(numbers, self.replicated))
 
-        return jax.jit(make, out_shardings=self.replicated)()
+    @functools.cached_property
+    def _fold(self) -> Callable:
+        """One program for the keys of all seeds and purposes."""
+
+        def fold(seed, purpose):
+            return jax.random.fold_in(jax.random.key(seed), purpose)
+
+        return jax.jit(fold, out_shardings=self.replicated)
 
     def program(self, key, make: Callable[[], Step]) -> Step:
         """The step made for this hashable key, once: stages that run the same program share it."""

@@ -21,6 +21,8 @@ from lfjax.files import write_json
 from lfjax.interop import hf
 from lfjax.metrics import METRICS, SAMPLES, SUMMARY, TIMING
 from lfjax.report.rundir import STAGES
+from lfjax.run.devices import sync
+from lfjax.run.longer import lengthen, lengthened
 from lfjax.run.stage import Stage
 from lfjax.terminal import note
 
@@ -67,6 +69,7 @@ class Workdir:
         """
         try:
             self._open(config, forks, fits, check)
+            sync("opened the run directory")
         except BaseException:
             self.close()
             raise
@@ -83,7 +86,8 @@ class Workdir:
         self._hold()
         begun = any((self.path / name).exists() for name in ("checkpoints", METRICS))
         if path.exists():
-            differs = changes(files.read_json(path, dict), resolved, config, self._stages)
+            before = files.read_json(path, dict)
+            differs = changes(before, resolved, config, self._stages)
             moved = [change for change in differs if change.startswith("config.mesh.")]  # where, not what, is computed
             differs = [change for change in differs if change not in moved]
             if moved and begun and not differs and jax.process_index() == 0:
@@ -91,6 +95,12 @@ class Workdir:
             if not differs and begun:
                 self._check_inputs(config, forks)
                 return fits()
+            if begun and (stage := lengthened(config, self._stages, before, resolved, differs)):
+                self._check_inputs(config, forks)
+                fits()
+                if jax.process_index() == 0:
+                    lengthen(self.path, config, stage, before, resolved)
+                return
             if differs and begun:
                 shown = "; ".join(differs[:5]) + (f"; and {len(differs) - 5} more" if len(differs) > 5 else "")
                 raise InputError(

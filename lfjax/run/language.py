@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,11 +21,15 @@ from lfjax.models.flops import step_work
 from lfjax.models.lora import LoRA
 from lfjax.rewards.intervals import Bootstrap, Resampled
 from lfjax.run import training
+from lfjax.run.data import note
 from lfjax.run.devices import Devices
 from lfjax.run.parts import compiled_step, compute_settings, create_state, optimizer, passes, total_steps, trained_part
 from lfjax.run.run import Run
 from lfjax.sharding import global_batch, jit_step
 from lfjax.state import LMState
+from lfjax.types import leaf_name
+
+HELD_OUT = ("loss", "perplexity")  # figures of every validation here
 
 POSITIVE = (0.0, math.inf)  # bounds of a loss and of a perplexity
 
@@ -53,13 +58,16 @@ def train_language_model(
 
     config, params = start_of(run, stage)
     model = devices.network(dataclasses.replace(config, dropout=section.dropout))
-    tx, rate = optimizer(optim_section(run.config, stage), total, model)
+    recipe = optimizer(optim_section(run.config, stage), total, model)
     trained, base = trained_part(devices, adapters, params, config, f"{stage}-lora")
-    state, shardings = create_state(devices, LMState, trained, tx)
-    function = functools.partial(run.steps[step], tx=tx, **section.step.to_dict())
+    if adapters is None:
+        check_rate(run, stage, params, config, float(recipe.numbers["learning_rate"]))
+    state, shardings = create_state(devices, LMState, trained, recipe)
+    function = functools.partial(run.steps[step], **section.step.to_dict())
     learn = compiled_step(
-        devices, stage, function, model, base, state, shardings, [packed.batch_at(0)], adapters=adapters
-    )
+        devices, step, function, recipe, model, base, state, shardings, [packed.batch_at(0)], adapters=adapters,
+        purpose=stage,
+    )  # fmt: skip
     evaluate = held_out(devices, run.steps["evaluate"], model, base, validation, adapters)
     start, before = None, {}
     if tuned:
@@ -81,10 +89,37 @@ def train_language_model(
 
     work = step_work(config, (section.batch_size, section.seq_len), passes(adapters))
     state, out = training.train(
-        run, stage, state, one, total=total, work=lambda index: work, evaluate=figures, learning_rate=rate
+        run, stage, state, one, total=total, work=lambda index: work, evaluate=figures, learning_rate=recipe.rate
     )
     run.save_model(stage, model, state.params, base)
     return {**out, **before}
+
+
+def check_rate(run: Run, stage: str, params, config, rate: float) -> None:
+    """A note where a stage would train a model from outside of the run at a rate that may wreck it."""
+    key, name = run.start(stage)
+    if not name or name in run.stages:
+        return
+    key = "model.init_from" if name in run.declared else key
+    highest = gentle_rate(params, config.width)
+    if rate > highest:
+        own = run.config[stage].optim.learning_rate is not None
+        place = f"config.{stage}.optim" if own else "config.optim"
+        what = f"is above {highest:.1g}, what weights of their size bear: the model may forget what it knows; lower it"
+        note(stage, f"{place}.learning_rate = {rate:g} for a pretrained start (config.{key}) {what}")
+
+
+def gentle_rate(params, width: int) -> float:
+    """The rate at which a step moves what a layer makes of an input by a fifth at most.
+
+    Adam moves every weight by about the rate, all together an output by width x rate where an input's signs agree with
+    the step's; weights of a root mean square r make outputs of sqrt(width) x r. So rate <= r / sqrt(width) / 5, of the
+    median of the layers' matrices. Source: Yang et al. 2022, arXiv:2203.03466, which sets rates by width alike.
+    """
+    leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    matrices = {name: x for name, x in leaves.items() if re.search(r"(^|/)(layers|lstm)/", name) and x.ndim > 2}
+    sizes = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.sqrt(jnp.mean(jnp.square(x))), tree))(matrices)
+    return float(np.median(list(jax.device_get(sizes).values()))) / math.sqrt(width) / 5 if sizes else math.inf
 
 
 def start_of(run: Run, stage: str):

@@ -88,9 +88,18 @@ def _is_reading(value: Any) -> bool:
     return isinstance(value, dict) and all(fits(value.get(key)) for key, fits in READING.items())
 
 
+def _is_best(value: Any) -> bool:
+    """What `Best.saved` gives beside arrays; None in older checkpoints."""
+    if not isinstance(value, dict):
+        return value is None
+    number = value.get("value") is None or _is_number(value["value"])
+    return type(value.get("step")) is int and number and are_figures(value.get("figures"))
+
+
 def check_extra(step: int, extra: Mapping[str, Any]) -> None:
     """Raises ValueError where what is beside a checkpoint is not what training leaves there."""
     kinds = {"figures": are_figures, "row": are_figures, "pending": _are_pending, "meter": _is_reading}
+    kinds["best"] = _is_best
     wrong = [key for key, fits in kinds.items() if not fits(extra.get(key))]
     if type(extra.get("step")) is not int or extra["step"] != step:
         wrong.insert(0, "step")

@@ -92,7 +92,8 @@ def training(**differs) -> Config:
             "epochs": 1.0,
             "batch_size": 16,  # rows of the global batch, over all devices and processes
             "log_every": 10,  # steps a row of metrics.jsonl
-            "eval_every": 0,  # steps; 0: only at the end
+            "eval_every": 0,  # steps between validations; 0: four in the stage. There is one at the end, too
+            "keep_best": placeholder(str),  # a held-out figure: the model that goes out is that of its best validation
             "save_every": 100,  # steps between checkpoints
             "keep": 2,  # checkpoints kept
             "optim": optim_overrides(),

@@ -56,6 +56,7 @@ class Stage:
       check_encoders: (config, {key of a source: folder of an encoder}) raises where these do not fit.
       check_data: (config, data) raises where the records do not fit.
       check_texts: (config, data, tokenizer) raises where the records do not fit once they are tokens.
+      held_out: leaves of its validation's figures, that which tells its models best first; `keep_best` names one.
       figures: metric -> what it is called; leaves that methods share need none (`lfjax.report.catalogue`).
       scored_by: (its section) -> what gives the score that it raises, "reward model"; "": it raises none.
       unit: what one of its steps is called.
@@ -86,6 +87,7 @@ class Stage:
     check_encoders: Callable[[Config, Mapping[str, str]], None] = lambda config, encoders: None
     check_data: Callable[[Config, Any], None] = lambda config, data: None
     check_texts: Callable[[Config, Any, Any], None] = lambda config, data, tokenizer: None
+    held_out: tuple[str, ...] = ()
     figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
     scored_by: Callable[[Mapping[str, Any]], str] = lambda section: ""
     unit: str = "steps"
@@ -126,6 +128,9 @@ class Stage:
         """What every stage's section is checked for, then `check`. Raises InputError."""
         if self.trains(config):
             check_training(config, self.name, [step.section for step in self.steps.values()])
+            if (leaf := config[self.name].get("keep_best")) is not None and leaf not in self.held_out:
+                allowed = f"one of {', '.join(self.held_out)}" if self.held_out else "none: it has no validation"
+                raise InputError(f"config.{self.name}.keep_best: {leaf!r}; allowed: {allowed}")
         self.check(config)
         known = not config.model.init_from  # else that model's context counts, once it is read
         if known and (self.trains(config) or self.longest):

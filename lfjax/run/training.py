@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,9 @@ import jax
 from lfjax.checkpoint import Checkpoints
 from lfjax.metrics import Progress, Window
 from lfjax.rewards.intervals import without
+from lfjax.run.best import Best
 from lfjax.run.run import Interrupted, Run, TrainingFailed
+from lfjax.sharding import Step
 
 Work = Callable[[int], tuple[float, float]]  # (index of a step) -> (tokens, model FLOPs)
 
@@ -38,17 +42,19 @@ def train(
       work: (index) -> (tokens, model FLOPs) of that step, padding counted; FLOPs by the rule of `lfjax.models.flops`.
       state: fresh state, sharded; also says how a checkpoint is restored.
       step: (state, index) -> (state, metrics); dispatches and returns.
-      evaluate: held-out figures, stage/name -> value, every `eval_every` steps and at the end.
+      evaluate: held-out figures, stage/name -> value, every `eval_every` steps (0: after each quarter) and at the end.
       after: called at the end of each step (samples, say).
       shown: the metric beside the progress bar.
     Returns:
-      (final state, figures): the last evaluation's and the last log row's.
+      (final state, figures): the last evaluation's and the last log row's; with `keep_best` the best evaluation's.
     """
-    section = run.config[stage]
+    section, best = run.config[stage], Best(run, stage, state)
     checkpoints, window = run.checkpoints(stage), Window()
-    state, start, figures, row = _restored(run, checkpoints, state, window)
+    state, start, figures, row = _restored(run, checkpoints, state, window, best)
+    save = functools.partial(_save, run, checkpoints, window, best)
     run.log.cut(run.stages, stage, start if start else -1)
-    progress, trace = Progress(stage, total, start=start, shown=jax.process_index() == 0), Trace(run, stage)
+    progress = Progress(stage, total, start=start, shown=jax.process_index() == 0, clock=_clock)
+    trace = Trace(run, stage)
     pace = Pace(run, stage, work, learning_rate, progress, shown)
     # whatever ends the loop, saves under way are finished
     with contextlib.closing(checkpoints), contextlib.closing(trace), progress:
@@ -64,25 +70,28 @@ def train(
                 row = pace.log(window, state, done)
             with run.meter.part("train"):  # it may wait for the steps under way
                 after(state, done)
-            if done == total or (section.eval_every and done % section.eval_every == 0):
-                figures = _evaluated(run, stage, evaluate, state, done)
+            if _evaluates(section.eval_every, done, total) and (found := _evaluated(run, stage, evaluate, state, done)):
+                figures = best.seen(state, done, found)
+                progress.line(f"{stage} {done}/{total}  held out: {_brief(without(figures))}")
             if done % section.save_every == 0 or done == total:
-                _save(run, checkpoints, window, state, done, figures, row)
+                save(state, done, figures, row)
             if done < total and _asked(run, at_log=done % section.log_every == 0):
-                _save(run, checkpoints, window, state, done, figures, row)
+                save(state, done, figures, row)
                 raise Interrupted(f"stage {stage} stopped and saved at step {done} of {total}")
     last_row = {name: value for name, value in row.items() if not name.startswith("optim/")}
+    state, figures = best.out(state, figures, total)
     return state, {**last_row, **figures}
 
 
-def _restored(run: Run, checkpoints: Checkpoints, state, window: Window):
-    """(state, steps done, figures, row) of the last checkpoint; as given and empty where there is none."""
-    if checkpoints.latest_step() is None:
-        return state, 0, {}, {}
-    state, extra = checkpoints.restore(state)
-    window.restore(extra["pending"])
-    run.meter.restore(extra["meter"])
-    return state, extra["step"], extra["figures"], extra["row"]
+def _clock() -> float:
+    """Seconds, in which no compiling passes: what is left of a stage counts none."""
+    return time.monotonic() - Step.seconds
+
+
+def _evaluates(every: int, done: int, total: int) -> bool:
+    """Whether held-out figures are taken after so many steps."""
+    quarters = {-(-total * quarter // 4) for quarter in range(1, 5)}
+    return done == total or (done % every == 0 if every else done in quarters)
 
 
 def _evaluated(run: Run, stage: str, evaluate: Callable[[Any], dict[str, float]], state, done: int) -> dict[str, float]:
@@ -96,12 +105,30 @@ def _evaluated(run: Run, stage: str, evaluate: Callable[[Any], dict[str, float]]
     return figures
 
 
-def _save(run: Run, checkpoints: Checkpoints, window: Window, state, done: int, figures, row) -> None:
+def _brief(figures: dict[str, float], most: int = 3) -> str:
+    """The first of them, by their leaves."""
+    shown = itertools.islice(figures.items(), most)
+    return ", ".join(f"{name.rpartition('/')[2].removeprefix('validation_')} {value:.4g}" for name, value in shown)
+
+
+def _restored(run: Run, checkpoints: Checkpoints, state, window: Window, best: Best):
+    """(state, steps done, figures, row) of the last checkpoint; as given and empty where there is none."""
+    if checkpoints.latest_step() is None:
+        return state, 0, {}, {}
+    tree, extra = checkpoints.restore(best.saved(state)[0])
+    state = best.restore(tree, extra.get("best"))
+    window.restore(extra["pending"])
+    run.meter.restore(extra["meter"])
+    return state, extra["step"], extra["figures"], extra["row"]
+
+
+def _save(run: Run, checkpoints: Checkpoints, window: Window, best: Best, state, done: int, figures, row) -> None:
     with run.meter.part("train"):  # waits for the steps under way
         pending = window.pending()
-    extra = {"step": done, "figures": figures, "row": row, "pending": pending, "meter": run.meter.read()}
+    tree, beside = best.saved(state)
+    extra = {"step": done, "figures": figures, "row": row, "pending": pending, "best": beside}
     with run.meter.part("save"):
-        checkpoints.save(done, state, extra)
+        checkpoints.save(done, tree, {**extra, "meter": run.meter.read()})
 
 
 def _asked(run: Run, *, at_log: bool) -> bool:

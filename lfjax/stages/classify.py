@@ -74,13 +74,13 @@ def classify_stage(run: Run) -> dict[str, float]:
 
     loaded = run.load_model(*run.start("classify"))
     model, params = with_head(devices, run.config.model, loaded, "classify", len(names), dropout=section.dropout)
-    tx, rate = optimizer(optim_section(run.config, "classify"), total, model)
+    recipe = optimizer(optim_section(run.config, "classify"), total, model)
     trained, base = trained_part(devices, adapters, params, model.config, "classify-lora")
-    state, shardings = create_state(devices, RewardState, trained, tx)
-    function = functools.partial(run.steps["classify"], tx=tx, **section.step.to_dict())
+    state, shardings = create_state(devices, RewardState, trained, recipe)
+    function = functools.partial(run.steps["classify"], **section.step.to_dict())
     first = {batch.tokens.shape: batch for batch in map(labelled, one_of_each(batches).values())}
     step = compiled_step(
-        devices, "classify", function, model, base, state, shardings, first.values(), adapters=adapters
+        devices, "classify", function, recipe, model, base, state, shardings, first.values(), adapters=adapters
     )
     leave = functools.partial(run.leave_if_asked, "classify")
     guess = scorer(devices, model, base, adapters=adapters, name="classify score", each=len(names), leave=leave)
@@ -92,7 +92,7 @@ def classify_stage(run: Run) -> dict[str, float]:
     state, out = training.train(
         run, "classify", state, lambda state, index: step(state, labelled(batches.batch_at(index))), total=total,
         work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
-        evaluate=lambda state: told(estimates(state, "validation"), "classify/validation_"), learning_rate=rate,
+        evaluate=lambda state: told(estimates(state, "validation"), "classify/validation_"), learning_rate=recipe.rate,
     )  # fmt: skip
     run.save_model("classify", model, state.params, base, labels=names)
     if "classify/accuracy" in out:
@@ -185,6 +185,7 @@ STAGE = Stage(
     sources=start_from("classify"),
     heads=True,
     makes=CLASSIFIER,
+    held_out=("f1", "accuracy", "precision", "recall"),
     figures={"classify/loss": Figure("Loss", "nats a text", "lower", log=True)},
     told="a classifier's training",
     run=classify_stage,

@@ -16,7 +16,7 @@ from lfjax.records import Record
 from lfjax.rewards.intervals import SHARE, without
 from lfjax.rewards.judges import FEWEST, RatingJudge, fit_rating_judge, judged_text
 from lfjax.run import writing
-from lfjax.run.data import Data
+from lfjax.run.data import Data, say
 from lfjax.run.devices import fetch
 from lfjax.run.rewards import FunctionReward
 from lfjax.run.run import Run
@@ -162,6 +162,7 @@ def evaluate_stage(run: Run) -> dict[str, float]:
     run.log.cut(run.stages, "evaluate", -1)
     for which, policy in policies.items():
         run.stage("evaluate").check_room(run.config, policy.model.config.context, f"the context of {models[which][1]}")
+        say("evaluate", f"{models[which][1]} ({which}) writes {run.config.evaluate.prompts} answers")
         references = {"kl": policies["before"]} | ({"kl_own": policies[starts[which]]} if which in starts else {})
         rows[which] = _write(run, records, policy, references, reward, judges, named)
     figures |= figures_of(rows, records, named)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lfjax.config import Config, InputError, at_least, one_of, optim_section, sampling_section, section
 from lfjax.models import lora
@@ -15,9 +16,9 @@ from lfjax.models.flops import step_work
 from lfjax.modules import is_named
 from lfjax.report.catalogue import Figure
 from lfjax.run import training, writing
-from lfjax.run.data import Data
+from lfjax.run.data import Data, say
 from lfjax.run.devices import Devices
-from lfjax.run.parts import optimizer, passes, total_steps, trained_part
+from lfjax.run.parts import optimizer, parameters, passes, total_steps, trained_part
 from lfjax.run.rewards import LearnedReward
 from lfjax.run.run import Run
 from lfjax.run.sections import check_sampling, optim_overrides, sampling_overrides
@@ -25,7 +26,7 @@ from lfjax.run.sections import training as training_section
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
 from lfjax.run.values import measure_norm, no_values, value_network
 from lfjax.run.writing import Policy
-from lfjax.sharding import global_batch, jit_step
+from lfjax.sharding import global_batch, jit_step, place
 from lfjax.stages.rollouts import STEPS, policy_of, reward_of, rollout_rows, writable
 from lfjax.state import LMState, PPOState, RewardNorm, ValueState
 from lfjax.steps.ppo_forward import PPOModels
@@ -148,11 +149,11 @@ def ppo_stage(run: Run) -> dict[str, float]:
         reference = jax.tree.map(lambda x: x.astype(reference_dtype(section)), policy.params)
 
     total = total_steps(section, batches.steps_per_epoch)
-    policy_tx, rate = optimizer(optim_section(run.config, "ppo"), total, policy.model)
-    value_tx, _ = optimizer(optim_section(run.config, "ppo", "value_optim"), total, value_model)
-    state, shardings = create(devices, policy, value_params, (policy_tx, value_tx), section.kl_coef, norm)
+    both = {"optim": policy.model, "value_optim": value_model}
+    recipes = [optimizer(optim_section(run.config, "ppo", key), total, model) for key, model in both.items()]
+    state, shardings = create(devices, policy, value_params, recipes, section.kl_coef, norm)
     models = PPOModels(policy.model, value_model, policy.model)
-    experience, update = programs(run, models, (policy_tx, value_tx), shardings)
+    experience, update = programs(run, models, recipes, shardings)
     latest: dict[str, Rollout] = {}
 
     def one(state: PPOState, index: int):
@@ -175,8 +176,9 @@ def ppo_stage(run: Run) -> dict[str, float]:
 
     work = update_work(run, batches, policy.model.config, value_model.config, reward)
     state, out = training.train(
-        run, "ppo", state, one, total=total, work=work, learning_rate=rate, after=sample_rows, shown="raw_score"
-    )
+        run, "ppo", state, one, total=total, work=work, learning_rate=recipes[0].rate, after=sample_rows,
+        shown="raw_score",
+    )  # fmt: skip
     run.save_model("ppo", policy.model, state.policy.params, policy.base)
     return out | too_long
 
@@ -215,23 +217,27 @@ def value_of(run: Run, policy: Policy, reward, norm: RewardNorm):
     return model, jax.tree.map(jnp.copy, params), base  # the state is donated, the reward's parameters are not
 
 
-def create(devices: Devices, policy: Policy, value_params, txs, kl_coef: float, norm: RewardNorm):
+def create(devices: Devices, policy: Policy, value_params, recipes, kl_coef: float, norm: RewardNorm):
     """The state before the first update, and its shardings."""
+    txs = [recipe.tx for recipe in recipes]
+    own, values = parameters(policy.params), parameters(value_params)
+    say("ppo", f"{own:,} parameters of the policy to train, {values:,} of the values; 4 programs a length of prompts")
 
-    def make(policy_params, value_params):
+    def make(policy_params, value_params, kl_coef, norm):
         return PPOState(
             policy=LMState.create(policy_params, txs[0]),
             value=ValueState.create(value_params, txs[1]),
-            kl_coef=jnp.float32(kl_coef),
+            kl_coef=kl_coef,
             reward_norm=norm,
             step=jnp.zeros((), jnp.int32),
         )
 
-    shardings = devices.shardings(jax.eval_shape(make, policy.params, value_params))
-    return jax.jit(make, out_shardings=shardings)(policy.params, value_params), shardings
+    given = (policy.params, value_params, *place((np.float32(kl_coef), norm), devices.replicated))
+    shardings = devices.shardings(jax.eval_shape(make, *given))
+    return jax.jit(make, out_shardings=shardings)(*given), shardings
 
 
-def programs(run: Run, models: PPOModels, txs, state_shardings):
+def programs(run: Run, models: PPOModels, recipes, state_shardings):
     """(experience, update), each compiled once a prompt length."""
     section, sampling, adapters = run.config.ppo, sampling_section(run.config, "ppo"), run.adapters("ppo")
     update_step = section.update_step.to_dict()
@@ -248,7 +254,7 @@ def programs(run: Run, models: PPOModels, txs, state_shardings):
         minibatches=pieces,
         **section.experience_step.to_dict(),
     )
-    learn = functools.partial(run.steps["ppo_update"], txs=txs, temperature=sampling.temperature, **update_step)
+    learn = functools.partial(run.steps["ppo_update"], temperature=sampling.temperature, **update_step)
     experience = jit_step(
         lambda policy, value, ref, generation, scores, kl_coef, norm, bases: make(
             policy, value, ref, generation, scores, models=bound(bases), kl_coef=kl_coef, reward_norm=norm
@@ -256,16 +262,20 @@ def programs(run: Run, models: PPOModels, txs, state_shardings):
         name="ppo_experience",
         shapes=len(sampling.prompt_buckets),
     )
+    numbers = place([dict(recipe.numbers) for recipe in recipes], run.devices.replicated)
+
+    def updated(state, rollout, key, bases, numbers):
+        txs = tuple(recipe.make(given) for recipe, given in zip(recipes, numbers, strict=True))
+        return learn(state, rollout, jax.random.fold_in(key, state.step), models=bound(bases), txs=txs)
+
     update = jit_step(
-        lambda state, rollout, key, bases: learn(
-            state, rollout, jax.random.fold_in(key, state.step), models=bound(bases)
-        ),
+        updated,
         name="ppo_update",
         donate=(0,),
         out_shardings=(state_shardings, run.devices.replicated),
         shapes=len(sampling.prompt_buckets),
     )
-    return experience, update
+    return experience, lambda state, rollout, key, bases: update(state, rollout, key, bases, numbers)
 
 
 STAGE = Stage(

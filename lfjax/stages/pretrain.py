@@ -11,7 +11,7 @@ from lfjax.config import Config, at_least, section
 from lfjax.data.examples import answers, pretraining_documents
 from lfjax.rewards.intervals import Resampled
 from lfjax.run.data import texts_of
-from lfjax.run.language import POSITIVE, train_language_model
+from lfjax.run.language import HELD_OUT, POSITIVE, train_language_model
 from lfjax.run.run import Run
 from lfjax.run.sections import training
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
@@ -22,10 +22,13 @@ def pretrain_stage(run: Run) -> dict[str, float]:
     documents = {split: pretraining_documents(run.records[split], run.tokenizer) for split in ("train", "validation")}
     text_bytes = sum(len(text.encode()) for text in texts_of(run.records.validation))
 
+    @functools.cache
+    def guess() -> float:
+        return unigram_nll(documents["train"], documents["validation"], run.tokenizer.vocab_size)
+
     def further(nll: Resampled, tokens: float) -> dict[str, float]:
-        guess = unigram_nll(documents["train"], documents["validation"], run.tokenizer.vocab_size)
         bits = nll.map(lambda nats: nats * tokens / math.log(2) / text_bytes)
-        return bits.figures("pretrain/bits_per_byte", POSITIVE) | {"pretrain/unigram_perplexity": math.exp(guess)}
+        return bits.figures("pretrain/bits_per_byte", POSITIVE) | {"pretrain/unigram_perplexity": math.exp(guess())}
 
     return train_language_model(run, "pretrain", documents, step="sft", further=further)
 
@@ -70,6 +73,7 @@ STAGE = Stage(
     texts=answers,
     sources=lambda config: {"model.init_from": config.model.init_from} if config.model.init_from else {},
     builds=True,
+    held_out=(*HELD_OUT, "bits_per_byte"),
     makes=LANGUAGE_MODEL,
     told="training of {model}",
     run=pretrain_stage,

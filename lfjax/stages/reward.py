@@ -195,13 +195,15 @@ def reward_stage(run: Run) -> dict[str, float]:
     keywords = step_keywords(section.step, scale_of(run.data), points)
     if keywords.get("ordinal_bounds"):
         params = with_cutpoints(devices, params, keywords["ordinal_bounds"])
-    tx, rate = optimizer(optim_section(run.config, "reward"), total, model)
+    recipe = optimizer(optim_section(run.config, "reward"), total, model)
     trained, base = trained_part(devices, adapters, params, model.config, "reward-lora")
-    state, shardings = create_state(devices, RewardState, trained, tx)
+    state, shardings = create_state(devices, RewardState, trained, recipe)
     learn = told_in_points(run.steps["reward"], "reward/mse", points.unit)
-    function = functools.partial(learn, tx=tx, **keywords)
+    function = functools.partial(learn, **keywords)
     first = one_of_each(batches)
-    step = compiled_step(devices, "reward", function, model, base, state, shardings, first.values(), adapters=adapters)
+    step = compiled_step(
+        devices, "reward", function, recipe, model, base, state, shardings, first.values(), adapters=adapters
+    )
     leave = functools.partial(run.leave_if_asked, "reward")
     score = scorer(devices, model, base, adapters=adapters, name="reward score", leave=leave)
 
@@ -212,7 +214,7 @@ def reward_stage(run: Run) -> dict[str, float]:
     state, out = training.train(
         run, "reward", state, lambda state, index: step(state, batches.batch_at(index)), total=total,
         work=lambda index: step_work(model.config, batches.shape_at(index), passes(adapters)),
-        evaluate=lambda state: told(*estimates(state, "validation"), "reward/validation_"), learning_rate=rate,
+        evaluate=lambda state: told(*estimates(state, "validation"), "reward/validation_"), learning_rate=recipe.rate,
     )  # fmt: skip
     run.save_model("reward", model, scaled_head(model_params(state.params), points.unit), base)
     if "reward/pair_accuracy" in out:
@@ -281,6 +283,7 @@ STAGE = Stage(
     sources=start_from("reward"),
     heads=True,
     makes=SCORER,
+    held_out=("pair_accuracy", "ranked_pair_accuracy", "mse", "calibration_error"),
     figures={
         "reward/loss": Figure("Loss", "sum of the losses on ratings and pairs", "lower", log=True),
         "reward/mse": Figure("Squared error", "rating points, squared", "lower"),

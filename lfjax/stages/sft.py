@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from lfjax.data.examples import sft_documents, sft_texts
-from lfjax.run.language import train_language_model
+from lfjax.run.language import HELD_OUT, train_language_model
 from lfjax.run.run import Run
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, start_from
 from lfjax.stages.pretrain import check_text, text_section, text_steps
@@ -30,6 +30,7 @@ STAGE = Stage(
     texts=sft_texts,
     sources=start_from("sft"),
     makes=LANGUAGE_MODEL,
+    held_out=HELD_OUT,
     told="fine-tuning on given answers",
     run=sft_stage,
 )

@@ -64,6 +64,29 @@ def test_no_program_is_compiled_twice(watched):
     assert [name.split("/")[0] for name in counts] == ["evaluate logprobs"]  # of the last stage
 
 
+def test_another_rate_schedule_clipping_or_length_is_the_same_program(watched, train, tmp_path):
+    """They are arguments: a run with other ones compiles nothing that is not in the cache."""
+    _, programs, _ = watched
+    found: list[str] = []
+    lowered_compile = jax.stages.Lowered.compile
+
+    def compile_and_note(self, *args, **options):
+        found.append(self.as_text())
+        return lowered_compile(self, *args, **options)
+
+    given = ["--config.stages=tokenizer,pretrain,reward,ppo", "--config.pretrain.steps=3", "--config.reward.steps=2"]
+    given += ["--config.ppo.steps=2", "--config.reward.init_from=pretrain", "--config.ppo.init_from=pretrain"]
+    for optim in ("pretrain.optim", "reward.optim", "ppo.optim", "ppo.value_optim"):
+        numbers = {"learning_rate": 3e-3, "warmup_steps": 1, "end_factor": 0.3, "clip_norm": 0.5}
+        given += [f"--config.{optim}.{name}={value}" for name, value in numbers.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", compile_and_note)
+        assert train(tmp_path / "w", *given) == 0
+    assert len(found) > 8 and set(found) <= set(programs)
+    rows = map(json.loads, (tmp_path / "w" / "metrics.jsonl").read_text().splitlines())
+    assert max(row.get("optim/learning_rate", 0.0) for row in rows) == pytest.approx(3e-3)  # the numbers did arrive
+
+
 @pytest.mark.parametrize("stage, warm", [("pretrain", 4), ("sft", 3), ("reward", 4), ("ppo", 4)])
 def test_nothing_compiles_inside_the_loop_once_every_part_of_it_has_run(stage, warm, watched):
     """From the first step after the first log row, sample and checkpoint to the last."""

@@ -31,8 +31,7 @@ def train_reward(straight, train, stars):
     """train_reward(workdir, *overrides) -> summary of the reward stage alone, from the models of `straight`."""
 
     def command(workdir, *overrides: str, devices: int = 1) -> dict:
-        models = straight / "models"
-        given = (f"--config.tokenizer.path={models}/tokenizer", f"--config.reward.init_from={models}/sft")
+        given = (f"--config.reward.init_from={straight}/models/sft",)  # which brings the vocabulary
         options = ("--config.stages=reward", "--config.reward.head_init=zero", f"--config.data.path={stars}")
         assert train(workdir, *given, *options, *overrides, devices=devices) == 0
         return json.loads((workdir / "summary.json").read_text())

@@ -1,0 +1,47 @@
+"""What `lfjax train` says at its end: one sentence, and a line for each stage and for each figure before and after."""
+
+from __future__ import annotations
+
+import re
+
+from lfjax.report import catalogue, findings
+from lfjax.report.rundir import RunDir, is_figure
+
+MOST_LINES = 10  # the report's place and the summary's come after them
+MOST_FIGURES = 4  # of a stage
+_SIDES = re.compile(r"_(before|after|n|low|high|error)$")
+
+
+def lines(run: RunDir) -> list[str]:
+    """At most MOST_LINES; all figures are in summary.json."""
+    found = findings.comparisons(run)
+    headline, _ = findings.verdict(run, found, 0)
+    stages = [f"{stage.name}: {', '.join(told)}" for stage in run.stages if (told := _of_stage(run, stage.name))]
+    first = [key for key in (*list(found)[:2], "kl", "length") if key in found]  # the gain, and what it may have cost
+    shown = [found[key] for key in dict.fromkeys((*first, *found)) if not found[key].interim]
+    compared = [f"{c.title}: {c.said('before')} -> {c.said('after')}" for c in shown]
+    return [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
+
+
+def _held_out(key: str, variants: dict[str, str]) -> str:
+    """Of a figure's variants that of the test split, which is the plain one where training's is named so."""
+    names = {label: name for name, label in variants.items()}
+    trained = f"{key.rpartition('/')[0]}/train_{key.rpartition('/')[2]}"
+    if trained in variants:
+        return key if key in variants else names.get("held out", trained)
+    return names.get("test") or names.get("held out") or next(iter(variants))
+
+
+def _of_stage(run: RunDir, stage: str) -> list[str]:
+    """Its final held-out figures of which is known what is better, in reading order; [] where it has no validation."""
+    names = [name for name, value in run.summary.items() if name.startswith(f"{stage}/") and is_figure(value)]
+    if not any(name.startswith(f"{stage}/validation_") for name in names):
+        return []
+    shown, told, seen = findings.told(run), [], set()
+    for key, variants in catalogue.families(names, run.figures).items():
+        entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]
+        if entry.better and not _SIDES.search(leaf) and entry.title not in seen:
+            seen.add(entry.title)
+            name = _held_out(key, dict(variants))
+            told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
+    return told[:MOST_FIGURES]
