@@ -22,7 +22,7 @@ FOR_SPEED = {
     "lfjax train": " --config.data.source=jsonl --config.data.path=rated.jsonl --config.tokenizer.vocab_size=310"
     " --config.pretrain.steps=4 --config.reward.steps=4 --config.ppo.steps=2 --config.evaluate.prompts=16"
     " --config.run.compile_cache=False --config.run.trackers=",
-    "pytest": " -q -p no:cacheprovider -k test_update",
+    "python -m pytest": " -q -p no:cacheprovider -k test_update",
 }
 
 

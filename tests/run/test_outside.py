@@ -5,8 +5,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 import smallest
@@ -190,25 +188,3 @@ def test_a_chain_that_names_what_is_none_is_refused(chain, said, folder):
     (folder / "others.py").write_text(TAKEN)
     with pytest.raises(InputError, match=re.escape(said)):
         loaded(folder, "", f"--config.stages={chain}")
-
-
-@pytest.mark.slow
-def test_the_pages_commands_do_what_they_say(tmp_path):
-    """Copied and pasted, but for fewer steps."""
-    section = re.search(
-        r"^## A method of your own$(.*?)(?:^## |\Z)", (ROOT / "docs" / "forking.md").read_text(), re.S | re.M
-    )
-    blocks = re.findall(r"^```sh\n(.*?)^```$", section.group(1), re.S | re.M)
-    lines = "".join(blocks).replace("lfjax train", "python -m lfjax train")
-    lines = re.sub(r"(lfjax train .*)", r"\1 --config.pretrain.steps=2 --config.unlikelihood.steps=2", lines)
-    smallest.write_records(tmp_path / "rated.jsonl")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
-                   "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
-    rows = smallest.records()
-    for number, row in enumerate(rows):
-        row["responses"].append(f"nothing at all on day {number}")
-        row["feedback"].append({"kind": "preference", "chosen": 0, "rejected": 1})
-    smallest.write_records(tmp_path / "preferences.jsonl", rows)
-    done = subprocess.run(["bash", "-ec", lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "unlikelihood/perplexity" in done.stdout
