@@ -18,7 +18,7 @@ from lfjax.config import InputError
 from lfjax.metrics import RunLog, write_json
 from lfjax.report import catalogue, charts, checks, ending, findings, picture, rundir
 from lfjax.report import html as html_page
-from lfjax.report.costs import cost_lines, figure_lines
+from lfjax.report.costs import cost_lines
 
 SUMMARY = {
     "compile/count": 14,
@@ -861,7 +861,7 @@ def test_without_the_lexicon_the_headline_is_in_rating_points_or_pairs_won(tmp_p
     assert found.startswith(headline)
     assert "positive" not in text and "hacking below" not in text and "lexicon" not in text.split("Reward model:")[0]
     run = read(folder)
-    assert figure_lines(run)[0] == found
+    assert ending.lines(run)[0] == f"run: {found}.".translate(ending.PLAIN)
     known = findings.judge_of(run, findings.comparisons(run))
     assert ("no other judge has confirmed it" in text) == (known is None)
 
@@ -908,14 +908,13 @@ def test_the_lexicon_is_a_rival_only_where_it_judges(tmp_path):
         assert ("word lexicon: 74.0 %" in level(folder, "The reward model").text) == shown
 
 
-def test_every_figure_is_one_line_with_its_interval(tmp_path):
+def test_every_figure_is_told_with_its_interval(tmp_path):
     summary = {**SUMMARY, **beside("reward/pair_accuracy", 0.846, 0.78, 0.9, 39), "ppo/score": 1.2,
                **beside("judge/positive_change", 0.476, 0.43, 0.52)}  # fmt: skip
-    lines = figure_lines(read(hand_made(tmp_path / "run", CONFIG["stages"], summary, updates=2)))
-    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:]}
+    said = findings.told(read(hand_made(tmp_path / "run", CONFIG["stages"], summary, updates=2)))
     assert said["reward/pair_accuracy"] == "84.6 % (78 to 90, n 39)"
     assert said["judge/positive_change"] == "47.6 points (43 to 52, n 128)"
-    assert said["ppo/score"].startswith("(normalised)") and said["compile/count"] == "14"
+    assert "ppo/score (normalised)" in said and said["compile/count"] == 14
     assert not [name for name in said if name.endswith(("_n", "_low", "_high"))]
 
 

@@ -1,18 +1,9 @@
-"""What a run has found and what it has cost, as lines for a terminal."""
+"""What a run has cost, as lines for a terminal."""
 
 from __future__ import annotations
 
-from lfjax.report import findings
 from lfjax.report.charts import clock
 from lfjax.report.rundir import RunDir, Stage
-from lfjax.terminal import cell
-
-
-def figure_lines(run: RunDir) -> list[str]:
-    """The report's headline, and every final figure with its interval and number: "84.6 % (78 to 90, n 39)"."""
-    headline, _ = findings.verdict(run, findings.comparisons(run), 0)
-    rows = [f"{cell(name):40s} {cell(str(value))}" for name, value in findings.told(run).items()]
-    return [line.replace("\u2212", "-").replace("\u202f", ",") for line in (headline, *rows)]
 
 
 def cost_lines(run: RunDir, before: float, after: float) -> list[str]:

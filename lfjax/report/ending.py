@@ -9,6 +9,7 @@ from lfjax.report.rundir import RunDir, is_figure
 
 MOST_LINES = 10  # the report's place and the summary's come after them
 MOST_FIGURES = 4  # of a stage
+PLAIN = str.maketrans({"\u2212": "-", "\u202f": ","})  # a page's minus and thousands, as a terminal has them
 _SIDES = re.compile(r"_(before|after|n|low|high|error)$")
 
 
@@ -20,16 +21,18 @@ def lines(run: RunDir) -> list[str]:
     first = [key for key in (*list(found)[:2], "kl", "length") if key in found]  # the gain, and what it may have cost
     shown = [found[key] for key in dict.fromkeys((*first, *found)) if not found[key].interim]
     compared = [f"{c.title}: {c.said('before')} -> {c.said('after')}" for c in shown]
-    return [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
+    told = [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
+    return [line.translate(PLAIN) for line in told]
 
 
-def _held_out(key: str, variants: dict[str, str]) -> str:
+def _held_out(key: str, variants: dict[str, str]) -> str | None:
     """Of a figure's variants that of the test split, which is the plain one where training's is named so."""
     names = {label: name for name, label in variants.items()}
     trained = f"{key.rpartition('/')[0]}/train_{key.rpartition('/')[2]}"
     if trained in variants:
-        return key if key in variants else names.get("held out", trained)
-    return names.get("test") or names.get("held out") or next(iter(variants))
+        return key if key in variants else names.get("held out")
+    plain = None if key.endswith("/loss") else next(iter(variants))  # a loss that stands alone is of training
+    return names.get("test") or names.get("held out") or plain
 
 
 def _of_stage(run: RunDir, stage: str) -> list[str]:
@@ -42,6 +45,6 @@ def _of_stage(run: RunDir, stage: str) -> list[str]:
         entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]
         if entry.better and not _SIDES.search(leaf) and entry.title not in seen:
             seen.add(entry.title)
-            name = _held_out(key, dict(variants))
-            told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
+            if name := _held_out(key, dict(variants)):
+                told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
     return told[:MOST_FIGURES]
