@@ -25,16 +25,6 @@ def lines(run: RunDir) -> list[str]:
     return [line.translate(PLAIN) for line in told]
 
 
-def _held_out(key: str, variants: dict[str, str]) -> str | None:
-    """Of a figure's variants that of the test split, which is the plain one where training's is named so."""
-    names = {label: name for name, label in variants.items()}
-    trained = f"{key.rpartition('/')[0]}/train_{key.rpartition('/')[2]}"
-    if trained in variants:
-        return key if key in variants else names.get("held out")
-    plain = None if key.endswith("/loss") else next(iter(variants))  # a loss that stands alone is of training
-    return names.get("test") or names.get("held out") or plain
-
-
 def _of_stage(run: RunDir, stage: str) -> list[str]:
     """Its final held-out figures of which is known what is better, in reading order; [] where it has no validation."""
     names = [name for name, value in run.summary.items() if name.startswith(f"{stage}/") and is_figure(value)]
@@ -43,8 +33,8 @@ def _of_stage(run: RunDir, stage: str) -> list[str]:
     shown, told, seen = findings.told(run), [], set()
     for key, variants in catalogue.families(names, run.figures).items():
         entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]
-        if entry.better and not _SIDES.search(leaf) and entry.title not in seen:
+        held_out = [name for name in (key, *dict(variants)) if f"{name}_n" in run.summary]  # the test split's is first
+        if held_out and entry.better and not _SIDES.search(leaf) and entry.title not in seen:
             seen.add(entry.title)
-            if name := _held_out(key, dict(variants)):
-                told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
+            told.append(f"{entry.title.lower()} {shown.get(held_out[0], run.summary[held_out[0]])}")
     return told[:MOST_FIGURES]
