@@ -18,8 +18,8 @@ from lfjax.files import Faults
 FIELDS = ("prompt", "response", "rating", "label", "edit", "critique", "chosen", "rejected")
 PROVENANCE = ("id", "source", "license", "time")
 DELIMITERS = ",;\t|"
-MOST_CELL = 1 << 24  # characters
-MOST_HEADER = 100_000  # characters of the line that names the columns
+MOST_ROW = 1 << 24  # characters
+MOST_HEADER, MOST_COLUMNS = 100_000, 1000  # characters of the line that names the columns
 MOST_BLANK = 1000  # blank lines running that a cell keeps
 EXAMPLE = "--map prompt=question,response=answer,rating=score:1..5"
 
@@ -62,6 +62,8 @@ def columns_of(texts: Sequence[str]) -> Columns:
 def rows(path: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, dict[str, str]]]:
     """("FILE:LINE", column -> cell) of a table whose first row names its columns; the line is that where a row ends.
 
+    Cells that a row lacks at its end are left out.
+
     UTF-8, gzipped or not; commas, semicolons, tabs or bars between cells, whichever the first row has most of; cells in
     quotes may hold them, and line ends.
 
@@ -69,11 +71,14 @@ def rows(path: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, di
       faults: gets a row with more cells than there are columns.
     Raises:
       InputError: no such file, no columns, two of one name, none that the map names, or nothing says what is a text or
-        a rating's scale; no UTF-8, quotes that do not close, or a cell beyond 16 MB.
+        a rating's scale; no UTF-8, lines that end in CR alone, quotes that do not close, too many columns, or a row
+        beyond MOST_ROW.
     """
-    csv.field_size_limit(MOST_CELL)
+    csv.field_size_limit(MOST_ROW)
     lines = _Lines(path)
     first = next(iter(lines), "")
+    if "\r" in first.rstrip("\r\n"):
+        raise InputError(f"{path}:1: its lines end in CR alone; save it with the line ends of Windows or Unix")
     if len(first) > MOST_HEADER:
         raise InputError(
             f"{path}:1: the names of the columns have {len(first)} characters; at most {MOST_HEADER} are read"
@@ -83,33 +88,44 @@ def rows(path: Path, columns: Columns, faults: Faults) -> Iterator[tuple[str, di
     reader = csv.reader(lines.again(first), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() or f"column {place}" for place, name in enumerate(next(reader, []), 1)]
+        if len(header) > MOST_COLUMNS:
+            raise InputError(f"{path}:1: {len(header)} columns; at most {MOST_COLUMNS} are read: take some out")
         twice = [name for name in header if header.count(name) > 1]
         if not header or twice:
             found = f"two columns are called {twice[0]!r}" if twice else "is empty"
             raise InputError(f"{path}: {found}; give a table whose first row names its columns, each once")
         _check(path, header, columns)
         for cells in reader:
+            lines.row = 0
             where = f"{path}:{lines.number}"
             if len(cells) > len(header):
                 found = f"{len(cells)} cells, but {len(header)} columns"
                 faults.add(InputError(f"{where}: {found}; put cells that hold {delimiter!r} into quotes"))
             elif any(cells):
                 cells = [cell.replace("\r\n", "\n") for cell in cells]
-                yield where, dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
+                yield where, dict(zip(header, cells, strict=False))
     except csv.Error as error:
         raise InputError(f"{path}:{lines.number}: no CSV: {error}; mend the quotes there, or above") from None
 
 
 class _Lines:
-    """The lines of a file as text, blank ones too, for cells that hold them; `number` is the last one's."""
+    """The lines of a file as text, blank ones too, for cells that hold them.
+
+    `number` is the last one's; `row` counts the characters since it was set to 0, at most MOST_ROW.
+    """
 
     def __init__(self, path: Path):
-        self._lines, self.number = files.text_lines(path, fix="give a table, CSV in UTF-8"), 0
+        self._path, self._lines = path, files.text_lines(path, fix="give a table, CSV in UTF-8")
+        self.number = self.row = 0
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
-            yield from ["\n"] * min(number - self.number - 1, MOST_BLANK)
-            self.number = number
+            blank = min(number - self.number - 1, MOST_BLANK)
+            self.number, self.row = number, self.row + blank + len(line)
+            if self.row > MOST_ROW:
+                found = f"a row of more than {MOST_ROW >> 20} million characters"
+                raise InputError(f"{self._path}:{number}: {found}; close the quotes of its cells, or shorten them")
+            yield from ["\n"] * blank
             yield line
 
     def again(self, first: str) -> Iterator[str]:

@@ -52,6 +52,7 @@ class SentencePieceTokenizer:
         self._plain = _splitter(added.keys() - special.keys(), flags)
         self._flags = flags
         self._ids = self.specials | added
+        self._bare = {token.strip(): i for token, i in self._ids.items()} | self._ids  # of those that take spaces
 
     @functools.cached_property
     def _marked(self) -> re.Pattern[str] | None:
@@ -79,7 +80,7 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         for index, part in enumerate(marks.split(text) if marks else [text]):
             if index % 2:
-                ids.append(self._ids[part] if part in self._ids else self._ids[part.strip()])
+                ids.append(self._ids[part] if part in self._ids else self._bare[part.strip()])
             elif part:
                 ids += (self._first if (first and index == 0) or every else self._inner).Encode(part)
         return ids
@@ -135,7 +136,8 @@ def _splitter(tokens: Iterable[str], flags: dict[str, dict[str, bool]]) -> re.Pa
     def found(token: str) -> str:
         said = flags.get(token, {})
         alone = (r"(?<!\w)", r"(?!\w)") if said.get("single_word") else ("", "")
-        left, right = (r"\s*" if said.get(side) else "" for side in ("lstrip", "rstrip"))
+        left = r"(?:(?<!\s)\s+)?" if said.get("lstrip") else ""  # a run of spaces is gone over once, from its start
+        right = r"\s*" if said.get("rstrip") else ""
         return left + alone[0] + re.escape(token) + alone[1] + right
 
     longest = sorted(tokens, key=lambda token: (-len(token), token))
