@@ -75,6 +75,35 @@ class RewardBatch(NamedTuple):
     margin: Array  # [B] float32: how much better a preference's chosen answer is (0 when not said)
 
 
+class PreferenceBatch(NamedTuple):
+    """Pairs of complete sequences: [:, 0] the answer that people prefer, [:, 1] the other one."""
+
+    tokens: Array  # [B 2 T+1] int32, right-padded
+    loss_mask: Array  # [B 2 T] bool: the *target* is one of the answer's tokens, EOS included
+    mask: Array  # [B 2 T] bool: the target is real, of the prompt or of the answer
+    ref_logprobs: Array  # [B 2] float32: sums over the answer under the reference, in nats; 0 where none is used
+    margin: Array  # [B] float32: how much better the chosen answer is (0 when not said)
+    counts: Array  # [B] bool: False for rows that only fill a batch
+
+
+class Answers(NamedTuple):
+    """Complete sequences of which the answer counts."""
+
+    tokens: Array  # [B T+1] int32, right-padded
+    loss_mask: Array  # [B T] bool: the *target* is one of the answer's tokens, EOS included
+    mask: Array  # [B T] bool: the target is real, of the prompt or of the answer
+    ref_logprobs: Array  # [B] float32: sums over the answer under the reference, in nats
+
+
+class KtoBatch(NamedTuple):
+    """Answers that people called good or bad, and to each prompt an answer of another one."""
+
+    answers: Answers
+    mismatched: Answers  # the same prompts with answers to others: what the KL baseline is measured on
+    desirable: Array  # [B] bool
+    counts: Array  # [B] bool: False for rows that only fill a batch
+
+
 class ClassBatch(NamedTuple):
     """Complete sequences (prompt + response + EOS) and the class that people gave each."""
 

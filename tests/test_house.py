@@ -19,6 +19,7 @@ OTHER_SENSES = {
         "run/stage.py", "tokenizers/files.py", "tokenizers/sentencepiece.py",
     },
     "evaluate": {"report/html.py", "run/language.py", "run/training.py"},  # a part of a stage's time; a step
+    "preference": {"feedback/conversion.py", "feedback/table.py", "feedback/trl.py", "records.py"},  # feedback
     "reward": {"run/values.py"},  # a value network that starts as the reward model
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lfjax.config import InputError
 from lfjax.records import Edit, Label, Preference, Ranking, Record, mean_values
@@ -111,12 +111,12 @@ def answers(record: Record) -> list[str]:
 
 def judged_texts(record: Record) -> list[str]:
     """The responses that judgements compare or score, and people's edits of them."""
-    return [text for texts, *_ in _judgements(record) for text in texts]
+    return [text for texts, *_ in judgements(record) for text in texts]
 
 
 def is_judged(record: Record) -> bool:
     """Whether a judgement scores a response, or puts different ones into an order."""
-    found = ((texts, _given(ranks)) for texts, _, ranks, _ in _judgements(record))
+    found = ((texts, _given(ranks)) for texts, _, ranks, _ in judgements(record))
     return any(not ranks or _compares(texts, ranks) for texts, ranks in found)
 
 
@@ -125,13 +125,16 @@ def labelled_texts(record: Record) -> list[str]:
     return [record.responses[entry.response] for entry in record.feedback if isinstance(entry, Label)]
 
 
-def _complete(
-    record: Record, text: str, tokenizer: Tokenizer, max_length: int, truncate: bool
-) -> tuple[list[int], bool]:
-    """BOS + prompt + response + EOS in at most `max_length` tokens, and whether something is cut off.
+class Complete(NamedTuple):
+    """BOS + prompt + response + EOS."""
 
-    The prompt's start goes first, EOS never.
-    """
+    tokens: list[int]
+    start: int  # tokens before the response
+    cut: bool
+
+
+def complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, truncate: bool = True) -> Complete:
+    """The whole sequence of a response in at most `max_length` tokens: the prompt's start is cut first, EOS never."""
     start, prompt = _start(prompt_tokens(record, tokenizer), tokenizer)
     response = response_tokens(record, text, tokenizer)
     excess = len(start) + len(prompt) + len(response) - max_length
@@ -144,12 +147,13 @@ def _complete(
         prompt = prompt[min(excess, len(prompt)) :]
         room = max_length - 1 - len(start) - len(prompt)
         response = response[: max(room, 0)] + response[-1:] if len(response) > room + 1 else response
-    return [*start, *prompt, *response][:max_length], excess > 0
+    return Complete([*start, *prompt, *response][:max_length], len(start) + len(prompt), excess > 0)
 
 
 def complete_tokens(record: Record, text: str, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[int], bool]:
     """(BOS + prompt + response + EOS, as a reward model learns it, whether it is cut to `max_length` tokens)."""
-    return _complete(record, text, tokenizer, max_length, truncate=True)
+    made = complete(record, text, tokenizer, max_length)
+    return made.tokens, made.cut
 
 
 def _start(prompt: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -158,7 +162,7 @@ def _start(prompt: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
     return prompt[:kept], prompt[kept:]
 
 
-def _judgements(
+def judgements(
     record: Record, scale: tuple[float, float] = (0.0, 1.0)
 ) -> Iterator[tuple[list[str], list[float | None], list[int | None], float]]:
     """(texts, ratings, ranks, margin) of every judgement that compares or scores responses."""
@@ -207,15 +211,15 @@ def reward_examples(
     """
     examples = []
     for index, record in enumerate(records):
-        for texts, ratings, ranks, margin in _judgements(record, scale):
-            made = [_complete(record, text, tokenizer, max_length, truncate) for text in texts]
-            whole = RewardExample([tokens for tokens, _ in made], ratings, ranks, margin, index)
+        for texts, ratings, ranks, margin in judgements(record, scale):
+            made = [complete(record, text, tokenizer, max_length, truncate) for text in texts]
+            whole = RewardExample([sequence.tokens for sequence in made], ratings, ranks, margin, index)
             kept, example = _distinct(whole)
             if counts is not None:
-                cut = sum(is_cut for _, is_cut in made)
+                cut = sum(sequence.cut for sequence in made)
                 counts.update({"answers": len(made), "cut": cut, "equal_pairs": _equal_pairs(whole)})
             if example is not None:
-                examples.append(dataclasses.replace(example, cut=sum(made[i][1] for i in kept)))
+                examples.append(dataclasses.replace(example, cut=sum(made[i].cut for i in kept)))
     return _distinct_singles(examples, counts)
 
 
@@ -333,8 +337,8 @@ def class_examples(
     examples = []
     for index, record, entry, number in class_labels(records, classes):
         text = record.responses[entry.response]
-        tokens, cut = _complete(record, text, tokenizer, max_length, truncate=True)
-        examples.append(RewardExample([tokens], [float(number)], [None], 0.0, index, int(cut)))
+        made = complete(record, text, tokenizer, max_length)
+        examples.append(RewardExample([made.tokens], [float(number)], [None], 0.0, index, int(made.cut)))
     return examples
 
 

@@ -107,7 +107,10 @@ def compiled_step(
         lambda: jit_step(with_key, name=name, variant=repr(same), donate=(0,), out_shardings=outputs),
     )
     batches = list(batches)
-    count, shapes = parameters(state.params), " and ".join(str(list(batch[0].shape)) for batch in batches)
+    count, shapes = (
+        parameters(state.params),
+        " and ".join(str(list(jax.tree.leaves(batch)[0].shape)) for batch in batches),
+    )
     say(purpose or name, f"{count:,} parameters to train; {counted(len(batches), 'program')}, for batches of {shapes}")
     for batch in batches:
         step.compile(state, abstract(global_batch(batch, devices.mesh)), *more)

@@ -9,9 +9,19 @@ from typing import Any
 from lfjax.config import InputError, shared_sections
 from lfjax.modules import resolve
 from lfjax.run.stage import Stage
-from lfjax.stages import classify, evaluate, ppo, pretrain, reward, sft, tokenizer
+from lfjax.stages import classify, evaluate, kto, ppo, preference, pretrain, reward, sft, tokenizer
 
-TABLE = (tokenizer.STAGE, pretrain.STAGE, sft.STAGE, reward.STAGE, classify.STAGE, ppo.STAGE, evaluate.STAGE)
+TABLE = (
+    tokenizer.STAGE,
+    pretrain.STAGE,
+    sft.STAGE,
+    preference.STAGE,
+    kto.STAGE,
+    reward.STAGE,
+    classify.STAGE,
+    ppo.STAGE,
+    evaluate.STAGE,
+)
 CHAIN = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")  # what runs where a config does not say
 
 

@@ -73,3 +73,32 @@ def clipped_policy(logprob, old_logprob, advantage, low, high):
 def clipped_value(value, old_value, target, clip):
     clipped = min(max(value, old_value - clip), old_value + clip)
     return 0.5 * max((value - target) ** 2, (clipped - target) ** 2)
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def preference(kind, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, smoothing=0.0, gamma=0.0):
+    """One pair's loss, from sums of log-probabilities (ipo, simpo, orpo: from means)."""
+    up, down = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    prefers = sigmoid(beta * (up - down))
+    free = policy_chosen - policy_rejected
+    odds = [math.exp(x) / (1.0 - math.exp(x)) if x < 0 else math.inf for x in (policy_chosen, policy_rejected)]
+    kept, flipped = -math.log(prefers), -math.log(1.0 - prefers)
+    return {
+        "sigmoid": lambda: (1 - smoothing) * kept + smoothing * flipped,
+        "robust": lambda: ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing),
+        "hinge": lambda: max(0.0, 1.0 - beta * (up - down)),
+        "ipo": lambda: (up - down - 0.5 / beta) ** 2,
+        "apo_zero": lambda: 1.0 - sigmoid(beta * up) + sigmoid(beta * down),
+        "apo_down": lambda: sigmoid(beta * up) + 1.0 - prefers,
+        "cpo": lambda: -math.log(sigmoid(beta * free)),
+        "simpo": lambda: -math.log(sigmoid(beta * free - gamma)),
+        "orpo": lambda: -beta * math.log(sigmoid(math.log(odds[0] / odds[1]))),
+    }[kind]()
+
+
+def kto(policy, ref, desirable, kl, beta, weight_desirable, weight_undesirable):
+    value = sigmoid(beta * (policy - ref - kl)) if desirable else sigmoid(beta * (kl - (policy - ref)))
+    return (weight_desirable if desirable else weight_undesirable) * (1.0 - value)
