@@ -295,6 +295,7 @@ STAGE = Stage(
     check_texts=check_texts,
     steps=STEPS,
     sources=sources,
+    scorers=lambda config: tuple(sources(config)),
     functions=functions,
     longest=lambda config: writing.longest(sampling_section(config, "evaluate")),
     compares=True,
