@@ -397,6 +397,12 @@ def test_the_judge_that_training_was_towards_is_known_by_its_folder(tmp_path):
     assert judges_named(config) == ("reward", "ridge")
 
 
+def test_another_judge_is_another_config_and_a_judge_is_no_start(straight, train, capsys):
+    assert train(straight, "--config.evaluate.judges=reward") == 2
+    line = capsys.readouterr().err
+    assert "config.evaluate.judges: " in line and "may start from" not in line
+
+
 def test_where_no_judge_is_named_the_held_out_ratings_judge(straight, train, tmp_path):
     """Ridge regression on them, with its own accuracy; the sentences' scale is [-4, 4]."""
     summary = judged_again(straight, train, tmp_path / "w", "--config.evaluate.judges=()")
