@@ -544,6 +544,12 @@ def _check_stages(config: Config, stages: Mapping[str, Any]) -> None:
                 continue
             if stages[name].makes in ("", "tokenizer"):
                 raise InputError(f'config.{key}: stage "{name}" makes no model; name another, or a model folder')
+            wanted, made = stages[stage].wanted(config, key), stages[name].makes
+            if wanted and made != wanted:
+                raise InputError(
+                    f'config.{key}: stage "{name}" makes a {made}, and this is for a {wanted}; name another, or a model'
+                    " folder"
+                )
             if name not in before and not (name not in config.stages and stages[name].stand_in(config)):
                 raise InputError(
                     f'config.{key}: stage "{name}" does not come before "{stage}" in config.stages; put it there,'

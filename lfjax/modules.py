@@ -47,6 +47,6 @@ def resolve(key: str, dotted: str, search: tuple[Path, ...] = (), *, kind: type 
     return found
 
 
-def is_named(text: str) -> bool:
-    """Whether a text is "module:name", not the name of a stage or the path of a folder."""
-    return re.fullmatch(r"[\w.]+:\w+", text) is not None
+def is_named(text: object) -> bool:
+    """Whether it is a text "module:name", not the name of a stage or the path of a folder."""
+    return isinstance(text, str) and re.fullmatch(r"[\w.]+:\w+", text) is not None

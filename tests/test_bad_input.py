@@ -135,6 +135,10 @@ OVERRIDES = {
     "a rank beyond a matrix": (
         "--config.model.lora.rank=9", "config.model.lora.rank: 9", "layers/attention/k is 16 x 8: allowed: at most 8",
     ),
+    "a judge that gives no score": ("--config.evaluate.judges=sft", "config.evaluate.judges[0]", "is for a scorer"),
+    "a judge that is no text": ("--config.evaluate.judges=3", "config.evaluate.judges: (3,)", "give names"),
+    "a reward that gives no score": ("--config.ppo.reward=sft", "config.ppo.reward", "makes a language model"),
+    "a start that gives scores": ("--config.ppo.init_from=reward", "ppo.init_from", "is for a language model"),
     "a start of a stage that makes none": ("--config.sft.init_from=tokenizer", "sft.init_from", "makes no model"),
     "rules that are none": ("--config.mesh.rules=(('embed','model'),)", "config.mesh.rules", "a row is (regex"),
     "an axis twice": ("--config.mesh.rules=(('.*',('data','data')),)", "config.mesh.rules", "each axis once"),
@@ -640,7 +644,7 @@ def test_a_language_model_is_no_reward_and_no_value_network(command, tmp_path, r
     model = trained / "models" / "pretrain"
     given = ("--config.stages=ppo", f"--config.ppo.init_from={model}", f"--config.tokenizer.path={model}")
     line = command(*arguments(tmp_path / "w", records, *given, f"--config.ppo.reward={model}"))
-    assert "config.ppo.reward" in line and "no head with one score" in line
+    assert "config.ppo.reward" in line and "no head with one score" in line and not (tmp_path / "w").exists()
     given += (
         f"--config.ppo.value_init={model}",
         "--config.ppo.reward=test_bad_input:length",

@@ -124,7 +124,7 @@ class Workdir:
     def _start_from_here(self, config: Config, differs: list[str]) -> str:
         """How a new run of the first stage whose own section differs starts from a model that is here; "": none is."""
         sections = [change.split(".")[1] for change in differs]
-        stage = next((stage for stage in config.stages if stage in sections), "")
+        stage = next((stage for stage in config.stages if stage in sections and self._stages[stage].makes), "")
         key, name = self._stages[stage].start(config, self._stages) if stage else ("", None)
         folder = self.path / "models" / (name or "")
         here = name and folder.is_dir()

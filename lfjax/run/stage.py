@@ -49,6 +49,7 @@ class Stage:
       builds: it makes a new model of `config.model`, or starts from `model.init_from`, which stands for its model in
         runs without it.
       reads_only: (config) -> the keys of `sources` whose models it does not train.
+      scorers: (config) -> the keys of `sources` whose models have to give a score.
       functions: (config) -> {config key: "module:function"} of Python functions that it calls.
       heads: it trains a head of scores on the models that it starts from.
       longest: (config) -> (key and what else counts, tokens) of its longest sequence.
@@ -80,6 +81,7 @@ class Stage:
     sources: Callable[[Config], dict[str, str]] = lambda config: {}
     builds: bool = False
     reads_only: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    scorers: Callable[[Config], tuple[str, ...]] = lambda config: ()
     functions: Callable[[Config], dict[str, str]] = lambda config: {}
     heads: bool = False
     longest: Callable[[Config], tuple[str, int]] | None = None
@@ -111,6 +113,12 @@ class Stage:
     def start(self, config: Config, stages: Mapping[str, Stage]) -> tuple[str, str | None]:
         """(config key, stage or folder) of the model that it starts from; ("", None): it makes a new one."""
         return next(iter(self.models(config, stages).items()), ("", None))
+
+    def wanted(self, config: Config, key: str) -> str:
+        """What the model of a key of `sources` has to be: a scorer, a language model, or "": any."""
+        if key in self.scorers(config):
+            return SCORER
+        return LANGUAGE_MODEL if self.makes == LANGUAGE_MODEL and key == next(iter(self.sources(config))) else ""
 
     def stand_in(self, config: Config) -> str | None:
         """The folder that stands for its model in a run without it; None: nothing does."""

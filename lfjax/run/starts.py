@@ -14,7 +14,7 @@ from lfjax.config import Config, InputError
 from lfjax.interop import hf
 from lfjax.models import lora, presets
 from lfjax.models.lora import LoRA
-from lfjax.run.stage import Stage
+from lfjax.run.stage import LANGUAGE_MODEL, SCORER, Stage
 from lfjax.sharding import check_rules
 from lfjax.tokenizers import Tokenizer, least_rows
 from lfjax.types import leaf_name
@@ -60,6 +60,8 @@ def check_models(config: Config, stages: Mapping[str, Stage], vocab_size: int, r
         starts = stage.models(config, stages).items() or [stage.start(config, stages)] * stage.trains(config)
         for key, name in starts:
             shape = form(key, name)
+            if name and name not in stages:
+                check_kind(f"config.{key}: {name}", stage.wanted(config, key), shape.num_labels)
             found += _shapes(shape.parameters()).items()
             if stage.heads:
                 found += _shapes(dataclasses.replace(shape, num_labels=1).parameters()).items()
@@ -67,6 +69,14 @@ def check_models(config: Config, stages: Mapping[str, Stage], vocab_size: int, r
                 lora.targets(shape, LoRA(**config.model.lora.to_dict()))
     if config.mesh.rules and found:
         check_rules(tuple(config.mesh.rules), found)
+
+
+def check_kind(model: str, wanted: str, num_labels: int) -> None:
+    """Raises InputError, which begins with `model`, where one of so many scores is not what is wanted."""
+    if wanted == SCORER and num_labels != 1:
+        raise InputError(f"{model} is no reward model: it has no head with one score; name another")
+    if wanted == LANGUAGE_MODEL and num_labels:
+        raise InputError(f"{model} is a model of scores, not a language model; name another")
 
 
 def check_vocabularies(

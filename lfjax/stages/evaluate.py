@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -103,7 +104,8 @@ def judges_named(config: Config) -> tuple[str, ...]:
     if config.evaluate.judges or "evaluate" not in config.stages:
         return tuple(config.evaluate.judges)
     stages, chain = declared(config.outside), config.stages[: config.stages.index("evaluate")]
-    return (*(s for s in chain if stages[s].makes == SCORER and slug(s) not in trained_on(config)), RIDGE)
+    towards = config.ppo.reward if "ppo" in config.stages else ""
+    return (*(s for s in chain if stages[s].makes == SCORER and s != towards), RIDGE)
 
 
 def check_data(config: Config, data: Data) -> None:
@@ -166,7 +168,7 @@ def evaluate_stage(run: Run) -> dict[str, float]:
         references = {"kl": policies["before"]} | ({"kl_own": policies[starts[which]]} if which in starts else {})
         rows[which] = _write(run, records, policy, references, reward, judges, named)
     figures |= figures_of(rows, records, named)
-    figures |= {f"judge/{name}_trained_on": 1.0 for name in trained_on(run.config) if name in judges}
+    figures |= {f"judge/{name}_trained_on": 1.0 for name in trained_on(run.config, run.source)}
     figures |= people_positive(run.records.test) if LEXICON in named else {}
     run.log.metrics("evaluate", 0, without(figures))
     for which in ("before", *(which for which in models if which not in ("before", "after")), "after"):
@@ -192,9 +194,20 @@ def judges_of(run: Run) -> tuple[dict[str, Judge], dict[str, float]]:
     return found, {**told, f"judge/{RIDGE}_min_gap": judge.gap}
 
 
-def trained_on(config: Config) -> set[str]:
-    """Names in figures of the judges that training has learnt to please."""
-    return {slug(config.ppo.reward)} if "ppo" in config.stages else set()
+def trained_on(config: Config, source: Callable[[str, str], Path]) -> set[str]:
+    """Names in figures of the judges that training has learnt to please: PPO's reward, by whatever path it is named.
+
+    Args:
+      source: (config key, stage or folder) -> the model's folder.
+    """
+    if "ppo" not in config.stages:
+        return set()
+    reward = config.ppo.reward
+    found = {judge for judge in functions(config).values() if judge == reward}
+    if not is_named(reward):
+        folder = source("ppo.reward", reward)
+        found |= {judge for key, judge in sources(config).items() if source(key, judge).samefile(folder)}
+    return {*map(slug, found)}
 
 
 def held_out_records(records: Sequence[Record], count: int) -> list[Record]:
@@ -295,6 +308,7 @@ STAGE = Stage(
     check_texts=check_texts,
     steps=STEPS,
     sources=sources,
+    scorers=lambda config: tuple(sources(config)),
     functions=functions,
     longest=lambda config: writing.longest(sampling_section(config, "evaluate")),
     compares=True,

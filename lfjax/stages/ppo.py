@@ -299,6 +299,7 @@ STAGE = Stage(
     },
     sources=sources,
     reads_only=lambda config: () if config.ppo.value_init == "reward" else ("ppo.reward",),
+    scorers=lambda config: ("ppo.reward",),
     functions=lambda config: {"ppo.reward": config.ppo.reward} if is_named(config.ppo.reward) else {},
     heads=True,
     longest=lambda config: writing.longest(sampling_section(config, "ppo")),

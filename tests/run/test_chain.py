@@ -17,7 +17,7 @@ from lfjax.run.checks import unread
 from lfjax.run.language import gentle_rate
 from lfjax.sharding import Step
 from lfjax.stages import declared
-from lfjax.stages.evaluate import judges_named
+from lfjax.stages.evaluate import judges_named, trained_on
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -375,6 +375,32 @@ def test_judges_are_named_and_one_that_was_trained_on_says_so(straight, train, t
     assert {f"judge/test_chain_loud_{which}" for which in ("before", "sft", "after", "won")} <= summary.keys()
     assert "training has learnt to please it" in (tmp_path / "w" / "report.html").read_text()
     assert not [name for name in summary if "positive" in name or "ridge_after" in name]
+
+
+def test_the_judge_that_training_was_towards_is_known_by_its_folder(tmp_path):
+    """Other runs' reward models have the same last part in their paths, and this run's own have two names."""
+    config, own, other = (
+        smallest.get_config(),
+        tmp_path / "w" / "models" / "reward",
+        tmp_path / "v" / "models" / "reward",
+    )
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+
+    def found(reward: str, *judges: object) -> set[str]:
+        config.ppo.reward, config.evaluate.judges = reward, tuple(map(str, judges))
+        return trained_on(config, lambda key, name: own if name == "reward" else pathlib.Path(name))
+
+    assert found("reward", other) == set() and found("reward", own) == found(str(other), other) == {"reward"}
+    assert found("mine:short", "mine:short", own) == {"mine_short"} and found("reward", "mine:short") == set()
+    config.ppo.reward, config.evaluate.judges = str(other), ()
+    assert judges_named(config) == ("reward", "ridge")
+
+
+def test_another_judge_is_another_config_and_a_judge_is_no_start(straight, train, capsys):
+    assert train(straight, "--config.evaluate.judges=reward") == 2
+    line = capsys.readouterr().err
+    assert "config.evaluate.judges: " in line and "may start from" not in line
 
 
 def test_where_no_judge_is_named_the_held_out_ratings_judge(straight, train, tmp_path):
