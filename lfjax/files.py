@@ -387,7 +387,8 @@ def _not_json(where: str, error: ValueError, fix: str) -> InputError:
         found = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
         return InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8")
     if isinstance(error, json.JSONDecodeError):
-        return InputError(f"{where}: not JSON: {error.msg} at column {error.colno}; {fix}")
+        column = min(error.pos, len(error.doc.rstrip())) + 1  # behind the text, not on the line that its end begins
+        return InputError(f"{where}: not JSON: {error.msg} at column {column}; {fix}")
     return InputError(f"{where}: not JSON: {error}; {fix}")
 
 

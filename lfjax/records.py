@@ -404,6 +404,8 @@ def read_records(path: str | os.PathLike[str], *, feedback: bool = True, respons
                 found = f"found {_show(record.id)}, as on line {first_line[key].rpartition(':')[2]}"
                 raise InputError(f"{where}: field 'id': {found}; allowed: each id once")
         except InputError as error:
+            if not faults and isinstance(row, dict) and _is_row(row):
+                raise  # what mends one row mends all
             faults.add(error)
         if not faults:
             yield record
