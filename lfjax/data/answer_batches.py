@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,8 @@ def answer_rows(answers: Sequence[Answer], places: Sequence[int], length: int, p
             mask[row, : len(whole) - 1] = True
             loss_mask[row, start - 1 : len(whole) - 1] = True
             logprobs[row] = 0.0 if ref is None else ref[place]
-    return Answers(tokens, loss_mask, mask, logprobs)
+    fields: tuple[Any, ...] = (tokens, loss_mask, mask, logprobs)
+    return Answers(*fields)
 
 
 class PairBatches:
@@ -139,10 +141,12 @@ class PairBatches:
     def build(self, rows: Sequence[Pair], length: int) -> PreferenceBatch:
         """These pairs, filled up to a batch, in rows of `length` targets."""
         filled = [*rows, *[Pair(-1, -1, 0.0)] * (self.batch_size - len(rows))]
-        sides = [answer_rows(self.answers, [p[side] for p in filled], length, self.pad_id, self.ref) for side in (0, 1)]
-        arrays = (np.stack(pair, axis=1) for pair in zip(*sides, strict=True))
+        places = [pair.chosen for pair in filled], [pair.rejected for pair in filled]
+        sides = [answer_rows(self.answers, side, length, self.pad_id, self.ref) for side in places]
         margin = np.array([pair.margin for pair in filled], np.float32)
-        return PreferenceBatch(*arrays, margin, np.arange(self.batch_size) < len(rows))
+        fields: tuple[Any, ...] = tuple(np.stack(pair, axis=1) for pair in zip(*sides, strict=True))
+        fields += (margin, np.arange(self.batch_size) < len(rows))
+        return PreferenceBatch(*fields)
 
 
 class KtoBatches:
@@ -185,9 +189,10 @@ class KtoBatches:
     def build(self, rows: Sequence[tuple[int, int, bool]], length: int) -> KtoBatch:
         """These answers, filled up to a batch, in rows of `length` targets."""
         filled = [*rows, *[(-1, -1, False)] * (self.batch_size - len(rows))]
-        sides = [answer_rows(self.answers, [r[side] for r in filled], length, self.pad_id, self.ref) for side in (0, 1)]
-        desirable = np.array([good for *_, good in filled])
-        return KtoBatch(*sides, desirable, np.arange(self.batch_size) < len(rows))
+        own, other, good = zip(*filled, strict=True)
+        sides = [answer_rows(self.answers, places, length, self.pad_id, self.ref) for places in (own, other)]
+        fields: tuple[Any, ...] = (*sides, np.array(good), np.arange(self.batch_size) < len(rows))
+        return KtoBatch(*fields)
 
 
 def mismatched(answers: Sequence[Answer], place: int, most: int) -> Answer:

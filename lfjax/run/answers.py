@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,9 +63,10 @@ class AnswerScorer:
 
     def of_rows(self, params, base, rows: Answers) -> np.ndarray:
         """float32 in the shape of the rows' leading axes, of the answers of a batch."""
-        flat = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.loss_mask, rows.mask))
         shape = rows.loss_mask.shape[:-1]
-        whole = global_batch(Answers(*flat, np.zeros(math.prod(shape), np.float32)), self._devices.mesh)
+        fields: list[Any] = [np.asarray(x).reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.loss_mask, rows.mask)]
+        fields.append(np.zeros(math.prod(shape), np.float32))
+        whole = global_batch(Answers(*fields), self._devices.mesh)
         return np.asarray(fetch(self._step(params, base, whole)), np.float32).reshape(shape)
 
 

@@ -136,7 +136,7 @@ def call_figures(step: Config, batches: KtoBatches, sums: np.ndarray, prefix: st
     Args:
       sums: of the log-probabilities of `batches.answers` under the policy.
     """
-    ratios = np.float64(sums) - batches.ref
+    ratios = np.float64(sums) - np.asarray(batches.ref)
     own, other, good = (np.array(column) for column in zip(*batches.calls, strict=True))
     baseline = max(0.0, float(ratios[other].mean()))
     keys = [batches.answers[i].tokens[: batches.answers[i].start] for i in own]
