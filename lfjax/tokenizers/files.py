@@ -16,7 +16,7 @@ from lfjax.files import decoded, inside, parse_json, read_bytes, write_bytes
 MODEL, LIBRARY = "tokenizer.model", "tokenizer.json"
 BPE = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the second pair is GPT-2's as published
 WORDPIECE = "vocab.txt"
-MOST_BYTES = 128 * 2**20
+MOST_BYTES = 128 * 2**20  # of a vocabulary's file, and of all that stands beside it
 MOST_ADDED, MOST_ADDED_CHARACTERS = 100_000, 4_000_000  # beyond the vocabulary file; models of speech have 70,000
 MOST_TOKEN = 500  # characters of one of them
 MOST_ENDS = 1000  # ids that end a response
@@ -140,12 +140,14 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     Raises:
       InputError: a file is not JSON, or a key does not hold what it may; names both.
     """
-    files = dict(vocabulary)
+    files, room = dict(vocabulary), MOST_BYTES
     later = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
-    files |= {name: content_of(folder / name) for name in (*later, *SETTINGS) if present(folder / name)}
-    for path in sorted((folder / TEMPLATES).glob("*.jinja")):
-        name = f"{TEMPLATES}/{path.name}"
+    beside = [name for name in (*later, *SETTINGS) if present(folder / name)]
+    for name in (*beside, *(f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja")))):
         files[name] = content_of(inside(folder, name))
+        room -= len(files[name])
+        if room < 0:
+            raise InputError(f"{folder / name}: with it more than 128 MB stand beside the vocabulary; take some out")
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
@@ -164,6 +166,7 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     tokens = {role: tokens[role] for role in ROLES if role in tokens}
     ids = {role: _ids(model, f"{role}_token_id", config)[:1] for role in ("bos", "eos", "pad")}
     ends = _ids(generation, "eos_token_id", folder / SETTINGS[4]) or _ids(model, "eos_token_id", config)
+    check_added(added, str(folder / SETTINGS[2]))
     more = _added(own, added, folder, {*tokens.values(), *further})
     every = {*filter(None, tokens.values()), *further, *more}
     check_added(every, f"{folder}: its settings ({SETTINGS[0]} and others)")
@@ -231,8 +234,10 @@ def _ids(data: dict[str, Any], key: str, file: pathlib.Path) -> tuple[int, ...]:
     """One id, several, or none."""
     value = data.get(key)
     found = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in found):
-        raise InputError(f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: an id, a list of ids, or null")
+    if not all(type(i) is int and i < 2**31 for i in found):
+        raise InputError(
+            f"{file}: {key!r}: found {json.dumps(value)[:60]}; allowed: an id below 2^31, a list of ids, or null"
+        )
     if len(found) > MOST_ENDS:
         raise InputError(f"{file}: {key!r}: found {len(found)} ids; allowed: at most {MOST_ENDS}; take some out")
     return tuple(i for i in found if i >= 0)
@@ -326,6 +331,9 @@ def special_ids(settings: Settings, vocabulary: dict[str, int], own: dict[str, i
         )
     ends = tuple(dict.fromkeys((eos, *settings.ends)))
     bos, pad = find("bos", "cls"), find("pad")
+    if max(eos, -1 if bos is None else bos) > (most := max(vocabulary.values())):
+        found = f"{bos} and {eos}, which begin and end a text, are not ids of this vocabulary, 0 to {most}"
+        raise InputError(f"{where}: {found}; mend bos_token_id and eos_token_id in config.json beside it")
     if pad is None or pad == eos:
         pad = unused_id(vocabulary, set(ends))
     return Special(eos if bos is None else bos, eos, ends, max(vocabulary.values()) + 1 if pad is None else pad)

@@ -284,6 +284,7 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
         ("tokenizer_config.json", '{"eos_token": 3}', r"tokenizer_config.json: 'eos_token': found 3"),
         ("tokenizer_config.json", '{"chat_template": 3}', r"'chat_template': found int"),
         ("generation_config.json", '{"eos_token_id": ["x"]}', r"generation_config.json: 'eos_token_id'"),
+        ("generation_config.json", '{"eos_token_id": [2, 2147483648]}', r"'eos_token_id': found \[2, 2147483648\]"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', r"config.json: 'added_tokens_decoder': found \[1\]"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 2}}', r"config.json: 'added_tokens_decoder': '1'"),
         (

@@ -1,5 +1,7 @@
+import json
 import os
 import pathlib
+import time
 
 import pytest
 
@@ -117,3 +119,25 @@ def test_a_failed_write_leaves_the_old_vocabulary_and_nothing_else(tokenizer, tm
         tokenizer.save(tmp_path)
     monkeypatch.undo()
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+def test_tokens_that_take_the_spaces_at_their_sides_cost_no_more_than_a_texts_length(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    size = tokenizer.vocab_size
+    tokens = {size: {"content": " x ", "lstrip": True}, size + 1: {"content": "<y>", "lstrip": True, "rstrip": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    loaded = sentencepiece.load(tmp_path)
+    assert loaded.encode("a   x   <y>  <y>b") == [*loaded.encode("a"), size, size + 1, size + 1, *loaded.encode("b")]
+    began = time.process_time()
+    loaded.encode("a" + " " * 100_000 + "b")
+    assert time.process_time() - began < 5  # minutes, where each space begins a run anew
+
+
+def test_what_stands_beside_a_vocabulary_is_bounded_together(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in "ab":
+        with (tmp_path / "additional_chat_templates" / f"{name}.jinja").open("wb") as file:
+            file.truncate(70 << 20)
+    with pytest.raises(InputError, match=r"b\.jinja: with it more than 128 MB stand beside"):
+        sentencepiece.load(tmp_path)
