@@ -64,7 +64,7 @@ GENERATION = "generation_config.json"
 WRITTEN = {CONFIG, SINGLE, INDEX, GENERATION, *tokenizers.NAMES}
 WRITTEN_ADAPTER = {peft.CONFIG, peft.TENSORS, GENERATION, *tokenizers.NAMES}
 TASKS = ("lm", "sequence", "token")
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
 # Keys by which transformers finds code of the model's own, and those that may name kernels to fetch.
 CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"}
 KERNELS = {
@@ -316,7 +316,7 @@ _told: set[tuple[str, str]] = set()  # (file, key) of what `_leave_out_code` has
 def _leave_out_code(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Takes out of a folder's settings what makes transformers fetch or run code; says so, of a key once."""
     found = []
-    for name in (CONFIG, GENERATION, TOKENIZER):
+    for name in (CONFIG, GENERATION, TOKENIZER, SPECIALS):
         if (folder / name).is_file():
             value = read_json(folder / name, most=MOST_BYTES)
             kept, keys = _without_code(value)

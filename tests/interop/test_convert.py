@@ -139,6 +139,7 @@ def test_what_makes_other_tools_run_code_is_left_out_and_told_once(tmp_path, sha
         "config.json": {"auto_map": {"AutoModel": "o/m--x.Y"}, "custom_pipelines": {}, "_attn_implementation": "o/k"},
         "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "bos_token": "<s>"},
         "generation_config.json": {"custom_generate": "o/g", "eos_token_id": 2},
+        "special_tokens_map.json": {"auto_map": {}, "bos_token": "<s>"},
     }
     for name, keys in code.items():
         own = json.loads((source / name).read_text()) if (source / name).exists() else {}
