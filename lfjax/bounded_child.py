@@ -75,6 +75,7 @@ def render(request: dict) -> dict:
         random.seed(0)
         try:
             text = template.render(messages=messages, add_generation_prompt=generation, **request["values"])
+            text.encode()  # half of a surrogate pair is no text
         except MemoryError:
             raise
         except Exception as error:  # a template can fail in any way

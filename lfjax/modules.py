@@ -43,7 +43,8 @@ def resolve(key: str, dotted: str, search: tuple[Path, ...] = (), *, kind: type 
     if not (callable(found) if kind is None else isinstance(found, kind)):
         near = difflib.get_close_matches(name, dir(module), n=1)
         hint = f"did you mean {near[0]!r}?" if near and near[0] != name else "correct the name"
-        raise InputError(f"{key}: {module.__file__ or module_name} has no {what} {name!r}; {hint}")
+        place = getattr(module, "__file__", None) or module_name  # a built-in one has no file
+        raise InputError(f"{key}: {place} has no {what} {name!r}; {hint}")
     return found
 
 

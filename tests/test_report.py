@@ -334,7 +334,8 @@ def test_what_a_directory_says_of_its_stages_is_checked_and_escaped(tmp_path):
     rows = {
         "ppo": {"title": HOSTILE * 100, "scored_by": HOSTILE, "unit": HOSTILE, "makes": "language model", "told": 3,
                 "figures": {"ppo/score": figure, "ppo/kl": [], "ppo/wholly_new_metric": {"title": "What is new"}}},
-        "pretrain": [1], "reward": {"figures": "none"}, "evaluate": {"compares": True, "builds": "no"},
+        "pretrain": [1], "reward": {"figures": {"reward/x": {"title": None}}},
+        "sft": {"figures": "none"}, "evaluate": {"compares": True, "builds": "no"},
     }  # fmt: skip
     write_json(folder / "stages.json", json.loads(json.dumps(rows).replace("\\ud800", "")))
     page = Page(built(folder).read_text(encoding="utf-8"))

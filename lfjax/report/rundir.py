@@ -212,7 +212,7 @@ def _figure(row: Mapping[str, Any]) -> Figure:
     pairs = [mark for mark in marks[:MOST_MARKS] if isinstance(mark, (list, tuple)) and len(mark) == 2]
     kept = tuple((float(x), str(label)[:MOST_NAME]) for x, label in pairs if is_figure(x))
     form = given.get("form") if given.get("form") in FORMS else "number"
-    return Figure(**{**given, "form": form, "marks": kept})
+    return Figure(**{"title": "", **given, "form": form, "marks": kept})
 
 
 def _fields(row: Mapping[str, Any], default: Any) -> dict[str, Any]:

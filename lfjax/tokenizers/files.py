@@ -144,8 +144,10 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     later = VOCABULARIES[max(map(VOCABULARIES.index, vocabulary)) + 1 :]
     beside = [name for name in (*later, *SETTINGS) if present(folder / name)]
     for name in (*beside, *(f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja")))):
-        files[name] = read_bytes(inside(folder, name), most=room)
+        files[name] = content_of(inside(folder, name))
         room -= len(files[name])
+        if room < 0:
+            raise InputError(f"{folder / name}: with it more than 128 MB stand beside the vocabulary; take some out")
     own, named, added, generation = (
         json_object(folder / name, files.get(name)) for name in (*SETTINGS[:3], SETTINGS[4])
     )
@@ -164,6 +166,7 @@ def read_settings(folder: pathlib.Path, vocabulary: dict[str, bytes]) -> Setting
     tokens = {role: tokens[role] for role in ROLES if role in tokens}
     ids = {role: _ids(model, f"{role}_token_id", config)[:1] for role in ("bos", "eos", "pad")}
     ends = _ids(generation, "eos_token_id", folder / SETTINGS[4]) or _ids(model, "eos_token_id", config)
+    check_added(added, str(folder / SETTINGS[2]))
     more = _added(own, added, folder, {*tokens.values(), *further})
     every = {*filter(None, tokens.values()), *further, *more}
     check_added(every, f"{folder}: its settings ({SETTINGS[0]} and others)")

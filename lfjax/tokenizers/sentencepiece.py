@@ -51,8 +51,10 @@ class SentencePieceTokenizer:
         flags = self.settings.flags | {token: new.flags for token, new in self.settings.added.items() if new.flags}
         self._plain = _splitter(added.keys() - special.keys(), flags)
         self._flags = flags
+        self._after_spaces = {token for token, said in flags.items() if said.get("lstrip")}
         self._ids = self.specials | added
-        self._bare = {token.strip(): i for token, i in self._ids.items()} | self._ids  # of those that take spaces
+        # what a match is of that took the space behind it
+        self._bare = {token.strip(): token for token in self._ids} | {token: token for token in self._ids}
 
     @functools.cached_property
     def _marked(self) -> re.Pattern[str] | None:
@@ -78,10 +80,15 @@ class SentencePieceTokenizer:
     def _split(self, text: str, marks: re.Pattern[str] | None, first: bool, every: bool = False) -> list[int]:
         """Ids of the stretches between `marks`, and of these; a stretch is a first word at the text's start, or all."""
         ids: list[int] = []
-        for index, part in enumerate(marks.split(text) if marks else [text]):
+        parts = marks.split(text) if marks else [text]
+        parts[1::2] = [part if part in self._ids else self._bare[part.strip()] for part in parts[1::2]]
+        for index, part in enumerate(parts):
             if index % 2:
-                ids.append(self._ids[part] if part in self._ids else self._bare[part.strip()])
-            elif part:
+                ids.append(self._ids[part])
+                continue
+            if self._after_spaces.intersection(parts[index + 1 : index + 2]):
+                part = part.rstrip()
+            if part:
                 ids += (self._first if (first and index == 0) or every else self._inner).Encode(part)
         return ids
 
@@ -130,15 +137,14 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 def _splitter(tokens: Iterable[str], flags: dict[str, dict[str, bool]]) -> re.Pattern[str] | None:
     """Splits a text at the tokens, the longest first, and keeps them; None where there are none.
 
-    A token takes the space at its sides, or is a word of its own, where its flags say so.
+    A token takes the space behind it, or is a word of its own, where its flags say so. That before it is taken off by
+    who calls: here a run of spaces would be gone over from each of them.
     """
 
     def found(token: str) -> str:
         said = flags.get(token, {})
         alone = (r"(?<!\w)", r"(?!\w)") if said.get("single_word") else ("", "")
-        left = r"(?:(?<!\s)\s+)?" if said.get("lstrip") else ""  # a run of spaces is gone over once, from its start
-        right = r"\s*" if said.get("rstrip") else ""
-        return left + alone[0] + re.escape(token) + alone[1] + right
+        return alone[0] + re.escape(token) + alone[1] + (r"\s*" if said.get("rstrip") else "")
 
     longest = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile(f"({'|'.join(map(found, longest))})") if longest else None

@@ -137,6 +137,7 @@ NONE = 3
         ("others:DATA", "the name 'data' is taken"),
         ("others:ODD", "the name 'a/b' is none"),
         ("others:NONE", "has no Stage 'NONE'"),
+        ("sys:exit", "sys has no Stage 'exit'"),
         ("unlikelihood:UNLIKELYHOOD", "did you mean 'UNLIKELIHOOD'?"),
         ("nowhere_at_all:STAGE", "no module 'nowhere_at_all'"),
         ("unlikelihood", 'write "module:Stage"'),

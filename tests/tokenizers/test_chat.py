@@ -145,6 +145,7 @@ def test_a_template_of_its_own_file_wins_and_the_default_of_several_is_taken(tmp
         ("{{ " + "(" * 9999 + ")" * 9999 + " }}", r"the chat template cannot be read: maximum recursion depth"),
         ("{% include '/etc/passwd' %}", r"the chat template fails"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", r"the chat template fails: Range too big"),
+        (r"{{ '\ud800' }}", r"the chat template fails: .*surrogates not allowed"),
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_one_line_that_names_file_and_record(with_template, template, message):
