@@ -126,6 +126,11 @@ from unlikelihood import UNLIKELIHOOD
 SFT = dataclasses.replace(UNLIKELIHOOD, name="sft")
 DATA = dataclasses.replace(UNLIKELIHOOD, name="data")
 ODD = dataclasses.replace(UNLIKELIHOOD, name="a/b")
+AFTER = dataclasses.replace(UNLIKELIHOOD, name="after")
+UPDATE = dataclasses.replace(UNLIKELIHOOD, name="update")
+PLAIN = dataclasses.replace(UNLIKELIHOOD, name="plain", section=dict)
+FAILS = dataclasses.replace(UNLIKELIHOOD, name="fails", section=lambda: 1 / 0)
+STEP = dataclasses.replace(UNLIKELIHOOD, name="step", steps={"mine": "mine:step"})
 NONE = 3
 """
 
@@ -136,6 +141,11 @@ NONE = 3
         ("others:SFT", "the name 'sft' is taken"),
         ("others:DATA", "the name 'data' is taken"),
         ("others:ODD", "the name 'a/b' is none"),
+        ("others:AFTER", "the name 'after' is taken"),
+        ("others:UPDATE", "the name 'update' is taken"),  # a config's own method
+        ("others:PLAIN", "its section gives dict"),
+        ("others:FAILS", "its section fails: ZeroDivisionError"),
+        ("others:STEP", "its step 'mine' is 'mine:step'"),
         ("others:NONE", "has no Stage 'NONE'"),
         ("unlikelihood:UNLIKELYHOOD", "did you mean 'UNLIKELIHOOD'?"),
         ("nowhere_at_all:STAGE", "no module 'nowhere_at_all'"),
