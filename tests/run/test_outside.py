@@ -74,6 +74,16 @@ def test_it_learns_and_stands_wherever_a_stage_of_ours_does(trained, folder):
     assert "unlikelihood training on rejected answers" in text
 
 
+def test_its_keys_are_listed(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert cli.main(["methods", "unlikelihood:UNLIKELIHOOD"]) == 0
+    out = capsys.readouterr().out
+    assert "learns from  preference\n" in out and "config.unlikelihood.step.weight = 1.0\n" in out
+    assert "config.unlikelihood.init_from = 'auto'  # stage or model folder\n" in out
+    assert cli.main(["methods", "unlikelihood:UNLIKELYHOOD"]) == 2
+    assert "lfjax methods: " in capsys.readouterr().err
+
+
 def test_what_it_made_is_the_runs_last_language_model(trained, capsys):
     assert cli.main(["sample", str(trained), "--max-new-tokens=2"]) == 0
     assert cli._model_folder(trained).name == "unlikelihood"
