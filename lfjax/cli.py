@@ -182,7 +182,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps of every stage")
     parser.add_argument("--follow-links", action="store_true", help="links in the workdir may lead out of it")
-    parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
+    parser.epilog = "Any leaf of the config can be set: --config.data.path=mine.jsonl --config.optim.learning_rate=1e-3"
     parser.set_defaults(run=_train)
 
 
