@@ -51,7 +51,7 @@ def _command(argv: list[str] | None) -> int:
     _train_arguments(commands.add_parser("train", help="run or resume the stages of a config"))
     commands.add_parser("configs", help="the configs that come with lfjax").set_defaults(run=_configs)
     methods = commands.add_parser("methods", help="every stage: what it learns from, its steps, sources, keys")
-    methods.add_argument("name", nargs="?", help="a stage: all its keys with their defaults")
+    methods.add_argument("name", nargs="?", help="a stage, or module:STAGE: all its keys with their defaults")
     methods.add_argument("--markdown", action="store_true", help="as docs/methods.md")
     methods.set_defaults(run=_methods)
     _sample_arguments(commands.add_parser("sample", help="continue prompts with a model"))
@@ -182,7 +182,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run directory; resumes what is there")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps of every stage")
     parser.add_argument("--follow-links", action="store_true", help="links in the workdir may lead out of it")
-    parser.epilog = "Any leaf of the config can be set: --config.ppo.steps=20 --config.optim.learning_rate=1e-3"
+    parser.epilog = "Any leaf of the config can be set: --config.data.path=mine.jsonl --config.optim.learning_rate=1e-3"
     parser.set_defaults(run=_train)
 
 
@@ -328,10 +328,12 @@ def _configs(arguments: argparse.Namespace, _) -> int:
 def _methods(arguments: argparse.Namespace, _) -> int:
     """Prints what every stage is, or one of them with its keys."""
     from lfjax import methods, stages
+    from lfjax.modules import is_named
 
-    declared = stages.declared()
+    outside = (arguments.name,) if is_named(arguments.name) else ()
+    declared = stages.declared(outside, key="lfjax methods")
     if arguments.name is not None:
-        print(methods.of(declared, arguments.name), end="")
+        print(methods.of(declared, list(declared)[-1] if outside else arguments.name), end="")
     else:
         print(methods.markdown(declared) if arguments.markdown else methods.overview(declared), end="")
     return 0

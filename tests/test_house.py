@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
+from test_layers import imported
 
 import lfjax
 from lfjax import stages
@@ -16,7 +18,7 @@ NAMES = tuple(stage.name for stage in stages.TABLE)
 OTHER_SENSES = {
     "tokenizer": {  # the shared section of the config, what a stage may make, files of others
         "config.py", "interop/hf.py", "report/findings.py", "run/checks.py", "run/directory.py", "run/run.py",
-        "run/stage.py", "tokenizers/files.py", "tokenizers/sentencepiece.py",
+        "run/stage.py", "run/starts.py", "tokenizers/files.py", "tokenizers/sentencepiece.py",
     },
     "evaluate": {"report/html.py", "run/language.py", "run/training.py"},  # a part of a stage's time; a step
     "preference": {"feedback/conversion.py", "feedback/table.py", "feedback/trl.py", "records.py"},  # feedback
@@ -39,7 +41,9 @@ def strings(tree: ast.AST):
 
 
 def config_reads(tree: ast.AST):
-    """The x of every `config.x` and `something.config.x`."""
+    """The x of every `config.x` and `something.config.x`, also where a text says it."""
+    for text in strings(tree):
+        yield from re.findall(r"\bconfig\.(\w+)", text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             of = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
@@ -53,7 +57,13 @@ def stages_in(path: pathlib.Path) -> set[str]:
     metrics = path.relative_to(ROOT).parts[0] == "steps"
     said = [text for text in strings(tree) if not (metrics and "/" in text)]
     named = {name for name in NAMES for text in said if text == name or text.startswith((f"{name}.", f"{name}/"))}
-    return named | {name for name in config_reads(tree) if name in NAMES}
+    files = {
+        name
+        for name in NAMES
+        for module in imported(ast.walk(tree))
+        if f"{module}.".startswith(f"lfjax.stages.{name}.")
+    }
+    return named | files | {name for name in config_reads(tree) if name in NAMES}
 
 
 def test_no_file_but_its_own_knows_a_stage():
@@ -70,6 +80,7 @@ def test_no_file_but_its_own_knows_a_stage():
     [
         ('x = "ppo"', "ppo"), ('x = f"{a}" + "sft.step"', "sft"), ('y["reward/loss"]', "reward"),
         ("x = run.config.classify.seq_len", "classify"), ("config.pretrain", "pretrain"),
+        ('f"set config.sft.{x}"', "sft"), ("from lfjax.stages import ppo", "ppo"), ("import lfjax.stages.sft", "sft"),
     ],
 )  # fmt: skip
 def test_the_rule_bites(line, name, monkeypatch, tmp_path):
@@ -119,9 +130,9 @@ def test_a_stage_starts_from_the_last_language_model_before_it(chain, stage, sta
 
 def test_files_of_stages_and_of_what_they_share_stay_short():
     for folder, most in (("run", 350), ("stages", 350)):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= most, path
-    for path in [path for folder in ("run", "stages", "steps") for path in (ROOT / folder).glob("*.py")]:
+    for path in [path for folder in ("run", "stages", "steps") for path in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno + 1 <= 60, f"{path.name}: {node.name}"

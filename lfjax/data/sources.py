@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import math
 import pathlib
 import re
 from collections import Counter
@@ -26,7 +25,6 @@ from lfjax.files import text_lines
 from lfjax.records import Rating, Record, label_value, rating_labels, read_records
 
 SOURCES = ("vader", "jsonl", "text")
-MOST_BOUNDS = 1000  # between classes of ratings
 
 
 @dataclasses.dataclass
@@ -249,21 +247,3 @@ def label_scale(records: list[Record]) -> tuple[float, float]:
     """The lowest and the highest label that counts as a rating, true as 1, false as 0; (0, 1) where there is none."""
     values = [label_value(entry, (0.0, 1.0)) for record in records for entry in rating_labels(record).values()]
     return (min(values), max(values)) if values else (0.0, 1.0)
-
-
-def rating_classes(scale: tuple[float, float]) -> tuple[float, ...]:
-    """The bounds between the classes of a rating: midway between neighbouring whole points of its scale."""
-    low, high = math.ceil(scale[0]), math.floor(scale[1])
-    if not 1 <= high - low <= MOST_BOUNDS:
-        raise InputError(
-            f"config.reward.step.ordinal_bounds: (); the rating scale {list(scale)} has {max(high - low + 1, 0)} whole"
-            f" points, and 2 to {MOST_BOUNDS + 1} can be classes; give the bounds between classes, in rating points"
-        )
-    return tuple(point + 0.5 for point in range(low, high))
-
-
-def ordinal_bounds(step: Any, scale: tuple[float, float]) -> tuple[float, ...]:
-    """The bounds that `config.reward.step` gives, or those of the scale; none where it has no ordinal loss."""
-    if not step.get("ordinal") or "ordinal_bounds" not in step:
-        return ()
-    return tuple(step.ordinal_bounds) or rating_classes(scale)

@@ -73,7 +73,7 @@ def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> 
 def _missing(run: RunDir, key: str) -> tuple[str, str, str]:
     """Why a figure is not there."""
     if key == "diversity/distinct2" and "diversity/unique_after" in run.summary:
-        return *UNKNOWN[:2], f"It takes {MIN_SAMPLES} answers or more: raise config.evaluate.prompts."
+        return *UNKNOWN[:2], f"It takes {MIN_SAMPLES} answers or more: raise config.{run.compared}.prompts."
     return UNKNOWN
 
 
@@ -87,7 +87,7 @@ def _judge(run: RunDir, found: dict[str, Comparison], bad: tuple[str, str]) -> C
     if judge is None:
         if "judge/ridge" in found:
             return Check(title, "watch", "none that knows", f"There is {ridge_judge(run)}: no better than chance.")
-        none = "No judge but the reward itself: hold out more ratings, or name one in config.evaluate.judges."
+        none = f"No judge but the reward itself: hold out more ratings, or name one in config.{run.compared}.judges."
         return Check(title, *(*UNKNOWN[:2], none) if "diversity/unique_after" in run.summary else UNKNOWN)
     if judge.key != "judge/positive":
         return Check(title, *_rates(run, judge, bad))

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from lfjax.config import InputError, shared_sections
 from lfjax.modules import resolve
-from lfjax.run.stage import Stage
+from lfjax.run.stage import Stage, Step
 from lfjax.stages import classify, evaluate, kto, ppo, preference, pretrain, reward, sft, tokenizer
 
 TABLE = (
@@ -23,6 +25,8 @@ TABLE = (
     evaluate.STAGE,
 )
 CHAIN = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")  # what runs where a config does not say
+# What no stage can be called: further keys of a config, models of an evaluation, and what other figures begin with.
+RESERVED = ("stages", "outside", "steps", "before", "after", "judge", "diversity", "time", "compile")
 
 
 def declared(outside: Sequence[str] = (), *, key: str = "base_config") -> dict[str, Stage]:
@@ -36,10 +40,11 @@ def declared(outside: Sequence[str] = (), *, key: str = "base_config") -> dict[s
     found = {stage.name: stage for stage in TABLE}
     for dotted in outside:
         stage = resolve(key, dotted, kind=Stage)
-        taken = stage.name in found or (stage.name in {*shared_sections(), "stages", "outside", "steps"})
+        taken = stage.name in found or stage.name in {*shared_sections(), *RESERVED} or hasattr(ConfigDict, stage.name)
         if taken or not re.fullmatch(r"[a-z][a-z0-9_]*", stage.name):
             why = "is taken" if taken else "is none: small letters, digits and _ are allowed"
             raise InputError(f"{key}: {dotted}: the name {stage.name!r} {why}; give the stage another one")
+        _check_declared(f"{key}: {dotted}", stage)
         for name, step in stage.steps.items():
             own = next((s.steps[name] for s in found.values() if name in s.steps), step)
             if own.path != step.path:
@@ -48,6 +53,19 @@ def declared(outside: Sequence[str] = (), *, key: str = "base_config") -> dict[s
                 )
         found[stage.name] = stage
     return found
+
+
+def _check_declared(where: str, stage: Stage) -> None:
+    """Raises InputError where a declaration from outside gives no section, or a step that is none."""
+    try:
+        section = stage.section()
+    except Exception as error:  # whatever a user's declaration does wrong is theirs to mend
+        raise InputError(f"{where}: its section fails: {type(error).__name__}: {error}; mend it") from error
+    if not isinstance(section, ConfigDict):
+        raise InputError(f"{where}: its section gives {type(section).__name__}; return lfjax.config.section(...)")
+    for name, step in stage.steps.items():
+        if not isinstance(step, Step):
+            raise InputError(f'{where}: its step {name!r} is {step!r}; write Step("module:function", ...)')
 
 
 def described(config: Mapping[str, Any], stages: Sequence[Stage] = TABLE) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lfjax.config import Config, InputError, at_least, leaf, one_of, optim_secti
 from lfjax.data.batching import RewardBatches
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import is_judged, judged_texts, reward_examples
-from lfjax.data.sources import label_scale, ordinal_bounds
+from lfjax.data.sources import label_scale
 from lfjax.losses.ratings import least_gap
 from lfjax.models.flops import step_work
 from lfjax.records import Edit, Preference, Ranking, Record, mean_values
@@ -47,6 +47,7 @@ PAIR_LOSSES = ("bradley_terry", "hinge")
 ORDER_LOSSES = ("listwise_hinge", "plackett_luce", "softmax")
 LOSSES = ("regression", "every_token", *PAIR_LOSSES, *ORDER_LOSSES, "ordinal")
 STEP = "lfjax.steps.reward:reward_step"
+MOST_BOUNDS = 1000  # between classes of ratings
 
 
 def reward_section() -> Config:
@@ -151,6 +152,24 @@ def check_pairs(config: Config, data: Data) -> None:
 def scale_of(data: Data) -> tuple[float, float]:
     """The scale of the ratings, or that of the labels where nothing is rated."""
     return data.rating_scale or label_scale(data.records.train)
+
+
+def rating_classes(scale: tuple[float, float]) -> tuple[float, ...]:
+    """The bounds between the classes of a rating: midway between neighbouring whole points of its scale."""
+    low, high = math.ceil(scale[0]), math.floor(scale[1])
+    if not 1 <= high - low <= MOST_BOUNDS:
+        raise InputError(
+            f"config.reward.step.ordinal_bounds: (); the rating scale {list(scale)} has {max(high - low + 1, 0)} whole"
+            f" points, and 2 to {MOST_BOUNDS + 1} can be classes; give the bounds between classes, in rating points"
+        )
+    return tuple(point + 0.5 for point in range(low, high))
+
+
+def ordinal_bounds(step: Config, scale: tuple[float, float]) -> tuple[float, ...]:
+    """The bounds that `config.reward.step` gives, or those of the scale; none where it has no ordinal loss."""
+    if not step.get("ordinal") or "ordinal_bounds" not in step:
+        return ()
+    return tuple(step.ordinal_bounds) or rating_classes(scale)
 
 
 def values_of(records: list[Record], scale: tuple[float, float]) -> list[float]:

@@ -74,6 +74,16 @@ def test_it_learns_and_stands_wherever_a_stage_of_ours_does(trained, folder):
     assert "unlikelihood training on rejected answers" in text
 
 
+def test_its_keys_are_listed(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert cli.main(["methods", "unlikelihood:UNLIKELIHOOD"]) == 0
+    out = capsys.readouterr().out
+    assert "learns from  preference\n" in out and "config.unlikelihood.step.weight = 1.0\n" in out
+    assert "config.unlikelihood.init_from = 'auto'  # stage or model folder\n" in out
+    assert cli.main(["methods", "unlikelihood:UNLIKELYHOOD"]) == 2
+    assert "lfjax methods: " in capsys.readouterr().err
+
+
 def test_what_it_made_is_the_runs_last_language_model(trained, capsys):
     assert cli.main(["sample", str(trained), "--max-new-tokens=2"]) == 0
     assert cli._model_folder(trained).name == "unlikelihood"
@@ -126,6 +136,11 @@ from unlikelihood import UNLIKELIHOOD
 SFT = dataclasses.replace(UNLIKELIHOOD, name="sft")
 DATA = dataclasses.replace(UNLIKELIHOOD, name="data")
 ODD = dataclasses.replace(UNLIKELIHOOD, name="a/b")
+AFTER = dataclasses.replace(UNLIKELIHOOD, name="after")
+UPDATE = dataclasses.replace(UNLIKELIHOOD, name="update")
+PLAIN = dataclasses.replace(UNLIKELIHOOD, name="plain", section=dict)
+FAILS = dataclasses.replace(UNLIKELIHOOD, name="fails", section=lambda: 1 / 0)
+STEP = dataclasses.replace(UNLIKELIHOOD, name="step", steps={"mine": "mine:step"})
 NONE = 3
 """
 
@@ -136,6 +151,11 @@ NONE = 3
         ("others:SFT", "the name 'sft' is taken"),
         ("others:DATA", "the name 'data' is taken"),
         ("others:ODD", "the name 'a/b' is none"),
+        ("others:AFTER", "the name 'after' is taken"),
+        ("others:UPDATE", "the name 'update' is taken"),  # a config's own method
+        ("others:PLAIN", "its section gives dict"),
+        ("others:FAILS", "its section fails: ZeroDivisionError"),
+        ("others:STEP", "its step 'mine' is 'mine:step'"),
         ("others:NONE", "has no Stage 'NONE'"),
         ("sys:exit", "sys has no Stage 'exit'"),
         ("unlikelihood:UNLIKELYHOOD", "did you mean 'UNLIKELIHOOD'?"),

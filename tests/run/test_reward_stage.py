@@ -10,9 +10,10 @@ import smallest
 from lfjax import stages
 from lfjax.config import InputError, apply_override, base_config, load, validate
 from lfjax.data.duplicates import SPLITS
-from lfjax.data.sources import load_records, rating_classes
+from lfjax.data.sources import load_records
 from lfjax.interop import hf
 from lfjax.records import mean_ratings
+from lfjax.stages.reward import rating_classes
 
 pytestmark = pytest.mark.xdist_group("stages")
 
