@@ -23,13 +23,14 @@ def lines(run: RunDir) -> list[str]:
     return [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
 
 
-def _held_out(key: str, variants: dict[str, str]) -> str:
-    """Of a figure's variants that of the test split, which is the plain one where training's is named so."""
+def _held_out(run: RunDir, key: str, variants: dict[str, str]) -> str:
+    """Of a figure's variants that of the test split, else of the validation split; "" where all are training's.
+
+    Of one name for what training and the test split have, the latter has its number of things beside it.
+    """
     names = {label: name for name, label in variants.items()}
-    trained = f"{key.rpartition('/')[0]}/train_{key.rpartition('/')[2]}"
-    if trained in variants:
-        return key if key in variants else names.get("held out", trained)
-    return names.get("test") or names.get("held out") or next(iter(variants))
+    told = (name for name in (names.get("test"), key) if f"{name}_n" in run.summary)
+    return next(told, names.get("held out", ""))
 
 
 def _of_stage(run: RunDir, stage: str) -> list[str]:
@@ -40,8 +41,8 @@ def _of_stage(run: RunDir, stage: str) -> list[str]:
     shown, told, seen = findings.told(run), [], set()
     for key, variants in catalogue.families(names, run.figures).items():
         entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]
-        if entry.better and not _SIDES.search(leaf) and entry.title not in seen:
+        name = _held_out(run, key, dict(variants))
+        if name and entry.better and not _SIDES.search(leaf) and entry.title not in seen:
             seen.add(entry.title)
-            name = _held_out(key, dict(variants))
             told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
     return told[:MOST_FIGURES]
