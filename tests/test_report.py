@@ -1047,7 +1047,8 @@ def test_the_end_of_a_run_is_a_sentence_and_a_few_lines_of_held_out_figures(tmp_
     run = rundir.read(folder)
     headline, _ = findings.verdict(run, findings.comparisons(run), 0)
     first, *others = ending.lines(run)
-    assert first == f"run: {headline}." and 0 < len(others) < ending.MOST_LINES
+    assert first == f"run: {headline}; the report warns of length." and 0 < len(others) < ending.MOST_LINES
+    assert any("word lexicon" in line for line in others)  # who judges
     summary = {"reward/train_pair_accuracy": 0.9, "reward/validation_pair_accuracy": 0.7, "reward/pair_accuracy": 0.6}
     summary |= {"reward/validation_loss": 2.0, "reward/loss": 1.0, "reward/pair_accuracy_n": 9.0}
     summary |= {"reward/perplexity": 3.0, "reward/bits_per_byte": 4.0, "reward/bits_per_byte_n": 8.0}

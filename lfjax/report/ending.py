@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lfjax.report import catalogue, findings
+from lfjax.report import catalogue, checks, findings
 from lfjax.report.rundir import RunDir, is_figure
 
 MOST_LINES = 10  # the report's place and the summary's come after them
@@ -16,11 +16,19 @@ def lines(run: RunDir) -> list[str]:
     """At most MOST_LINES; all figures are in summary.json."""
     found = findings.comparisons(run)
     headline, _ = findings.verdict(run, found, 0)
+    words = findings.risen_words(findings.sample_pairs(run.samples))
+    warned = [check.title.lower() for check in checks.checks(run, found, words) if check.level == "alarm"]
+    warning = f"; the report warns of {' and '.join(warned)}" if warned else ""
     stages = [f"{stage.name}: {', '.join(told)}" for stage in run.stages if (told := _of_stage(run, stage.name))]
     first = [key for key in (*list(found)[:2], "kl", "length") if key in found]  # the gain, and what it may have cost
     shown = [found[key] for key in dict.fromkeys((*first, *found)) if not found[key].interim]
-    compared = [f"{c.title}: {c.said('before')} -> {c.said('after')}" for c in shown]
-    return [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
+    compared = [f"{_title(c)}: {c.said('before')} -> {c.said('after')}" for c in shown]
+    return [f"{run.name}: {headline}{warning}.", *stages, *compared][:MOST_LINES]
+
+
+def _title(item: findings.Comparison) -> str:
+    """Of the reward and of judges also what they are: what training was towards, and what knows little, is told so."""
+    return f"{item.title} ({item.unit})" if item.key == "score" or item.key.startswith("judge/") else item.title
 
 
 def _held_out(run: RunDir, key: str, variants: dict[str, str]) -> str:
