@@ -769,6 +769,11 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, files, message):
         ("Length", {"ppo/length_before": 3.0, "ppo/length_after": 3.0}, "ok"),
         ("Endings", {"ppo/eos_share_after": 0.5}, "alarm"),
         ("Endings", {}, "ok"),
+        (
+            "Endings",
+            {"ppo/eos_share_after": 0.5, "ppo/eos_share_change_low": -0.9, "ppo/eos_share_change_high": 0.1},
+            "watch",
+        ),
         ("Distance from the start", {"ppo/kl": 15.1}, "alarm"),
         ("Distance from the start", {"ppo/kl": 14.9}, "ok"),
         ("Compared with people", {}, "watch"),
