@@ -770,6 +770,11 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, files, message):
         ("Length", {"ppo/length_before": 3.0, "ppo/length_after": 3.0}, "ok"),
         ("Endings", {"ppo/eos_share_after": 0.5}, "alarm"),
         ("Endings", {}, "ok"),
+        (
+            "Endings",
+            {"ppo/eos_share_after": 0.5, "ppo/eos_share_change_low": -0.9, "ppo/eos_share_change_high": 0.1},
+            "watch",
+        ),
         ("Distance from the start", {"ppo/kl": 15.1}, "alarm"),
         ("Distance from the start", {"ppo/kl": 14.9}, "ok"),
         ("Compared with people", {}, "watch"),
@@ -1047,12 +1052,15 @@ def test_the_end_of_a_run_is_a_sentence_and_a_few_lines_of_held_out_figures(tmp_
     run = rundir.read(folder)
     headline, _ = findings.verdict(run, findings.comparisons(run), 0)
     first, *others = ending.lines(run)
-    assert first == f"run: {headline}." and 0 < len(others) < ending.MOST_LINES
+    assert first == f"run: {headline}; the report warns of length." and 0 < len(others) < ending.MOST_LINES
+    assert any("word lexicon" in line for line in others)  # who judges
     summary = {"reward/train_pair_accuracy": 0.9, "reward/validation_pair_accuracy": 0.7, "reward/pair_accuracy": 0.6}
-    summary |= {"reward/validation_loss": 2.0, "reward/validation_loss_n": 7.0, "reward/loss": 1.0}
-    summary["reward/pair_accuracy_n"] = 9.0
+    summary |= {"reward/validation_loss": 2.0, "reward/loss": 1.0, "reward/pair_accuracy_n": 9.0}
+    summary |= {"reward/perplexity": 3.0, "reward/bits_per_byte": 4.0, "reward/bits_per_byte_n": 8.0}
+    summary |= {"reward/validation_bits_per_byte": 5.0, "reward/validation_bits_per_byte_n": 7.0}
     run = dataclasses.replace(run, summary=summary, stages=[rundir.Stage("reward", "done")], series={}, samples=[])
-    assert ending.lines(run)[1:] == ["reward: loss 2, pair accuracy 60.0 % (n 9)"]
+    told = "loss 2, bits per byte 4 (n 8), pair accuracy 60.0 % (n 9)"  # the perplexity is training's
+    assert ending.lines(run)[1:] == [f"reward: {told}"]
 
 
 def test_the_costs_add_up_and_line_up(tmp_path):

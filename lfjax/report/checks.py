@@ -47,7 +47,7 @@ class Check:
 
 def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> list[Check]:
     """All that is watched, alarms first; what a stage that raises a score should be watched for and could not be
-    measured says so.
+    measured says so. A fall inside its interval is no alarm.
 
     Without such a stage there is no score to hack: nothing is an alarm, and the distance from the start has no limit.
     """
@@ -60,7 +60,7 @@ def checks(run: RunDir, found: dict[str, Comparison], words: Sequence[Word]) -> 
         *((("Distance from the start", "kl", _distance),) if scored else ()),
     )
     out = [
-        Check(title, *(measure(found[key], bad, run) if key in found else _missing(run, key)))
+        Check(title, *(measure(found[key], _seen(found[key], bad), run) if key in found else _missing(run, key)))
         for title, key, measure in compared
         if key in found or scored
     ]
@@ -75,6 +75,11 @@ def _missing(run: RunDir, key: str) -> tuple[str, str, str]:
     if key == "diversity/distinct2" and "diversity/unique_after" in run.summary:
         return *UNKNOWN[:2], f"It takes {MIN_SAMPLES} answers or more: raise config.{run.compared}.prompts."
     return UNKNOWN
+
+
+def _seen(item: Comparison, bad: tuple[str, str]) -> tuple[str, str]:
+    """Level and verdict of a bad figure: `bad`, unless its interval has it that nothing fell."""
+    return ("watch", "no difference seen") if item.fell is False else bad
 
 
 def _fell(bad: tuple[str, str], said: str, why: str) -> tuple[str, str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lfjax.report import catalogue, findings
+from lfjax.report import catalogue, checks, findings
 from lfjax.report.rundir import RunDir, is_figure
 
 MOST_LINES = 10  # the report's place and the summary's come after them
@@ -17,12 +17,30 @@ def lines(run: RunDir) -> list[str]:
     """At most MOST_LINES; all figures are in summary.json."""
     found = findings.comparisons(run)
     headline, _ = findings.verdict(run, found, 0)
+    words = findings.risen_words(findings.sample_pairs(run.samples))
+    warned = [check.title.lower() for check in checks.checks(run, found, words) if check.level == "alarm"]
+    warning = f"; the report warns of {' and '.join(warned)}" if warned else ""
     stages = [f"{stage.name}: {', '.join(told)}" for stage in run.stages if (told := _of_stage(run, stage.name))]
     first = [key for key in (*list(found)[:2], "kl", "length") if key in found]  # the gain, and what it may have cost
     shown = [found[key] for key in dict.fromkeys((*first, *found)) if not found[key].interim]
-    compared = [f"{c.title}: {c.said('before')} -> {c.said('after')}" for c in shown]
-    told = [f"{run.name}: {headline}.", *stages, *compared][:MOST_LINES]
+    compared = [f"{_title(c)}: {c.said('before')} -> {c.said('after')}" for c in shown]
+    told = [f"{run.name}: {headline}{warning}.", *stages, *compared][:MOST_LINES]
     return [line.translate(PLAIN) for line in told]
+
+
+def _title(item: findings.Comparison) -> str:
+    """Of the reward and of judges also what they are: what training was towards, and what knows little, is told so."""
+    return f"{item.title} ({item.unit})" if item.key == "score" or item.key.startswith("judge/") else item.title
+
+
+def _held_out(run: RunDir, key: str, variants: dict[str, str]) -> str:
+    """Of a figure's variants that of the test split, else of the validation split; "" where all are training's.
+
+    Of one name for what training and the test split have, the latter has its number of things beside it.
+    """
+    names = {label: name for name, label in variants.items()}
+    told = (name for name in (names.get("test"), key) if f"{name}_n" in run.summary)
+    return next(told, names.get("held out", ""))
 
 
 def _of_stage(run: RunDir, stage: str) -> list[str]:
@@ -33,8 +51,8 @@ def _of_stage(run: RunDir, stage: str) -> list[str]:
     shown, told, seen = findings.told(run), [], set()
     for key, variants in catalogue.families(names, run.figures).items():
         entry, leaf = catalogue.entry(key, run.figures), key.rpartition("/")[2]
-        held_out = [name for name in (key, *dict(variants)) if f"{name}_n" in run.summary]  # the test split's is first
-        if held_out and entry.better and not _SIDES.search(leaf) and entry.title not in seen:
+        name = _held_out(run, key, dict(variants))
+        if name and entry.better and not _SIDES.search(leaf) and entry.title not in seen:
             seen.add(entry.title)
-            told.append(f"{entry.title.lower()} {shown.get(held_out[0], run.summary[held_out[0]])}")
+            told.append(f"{entry.title.lower()} {shown.get(name, run.summary[name])}")
     return told[:MOST_FIGURES]

@@ -149,7 +149,8 @@ def told(run: RunDir) -> dict[str, Any]:
             continue
         if isinstance(value, float):
             form = catalogue.form_of(name, run.figures)
-            value = number(int(value)) if value.is_integer() and form is number else said(run, name, form)
+            counted = value.is_integer() and form is number and f"{name}_n" not in run.summary
+            value = number(int(value)) if counted else said(run, name, form)
             value = value.replace(" %", " points") if name.endswith("_change") or "_over_" in name else value
         known = run.figures.get(name)
         figures[name + " (normalised)" * (known is not None and known.title.startswith("Normalised"))] = value

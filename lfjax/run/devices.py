@@ -22,6 +22,7 @@ class Devices:
     def __init__(self, mesh: Mesh, rules=DEFAULT_RULES, seed: int = 0):
         self.mesh, self.rules, self.seed = mesh, rules, seed
         self._programs: dict[Any, Step] = {}
+        self.peak_flops = float("nan")
 
     def network(self, model_config) -> Network:
         """A model whose activations are pinned to the mesh."""
@@ -61,10 +62,12 @@ class Devices:
             self._programs[key] = make()
         return self._programs[key]
 
-    @functools.cached_property
-    def peak_flops(self) -> float:
-        """FLOP/s that the mesh could reach; NaN where the device is not known."""
-        return self.mesh.size * peak_flops(self.mesh.devices.flat[0])
+    def measure_peak(self) -> None:
+        """Sets `peak_flops`, the FLOP/s that the mesh could reach; NaN where the device is not known.
+
+        A CPU's is measured, and the best so far counts: one that others keep busy gives less for a while.
+        """
+        self.peak_flops = np.fmax(self.peak_flops, self.mesh.size * peak_flops(self.mesh.devices.flat[0])).item()
 
 
 def fetch(tree) -> Any:

@@ -142,6 +142,7 @@ class Pace:
     def __init__(self, run: Run, stage: str, work: Work, learning_rate, progress, shown):
         self.run, self.stage, self.work = run, stage, work
         self.learning_rate, self.progress, self.shown = learning_rate, progress, shown
+        run.devices.measure_peak()
         self._last, self._trained, self._tokens, self._flops = time.perf_counter(), run.meter.seconds("train"), 0.0, 0.0
 
     def took(self, index: int) -> None:
@@ -160,7 +161,10 @@ class Pace:
         run.log.metrics(stage, done, row)
         now, until = time.perf_counter(), run.meter.seconds("train")
         seconds = max(until - self._trained, 1e-9)
-        rate, mfu = self._tokens / seconds, self._flops / seconds / run.devices.peak_flops
+        rate, reached = self._tokens / seconds, self._flops / seconds
+        if reached > run.devices.peak_flops:
+            run.devices.measure_peak()
+        mfu = reached / run.devices.peak_flops
         run.log.timing(stage, done, seconds=now - self._last, tokens_per_s=rate, mfu=mfu)
         figure = f"{self.shown} {row.get(f'{stage}/{self.shown}', float('nan')):.4g}"
         self.progress.update(done, note=figure, tokens_per_s=rate)
