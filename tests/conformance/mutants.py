@@ -971,8 +971,8 @@ MUTANTS = {
     ),
     "held-out pairs the other way round": Mutant(
         "pair_figures",
-        "baselines.pair_accuracy(values, ratings, min_gap)",
-        "baselines.pair_accuracy(-values, ratings, min_gap)",
+        "draws.pair_accuracy(keys, values, ratings, min_gap)",
+        "draws.pair_accuracy(keys, -values, ratings, min_gap)",
         ("the_reward_model_reads_the_ratings_once_and_is_judged_on_pairs",),
         "",
     ),

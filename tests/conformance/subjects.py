@@ -22,7 +22,7 @@ LIBRARY = {
     "schedule": "lfjax.optim:schedule",
     "reward_model": "lfjax.run.heads:with_head",
     "scorer": "lfjax.run.heads:scorer",
-    "pair_figures": "lfjax.stages.reward:pair_figures",
+    "pair_figures": "lfjax.stages.reward_figures:pair_figures",
     "policy": "lfjax.run.writing:Policy",
     "value_network": "lfjax.run.values:value_network",
     "measure_norm": "lfjax.run.values:measure_norm",
