@@ -39,8 +39,8 @@ def _held_out(run: RunDir, key: str, variants: dict[str, str]) -> str:
     Of one name for what training and the test split have, the latter has its number of things beside it.
     """
     names = {label: name for name, label in variants.items()}
-    told = (name for name in (names.get("test"), key) if f"{name}_n" in run.summary)
-    return next(told, names.get("held out", ""))
+    told = (name for name in (names.get("test", key), key) if f"{name}_n" in run.summary)
+    return next(told, None) or names.get("held out", "")
 
 
 def _of_stage(run: RunDir, stage: str) -> list[str]:
