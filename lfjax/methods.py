@@ -49,7 +49,7 @@ def facts(stage: Stage) -> dict[str, str]:
     """What it learns from, its files, the losses in them, where it was published, and a config that runs it."""
     files = [step.path.partition(":")[0].replace(".", "/") + ".py" for step in stage.steps.values()]
     return {
-        "learns from": stage.learns_from.rstrip(","),
+        "learns from": stage.learns_from,
         "makes": stage.makes,
         "steps": ", ".join(files),
         "losses": ", ".join(losses(stage)),

@@ -1015,7 +1015,8 @@ def test_figures_are_written_to_be_read(value, text):
 def test_an_interval_stands_behind_its_figure():
     said = charts.with_interval
     assert said(charts.percent, 0.846, 0.78, 0.9, 39.0) == "84.6 % (78 to 90, n 39)"
-    assert said(charts.percent, -0.004, -0.02, -0.001) == "−0.4 % (−2 to 0)"
+    assert said(charts.percent, -0.004, -0.02, -0.001) == "−0.4 % (−2.0 to −0.1)"
+    assert said(charts.percent, 0.998, 0.996, 1.0, 512.0) == "99.8 % (99.6 to 100.0, n 512)"
     assert said(charts.number, 2.914, 2.8, 3.02, 1878.0) == "2.91 (2.8 to 3.02, n 1\u202f878)"
     assert said(charts.number, 1.0, None, None, 1.0) == "1 (n 1)" and said(charts.number, None) == "–"
     assert len(said(charts.percent, 1e300, -1e300, 1e300, 1e300)) < 60

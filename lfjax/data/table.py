@@ -54,7 +54,7 @@ def told(counts: Mapping[str, Any]) -> list[str]:
         lines.append("split by response: there are fewer prompts than splits, so that each split has answers to them")
     if counts.get("moved"):
         lines.append(
-            f"{counts['moved']} records are in another split than their hash alone gives, for its size or its kinds of"
-            " feedback: records that are added may move them"
+            f"{counts['moved']} of the records may move to another split when others are added: they are where they are"
+            " for the split's size or its kinds of feedback"
         )
     return lines

@@ -76,9 +76,13 @@ def with_interval(
     high: float | None = None,
     n: float | None = None,
 ) -> str:
-    """A figure with what is known of its 95 % interval and of how many things it is: "84.6 % (78 to 90, n 39)"."""
+    """A figure with what is known of its 95 % interval and of how many things it is: "84.6 % (78 to 90, n 39)".
+
+    Ends of a share are whole but where one is within half a point of it: rounded, the two need not hold it.
+    """
     ends = [] if low is None or high is None else [low, high]
-    said = [_whole(100 * end) if form is percent else form(end) for end in ends]
+    close = value is not None and any(abs(end - value) < 0.005 for end in ends)
+    said = [_whole(100 * end) if form is percent and not close else form(end).removesuffix(" %") for end in ends]
     count = [] if n is None else [f"n {_whole(n)}"]
     beside = [" to ".join(said)] * bool(said) + count
     return form(value) + (f" ({', '.join(beside)})" if beside else "")

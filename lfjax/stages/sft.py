@@ -25,7 +25,7 @@ STAGE = Stage(
     section=functools.partial(text_section, init_from="auto"),
     check=functools.partial(check_text, stage="sft"),
     steps=text_steps("sft"),
-    learns_from="`edit` feedback, and no record without feedback,",
+    learns_from="`edit` feedback or record without feedback",
     teaches=lambda record: bool(sft_texts(record)),
     texts=sft_texts,
     sources=start_from("sft"),
