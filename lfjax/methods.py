@@ -41,7 +41,7 @@ def markdown(stages: Mapping[str, Stage]) -> str:
     for stage in stages.values():
         rows = "".join(f"| {name} | {text} |\n" for name, text in facts(stage).items() if text)
         listed = "".join(f"{line}\n" for line in keys(stage))
-        parts.append(f"## {stage.name}\n\n{stage.summary}.\n\n| | |\n|---|---|\n{rows}\n```\n{listed}```\n")
+        parts.append(f"## {stage.name}\n\n{stage.summary}.\n\n| | |\n|---|---|\n{rows}\n```text\n{listed}```\n")
     return HEAD + "\n".join(parts)
 
 

@@ -787,7 +787,7 @@ def shell_blocks() -> str:
     """The shell commands of docs/cloud.md."""
     text = (LAUNCH.parent / "docs" / "cloud.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(block for language, block in blocks if not language)
+    return "".join(block for language, block in blocks if language == "sh")
 
 
 def documented_commands() -> list[str]:

@@ -582,10 +582,10 @@ def test_a_prompt_that_a_vocabulary_fails_on_is_told_with_its_file(tmp_path, cap
     model, params = random_model(presets.llama_tiny(vocab_size=300, width=16, heads=2, mlp_width=24))
     hf.save(tmp_path / "model", hf.loaded_from(model, params))
     spec = json.loads(vocabularies.byte_level().to_str())
-    runic = {"type": "Split", "pattern": {"Regex": r"(\p{Runic}+)+$"}, "behavior": "Isolated", "invert": False}
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": runic}))
+    slow = {"type": "Split", "pattern": {"Regex": r"(?<=q@)(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": slow}))
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    assert cli.main(["sample", str(tmp_path / "model"), "--prompt=" + "ᚠ" * 60 + "!"]) == 2
+    assert cli.main(["sample", str(tmp_path / "model"), "--prompt=q@" + "a" * 60 + "!"]) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"error: {tmp_path / 'model' / 'tokenizer.json'}: this vocabulary cannot encode")
     assert cli.main(["sample", str(tmp_path / "model"), "--stop=the cat"]) == 2
