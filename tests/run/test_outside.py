@@ -176,7 +176,7 @@ from lfjax.config import base_config
 def get_config():
     config = base_config()
     config.data.update(source="jsonl", path="preferences.jsonl")
-    config.tokenizer.vocab_size = 300
+    config.tokenizer.update(model_type="bpe", vocab_size=600)
 """
 
 
@@ -187,10 +187,11 @@ def loaded(folder, lines: str, *overrides: str):
 
 def test_a_chain_that_names_it_makes_the_config_that_base_config_does(folder):
     named = "'tokenizer', 'pretrain', 'unlikelihood:UNLIKELIHOOD'"
-    rate = "--config.unlikelihood.optim.learning_rate=1e-3"  # before the chain that its section comes from
+    # before the chain that their section comes from
+    given = ("--config.unlikelihood.epochs=10.0", "--config.unlikelihood.optim.learning_rate=1e-3")
     whole = config.to_plain(config.load(folder / "mine.py"))
-    assert loaded(folder, f"    config.stages = ({named})\n", rate) == whole
-    assert loaded(folder, "", rate, f"--config.stages=({named})") == whole
+    assert loaded(folder, f"    config.stages = ({named})\n", *given) == whole
+    assert loaded(folder, "", *given, f"--config.stages=({named})") == whole
     both = config.load(folder / "mine.py", [f"--config.stages=({named})", "--config.unlikelihood.step.weight=2"])
     assert both.stages == ("tokenizer", "pretrain", "unlikelihood") and both.unlikelihood.step.weight == 2.0
     swapped = "    config.steps.sft = 'mine:sft'\n"
