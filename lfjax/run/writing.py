@@ -11,6 +11,7 @@ import jax
 from lfjax.config import Config, InputError
 from lfjax.data.batching import PromptBatches
 from lfjax.data.examples import prompts_from_records
+from lfjax.data.sources import Splits
 from lfjax.models import lora
 from lfjax.models.lora import LoRA
 from lfjax.records import Record
@@ -81,9 +82,17 @@ def longest(section: Config) -> tuple[str, int]:
     return "sampling.prompt_buckets with sampling.max_new_tokens", tokens
 
 
-def check_texts(section: Config, records: Sequence[Record], tokenizer: Tokenizer, too_long: str) -> None:
-    """Prompts fit the buckets, or one does, and what stops a response is a token each. Raises InputError."""
-    fitting(section, records, tokenizer, too_long)
+def check_texts(section: Config, records: Splits, split: str, tokenizer: Tokenizer, too_long: str) -> None:
+    """Prompts of a split fit the buckets, or one does, and what stops a response is a token each.
+
+    How many do not is counted among the records' counts, which the table of the data shows.
+
+    Raises:
+      InputError: they do not, or it is not.
+    """
+    _, longer = fitting(section, records[split], tokenizer, too_long)
+    if longer:
+        records.counts[f"{split}/too_long"] = longer
     stop_ids(tokenizer, section.stop, "config.sampling.stop")
 
 

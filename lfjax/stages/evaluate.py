@@ -49,7 +49,7 @@ def evaluate_section() -> Config:
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
     """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.check_texts(sampling_section(config, "evaluate"), data.records.test, tokenizer, config.data.too_long)
+    writing.check_texts(sampling_section(config, "evaluate"), data.records, "test", tokenizer, config.data.too_long)
 
 
 def check(config: Config) -> None:

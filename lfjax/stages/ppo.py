@@ -109,7 +109,7 @@ def check(config: Config) -> None:
 
 def check_texts(config: Config, data: Data, tokenizer) -> None:
     """Prompts fit the buckets, and what stops a response is a token each. Raises InputError."""
-    writing.check_texts(sampling_section(config, "ppo"), data.records.train, tokenizer, config.data.too_long)
+    writing.check_texts(sampling_section(config, "ppo"), data.records, "train", tokenizer, config.data.too_long)
 
 
 def check_encoders(config: Config, encoders: Mapping[str, str]) -> None:

@@ -5,6 +5,8 @@ import types
 import pytest
 
 from lfjax.config import InputError
+from lfjax.data.sources import Splits
+from lfjax.data.table import table
 from lfjax.records import Record
 from lfjax.run import writing
 
@@ -32,3 +34,12 @@ def test_prompts_that_are_too_long_are_left_out_cut_or_refused():
         writing.fitting(SECTION, RECORDS, Letters(), "error")
     with pytest.raises(InputError, match=r"a\.jsonl:1: field 'prompt'"):  # nothing would be left
         writing.fitting(SECTION, RECORDS[1:2], Letters(), "skip")
+
+
+def test_the_table_of_the_data_counts_prompts_that_are_too_long_by_split():
+    splits = Splits(RECORDS[:1], [], RECORDS, {"rows": 4, "train/records": 1, "test/records": 3})
+    for split in ("train", "test"):
+        writing.check_texts(SECTION, splits, split, Letters(), "skip")
+    head, train, _, test, *_ = table(splits.counts)
+    assert head.split() == ["data", "records", "too", "long"]
+    assert (train.split(), test.split()) == (["train", "1", "0"], ["test", "3", "1"])
