@@ -17,7 +17,7 @@ RECORDS = [Record(text, [], where=f"a.jsonl:{i}") for i, text in enumerate(("abc
 class Letters:
     """One id a character; 1 is BOS."""
 
-    bos_id, eos_ids, pad_id, template = 1, (2,), 3, None
+    bos_id, eos_id, eos_ids, pad_id, template = 1, 2, (2,), 3, None
 
     def encode_prompt(self, text):
         return [self.bos_id, *map(ord, text)]
