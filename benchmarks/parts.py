@@ -133,7 +133,10 @@ def of_torch():
     yield "products of the feed-forward", lambda: (ups(), downs()), 2
     attend = functools.partial(functional.scaled_dot_product_attention, is_causal=True)
     yield "attention over 256 keys", both(attend, heads, heads.clone(), heads.clone())
-    apart = lambda x: x.transpose(1, 2).contiguous()  # noqa: E731
+
+    def apart(x):
+        return x.transpose(1, 2).contiguous()
+
     yield "heads apart and together", both(apart, x.reshape(ROWS, LENGTH, HEADS, HEAD))
     norm = torch.ones(WIDTH), torch.zeros(WIDTH)
     yield "LayerNorm", both(lambda x, *p: functional.layer_norm(x, (WIDTH,), *p), x, *norm)

@@ -150,12 +150,6 @@ def complete(record: Record, text: str, tokenizer: Tokenizer, max_length: int, t
     return Complete([*start, *prompt, *response][:max_length], len(start) + len(prompt), excess > 0)
 
 
-def complete_tokens(record: Record, text: str, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[int], bool]:
-    """(BOS + prompt + response + EOS, as a reward model learns it, whether it is cut to `max_length` tokens)."""
-    made = complete(record, text, tokenizer, max_length)
-    return made.tokens, made.cut
-
-
 def _start(prompt: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """(BOS where the prompt begins with one, the rest): what is cut off on the left comes behind it."""
     kept = int(prompt[0] == tokenizer.bos_id)

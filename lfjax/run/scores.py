@@ -12,7 +12,7 @@ import numpy as np
 
 from lfjax import files
 from lfjax.config import InputError
-from lfjax.data.examples import complete_tokens
+from lfjax.data.examples import complete
 from lfjax.interop.hf import Loaded
 from lfjax.records import Record
 
@@ -74,16 +74,16 @@ def score_records(
     """
     most, tokenizer = loaded.model.config.context, loaded.tokenizer
     texts = [(record, text) for record in records for text in record.responses]
-    rows = [complete_tokens(record, text, tokenizer, max_length=most) for record, text in texts]
-    scores = row_scores(loaded, [tokens for tokens, _ in rows], batch_size=batch_size)
-    for (record, text), (_, cut), values in zip(texts, rows, scores, strict=True):
+    rows = [complete(record, text, tokenizer, most) for record, text in texts]
+    scores = row_scores(loaded, [row.tokens for row in rows], batch_size=batch_size)
+    for (record, text), row, values in zip(texts, rows, scores, strict=True):
         name = {} if record.id is None else {"id": record.id}
         yield {
             **name,
             "prompt": record.prompt,
             "response": text,
             **row_of(values, said),
-            **({"cut": True} if cut else {}),
+            **({"cut": True} if row.cut else {}),
         }
 
 
