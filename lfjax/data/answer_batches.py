@@ -20,8 +20,6 @@ from lfjax.types import Answers, KtoBatch, PreferenceBatch
 WINDOW = 16  # batches sorted by length together
 NEAR = 64  # answers that are looked through for one to another prompt
 
-Row = tuple[int, ...]  # places of the row's answers
-
 
 class LengthSorted:
     """The order of rows whose lengths differ; see the module.
@@ -47,12 +45,9 @@ class LengthSorted:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._of(epoch)[index]
 
-    def once(self, rows: list) -> Iterator[tuple[int, list[int]]]:
+    def once(self, rows: Sequence[Any]) -> Iterator[tuple[int, list[int]]]:
         """(T, places in `rows`) of batches that hold each row once, the shortest first."""
-        order = sorted(range(len(rows)), key=lambda i: (self._length(rows[i]), i))
-        for start in range(0, len(order), self._batch_size):
-            places = order[start : start + self._batch_size]
-            yield self._bucket([rows[i] for i in places]), places
+        return by_length([self._length(row) for row in rows], self.buckets, self._batch_size)
 
     def _of(self, epoch: int) -> list[tuple[int, list]]:
         if epoch != self._epoch:
@@ -72,6 +67,14 @@ class LengthSorted:
 
     def _bucket(self, rows: list) -> int:
         return bucket_of(self.buckets, max(map(self._length, rows)))
+
+
+def by_length(lengths: Sequence[int], buckets: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
+    """(the bucket, `size` places or fewer) until each place in `lengths` was there once, the shortest first."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        yield bucket_of(buckets, lengths[places[-1]]), places
 
 
 def bucket_of(buckets: Sequence[int], length: int) -> int:
@@ -99,28 +102,23 @@ def answer_rows(answers: Sequence[Answer], places: Sequence[int], length: int, p
     return Answers(*fields)
 
 
-class PairBatches:
-    """Pairs of answers: those that people made, and in every epoch others drawn from the rated answers of a prompt.
+class _Batches:
+    """What batches of answers share.
 
     Args:
-      min_gap, per_answer: as of `drawn_pairs`.
+      answers: each sequence once. rows, batch_size, buckets, seed: as of `LengthSorted`.
+      first: the rows of the first epoch.
     Attributes:
       ref: [answers] float32, log-probabilities under the reference; None until they are known.
-      pairs: of the first epoch: what a held-out split is judged on.
     """
 
     def __init__(
-        self, paired: Paired, *, batch_size: int, buckets: Sequence[int], seed: int, pad_id: int, min_gap: float,
-        per_answer: int = 1,
+        self, answers: Sequence[Answer], rows: Callable[[np.random.Generator], list], first: Sequence[Any], *,
+        batch_size: int, buckets: Sequence[int], seed: int, pad_id: int,
     ):  # fmt: skip
-        self.answers, self.batch_size, self.pad_id = paired.answers, batch_size, pad_id
+        self.answers, self.batch_size, self.pad_id, self._first = answers, batch_size, pad_id, first
         self.ref: np.ndarray | None = None
-
-        def rows(rng: np.random.Generator) -> list[Pair]:
-            return [*paired.given, *drawn_pairs(paired.rated, rng, min_gap=min_gap, per_answer=per_answer)]
-
-        self.pairs = rows(np.random.default_rng((seed, 0)))
-        lengths = [len(answer.tokens) - 1 for answer in paired.answers]
+        lengths = [len(answer.tokens) - 1 for answer in answers]
         self._order = LengthSorted(rows, lengths, batch_size=batch_size, buckets=buckets, seed=seed)
         self.steps_per_epoch, self.buckets = self._order.steps_per_epoch, self._order.buckets
 
@@ -128,15 +126,36 @@ class PairBatches:
         """T of the step's batch."""
         return self._order.at(step)[0]
 
-    def batch_at(self, step: int) -> PreferenceBatch:
-        """The step's pairs; fields as in `types.PreferenceBatch`."""
+    def batch_at(self, step: int):
+        """The step's rows, as `build` gives them."""
         length, rows = self._order.at(step)
         return self.build(rows, length)
 
-    def evaluation(self) -> Iterator[tuple[list[int], PreferenceBatch]]:
-        """(places in `pairs`, batch): each of them once; a last batch is filled with rows that do not count."""
-        for length, places in self._order.once(self.pairs):
-            yield places, self.build([self.pairs[i] for i in places], length)
+    def evaluation(self) -> Iterator[tuple[list[int], Any]]:
+        """(places, batch) of the first epoch's rows, each once; a last batch is filled with rows that do not count."""
+        for length, places in self._order.once(self._first):
+            yield places, self.build([self._first[i] for i in places], length)
+
+    def build(self, rows: Sequence[Any], length: int):
+        """These rows, filled up to a batch, of `length` targets."""
+        raise NotImplementedError
+
+
+class PairBatches(_Batches):
+    """Pairs of answers: those that people made, and in every epoch others drawn from the rated answers of a prompt.
+
+    Args:
+      min_gap, per_answer: as of `drawn_pairs`. seed, shape: as of `_Batches`.
+    Attributes:
+      pairs: of the first epoch: what a held-out split is judged on.
+    """
+
+    def __init__(self, paired: Paired, *, seed: int, min_gap: float, per_answer: int = 1, **shape: Any):
+        def rows(rng: np.random.Generator) -> list[Pair]:
+            return [*paired.given, *drawn_pairs(paired.rated, rng, min_gap=min_gap, per_answer=per_answer)]
+
+        self.pairs = rows(np.random.default_rng((seed, 0)))
+        super().__init__(paired.answers, rows, self.pairs, seed=seed, **shape)
 
     def build(self, rows: Sequence[Pair], length: int) -> PreferenceBatch:
         """These pairs, filled up to a batch, in rows of `length` targets."""
@@ -149,42 +168,21 @@ class PairBatches:
         return PreferenceBatch(*fields)
 
 
-class KtoBatches:
+class KtoBatches(_Batches):
     """Answers that people called good or bad, each with the answer of another prompt to its own prompt.
 
     Whose answer that is does not change from epoch to epoch, so that a reference is asked once.
 
     Attributes:
-      answers: the judged ones, then the mismatched. ref: as of `PairBatches`, of all of them.
+      answers: the judged ones, then the mismatched.
       calls: (place, place of its mismatched answer, whether good).
     """
 
-    def __init__(self, judged: Judged, *, batch_size: int, buckets: Sequence[int], seed: int, pad_id: int):
-        own = judged.answers
-        self.batch_size, self.pad_id = batch_size, pad_id
-        most = max(buckets) + 1
-        self.answers = [*own, *(mismatched(own, place, most) for place in range(len(own)))]
+    def __init__(self, judged: Judged, *, buckets: Sequence[int], **shape: Any):
+        own, most = judged.answers, max(buckets) + 1
+        answers = [*own, *(mismatched(own, place, most) for place in range(len(own)))]
         self.calls = [(place, len(own) + place, good) for place, good in judged.calls]
-        self.ref: np.ndarray | None = None
-        lengths = [len(answer.tokens) - 1 for answer in self.answers]
-        self._order = LengthSorted(
-            lambda rng: list(self.calls), lengths, batch_size=batch_size, buckets=buckets, seed=seed
-        )
-        self.steps_per_epoch, self.buckets = self._order.steps_per_epoch, self._order.buckets
-
-    def length_at(self, step: int) -> int:
-        """T of the step's batch."""
-        return self._order.at(step)[0]
-
-    def batch_at(self, step: int) -> KtoBatch:
-        """The step's answers; fields as in `types.KtoBatch`."""
-        length, rows = self._order.at(step)
-        return self.build(rows, length)
-
-    def evaluation(self) -> Iterator[tuple[list[int], KtoBatch]]:
-        """(places in `calls`, batch): each of them once; a last batch is filled with rows that do not count."""
-        for length, places in self._order.once(self.calls):
-            yield places, self.build([self.calls[i] for i in places], length)
+        super().__init__(answers, lambda rng: list(self.calls), self.calls, buckets=buckets, **shape)
 
     def build(self, rows: Sequence[tuple[int, int, bool]], length: int) -> KtoBatch:
         """These answers, filled up to a batch, in rows of `length` targets."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from lfjax import files
 from lfjax.config import InputError
-from lfjax.data.answer_batches import answer_rows, bucket_of
+from lfjax.data.answer_batches import answer_rows, by_length
 from lfjax.data.answers import Answer
 from lfjax.models import lora
 from lfjax.models.lora import LoRA
@@ -51,10 +51,8 @@ class AnswerScorer:
     def __call__(self, params, base, answers: Sequence[Answer]) -> np.ndarray:
         """[N] float32, in the order of the answers."""
         found = np.zeros(len(answers), np.float32)
-        order = sorted(range(len(answers)), key=lambda i: (len(answers[i].tokens), i))
-        for start in range(0, len(order), self._rows):
-            places = order[start : start + self._rows]
-            length = bucket_of(self._buckets, max(len(answers[i].tokens) - 1 for i in places))
+        lengths = [len(answer.tokens) - 1 for answer in answers]
+        for length, places in by_length(lengths, self._buckets, self._rows):
             filled = [*places, *[-1] * (self._rows - len(places))]
             rows = global_batch(answer_rows(answers, filled, length, self._pad_id), self._devices.mesh)
             found[places] = fetch(self._step(params, base, rows))[: len(places)]

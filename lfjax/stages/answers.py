@@ -3,14 +3,71 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lfjax.config import Config
+import numpy as np
+
+from lfjax.config import Config, optim_section
 from lfjax.data.duplicates import SPLITS
+from lfjax.models.flops import step_work
+from lfjax.run import training
 from lfjax.run.answers import AnswerScorer, kept
-from lfjax.run.parts import compute_settings
+from lfjax.run.parts import compiled_step, compute_settings, create_state, optimizer, passes, total_steps, trained_part
 from lfjax.run.run import Run
+from lfjax.state import LMState
+
+
+def train_on_answers(
+    run: Run,
+    stage: str,
+    sets: Mapping[str, Any],
+    *,
+    figures_of: Callable[[Any, np.ndarray, str], dict[str, float]],
+    with_reference: Callable[[Any, Callable], Any],
+    free: bool = False,
+) -> dict[str, float]:
+    """Trains a language model on batches of answers, saves it, and gives its figures on the test split.
+
+    The step and the section are named as the stage. Figures of the batches, but for the loss, are <stage>/train_<leaf>.
+
+    Args:
+      sets: split -> `PairBatches` or `KtoBatches`.
+      figures_of: (batches, sums of the log-probabilities of their answers, prefix) -> held-out figures.
+      with_reference: (batch, what gives a reference's sums of its rows) -> the batch with them.
+      free: the loss has no reference.
+    """
+    section, devices, adapters, batches = run.config[stage], run.devices, run.adapters(stage), sets["train"]
+    total = total_steps(section, batches.steps_per_epoch)
+    loaded = run.load_model(*run.start(stage), language=True)
+    config = compute_settings(run.config.model, loaded.model.config, dropout=section.dropout)
+    model = devices.network(config)
+    ask = None if free else references(run, stage, loaded, sets)
+    recipe = optimizer(optim_section(run.config, stage), total, model)
+    trained, base = trained_part(devices, adapters, loaded.params, config, f"{stage}-lora")
+    state, shardings = create_state(devices, LMState, trained, recipe)
+    function = functools.partial(run.steps[stage], **section.step.to_dict())
+    shapes = [batches.build([], length) for length in batches.buckets]
+    learn = compiled_step(devices, stage, function, recipe, model, base, state, shardings, shapes, adapters=adapters)
+    score = scorer(run, stage, config, adapters, batches.buckets)
+
+    def figures(state, split: str = "validation", prefix: str = f"{stage}/validation_") -> dict[str, float]:
+        return figures_of(sets[split], score(state.params, base, sets[split].answers), prefix)
+
+    def one(state, index):
+        batch = batches.batch_at(index)
+        return learn(state, batch if ask is None else with_reference(batch, ask))
+
+    rows = 2 * section.batch_size  # both answers of a pair, or an answer and the mismatched one
+    state, out = training.train(
+        run, stage, state, one, total=total, evaluate=figures, learning_rate=recipe.rate,
+        work=lambda index: step_work(config, (rows, batches.length_at(index)), passes(adapters)),
+    )  # fmt: skip
+    run.save_model(stage, model, state.params, base)
+    own = re.compile(rf"^{stage}/(?!loss$|validation_)")  # figures of the batches, whose names the test split's take
+    told = {own.sub(f"{stage}/train_", name): value for name, value in out.items()}
+    return told | figures(state, "test", f"{stage}/")
 
 
 def scorer(run: Run, stage: str, config, adapters, buckets) -> AnswerScorer:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from lfjax.config import Config, InputError, at_least, optim_section, section
+from lfjax.config import Config, InputError, at_least, section
 from lfjax.data.answer_batches import KtoBatches
 from lfjax.data.answers import Judged, is_called, judged_answers
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import judged_texts
-from lfjax.models.flops import step_work
 from lfjax.report.catalogue import Figure
 from lfjax.rewards.intervals import SHARE, Bootstrap
-from lfjax.run import training
 from lfjax.run.data import Data, note
-from lfjax.run.parts import compiled_step, compute_settings, create_state, optimizer, passes, total_steps, trained_part
 from lfjax.run.run import Run
 from lfjax.run.sections import training as training_section
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
-from lfjax.stages.answers import reads_only, references, scorer, sources
-from lfjax.state import LMState
-
-# Figures of the batches, whose names the test split's take.
-TRAINING = tuple(f"kto/{leaf}" for leaf in ("accuracy", "reward_desirable", "reward_undesirable", "length"))
+from lfjax.stages.answers import reads_only, sources, train_on_answers
+from lfjax.types import KtoBatch
 
 
 def kto_section() -> Config:
@@ -77,41 +72,15 @@ def check_texts(config: Config, data: Data, tokenizer) -> None:
 
 def kto_stage(run: Run) -> dict[str, float]:
     """Trains from a language model; figures are of held-out answers, on which side of no change their rewards lie."""
-    section, devices, adapters = run.config.kto, run.devices, run.adapters("kto")
     sets, said = batches_of(run)
-    batches = sets["train"]
-    total = total_steps(section, batches.steps_per_epoch)
+    figures = functools.partial(call_figures, run.config.kto.step)
+    return train_on_answers(run, "kto", sets, figures_of=figures, with_reference=with_reference) | said
 
-    loaded = run.load_model(*run.start("kto"), language=True)
-    config = compute_settings(run.config.model, loaded.model.config, dropout=section.dropout)
-    model = devices.network(config)
-    ask = references(run, "kto", loaded, sets)
-    recipe = optimizer(optim_section(run.config, "kto"), total, model)
-    trained, base = trained_part(devices, adapters, loaded.params, config, "kto-lora")
-    state, shardings = create_state(devices, LMState, trained, recipe)
-    function = functools.partial(run.steps["kto"], **section.step.to_dict())
-    shapes = [batches.build([], length) for length in batches.buckets]
-    learn = compiled_step(devices, "kto", function, recipe, model, base, state, shardings, shapes, adapters=adapters)
-    score = scorer(run, "kto", config, adapters, batches.buckets)
 
-    def figures(state, split: str = "validation", prefix: str = "kto/validation_") -> dict[str, float]:
-        return call_figures(section.step, sets[split], score(state.params, base, sets[split].answers), prefix)
-
-    def one(state, index):
-        batch = batches.batch_at(index)
-        if ask is not None:
-            sides = (x._replace(ref_logprobs=ask(x)) for x in (batch.answers, batch.mismatched))
-            batch = batch._replace(**dict(zip(("answers", "mismatched"), sides, strict=True)))
-        return learn(state, batch)
-
-    rows = 2 * section.batch_size  # the mismatched answers have a forward pass too
-    state, out = training.train(
-        run, "kto", state, one, total=total, evaluate=figures, learning_rate=recipe.rate,
-        work=lambda index: step_work(config, (rows, batches.length_at(index)), passes(adapters)),
-    )  # fmt: skip
-    run.save_model("kto", model, state.params, base)
-    out = {name.replace("kto/", "kto/train_"): out.pop(name) for name in TRAINING if name in out} | out
-    return out | said | figures(state, "test", "kto/")
+def with_reference(batch: KtoBatch, ask: Callable) -> KtoBatch:
+    """The batch with what the reference says of its answers and of the mismatched ones."""
+    own, other = (rows._replace(ref_logprobs=ask(rows)) for rows in (batch.answers, batch.mismatched))
+    return batch._replace(answers=own, mismatched=other)
 
 
 def batches_of(run: Run) -> tuple[dict[str, KtoBatches], dict[str, float]]:

@@ -8,23 +8,19 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from lfjax.config import Config, InputError, at_least, one_of, optim_section, section
+from lfjax.config import Config, InputError, at_least, one_of, section
 from lfjax.data.answer_batches import PairBatches
-from lfjax.data.answers import Paired, paired_answers
+from lfjax.data.answers import Paired, drawn_pairs, paired_answers
 from lfjax.data.duplicates import SPLITS
 from lfjax.data.examples import is_judged, judged_texts
-from lfjax.models.flops import step_work
 from lfjax.report.catalogue import Figure
 from lfjax.rewards.intervals import SHARE, Bootstrap, Resampled
 from lfjax.rewards.points import gap_of
-from lfjax.run import training
 from lfjax.run.data import Data, note
-from lfjax.run.parts import compiled_step, compute_settings, create_state, optimizer, passes, total_steps, trained_part
 from lfjax.run.run import Run
 from lfjax.run.sections import training as training_section
 from lfjax.run.stage import LANGUAGE_MODEL, Stage, Step
-from lfjax.stages.answers import reads_only, references, scorer, sources
-from lfjax.state import LMState
+from lfjax.stages.answers import reads_only, sources, train_on_answers
 from lfjax.steps.preference import LOSSES, PER_TOKEN, REFERENCE_FREE
 from lfjax.types import Answers
 
@@ -84,8 +80,7 @@ def check_texts(config: Config, data: Data, tokenizer) -> None:
     for split in SPLITS:
         found = pairs_of(section, data.records[split], tokenizer, scale)
         gap = gap_of(section.min_gap, scale)
-        apart = any(max(v for _, v in group) - min(v for _, v in group) >= gap for group in found.rated)
-        if not found.given and not apart:
+        if not found.given and not drawn_pairs(found.rated, np.random.default_rng(0), min_gap=gap, per_answer=1):
             raise InputError(
                 f"config.preference.min_gap: {gap:g}; no two answers to one prompt in the {split} split are so many"
                 f" rating points apart, and it holds no other pair ({found.counts['equal_pairs']} are equal once cut to"
@@ -95,42 +90,18 @@ def check_texts(config: Config, data: Data, tokenizer) -> None:
 
 def preference_stage(run: Run) -> dict[str, float]:
     """Trains from a language model; figures are of held-out pairs, in the order of implicit rewards."""
-    section, devices, adapters = run.config.preference, run.devices, run.adapters("preference")
+    step = run.config.preference.step
     sets, said = batches_of(run)
-    batches = sets["train"]
-    total = total_steps(section, batches.steps_per_epoch)
-
-    loaded = run.load_model(*run.start("preference"), language=True)
-    config = compute_settings(run.config.model, loaded.model.config, dropout=section.dropout)
-    model = devices.network(config)
-    ask = None if section.step.get("loss") in REFERENCE_FREE else references(run, "preference", loaded, sets)
-    recipe = optimizer(optim_section(run.config, "preference"), total, model)
-    trained, base = trained_part(devices, adapters, loaded.params, config, "preference-lora")
-    state, shardings = create_state(devices, LMState, trained, recipe)
-    function = functools.partial(run.steps["preference"], **section.step.to_dict())
-    shapes = [batches.build([], length) for length in batches.buckets]
-    learn = compiled_step(
-        devices, "preference", function, recipe, model, base, state, shardings, shapes, adapters=adapters
+    found = train_on_answers(
+        run,
+        "preference",
+        sets,
+        figures_of=functools.partial(pair_figures, step),
+        with_reference=lambda batch, ask: batch._replace(ref_logprobs=ask(Answers(*batch[:4]))),
+        free=step.get("loss") in REFERENCE_FREE,
     )
-    score = scorer(run, "preference", config, adapters, batches.buckets)
-
-    def figures(state, split: str = "validation", prefix: str = "preference/validation_") -> dict[str, float]:
-        return pair_figures(section.step, sets[split], score(state.params, base, sets[split].answers), prefix)
-
-    def one(state, index):
-        batch = batches.batch_at(index)
-        return learn(state, batch if ask is None else batch._replace(ref_logprobs=ask(Answers(*batch[:4]))))
-
-    rows = 2 * section.batch_size
-    state, out = training.train(
-        run, "preference", state, one, total=total, evaluate=figures, learning_rate=recipe.rate,
-        work=lambda index: step_work(config, (rows, batches.length_at(index)), passes(adapters)),
-    )  # fmt: skip
-    run.save_model("preference", model, state.params, base)
-    out = {name.replace("preference/", "preference/train_"): out.pop(name) for name in TRAINING if name in out} | out
-    found = figures(state, "test", "preference/")
-    tell_both_fell(section.step, found, sets["test"])
-    return out | said | found
+    tell_both_fell(found, sets["test"])
+    return found | said
 
 
 def batches_of(run: Run) -> tuple[dict[str, PairBatches], dict[str, float]]:
@@ -150,12 +121,6 @@ def batches_of(run: Run) -> tuple[dict[str, PairBatches], dict[str, float]]:
         "preference/train_pairs": float(len(sets["train"].pairs)),
         "preference/pairs": float(len(sets["test"].pairs)),
     }
-
-
-# Figures of the batches, whose names the test split's take.
-TRAINING = tuple(
-    f"preference/{leaf}" for leaf in ("accuracy", "margin", "chosen_logprob", "rejected_logprob", "length")
-)
 
 
 def pair_figures(step: Config, batches: PairBatches, sums: np.ndarray, prefix: str) -> dict[str, float]:
@@ -182,7 +147,7 @@ def pair_figures(step: Config, batches: PairBatches, sums: np.ndarray, prefix: s
     return out
 
 
-def tell_both_fell(step: Config, figures: Mapping[str, float], batches: PairBatches) -> None:
+def tell_both_fell(figures: Mapping[str, float], batches: PairBatches) -> None:
     """A note where training has made both answers of held-out pairs less likely than the reference has them."""
     if batches.ref is None:
         return
